@@ -1,0 +1,54 @@
+"""What the model returns: frozen dataclasses with the same fields at every call; what was not asked for is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VLOutput:
+    """Result of `QwenBatchedVL.forward` for B samples padded to S tokens, D wide, with V cameras.
+
+    Attributes:
+        hidden_states: One (B, S, D) for each of the `layers` asked for, in that order. Values on padding are finite
+            and mean nothing.
+        attention_mask: Bool (B, S), False on padding.
+        image_mask: Bool (B, S), True where the token is an image token.
+        camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
+        position_ids: Int64 (3, B, S), temporal, height and width rope positions; 0 on padding.
+        input_ids: Int64 (B, S).
+        image_features: (B, V, h, w, D) in row-major order, a list of V tensors (B, h, w, D) when the cameras'
+            feature grids differ, None without images.
+        logits: None, (B, vocabulary) for `logits="last"`, (B, S, vocabulary) for `logits="all"`.
+    """
+
+    hidden_states: list[Tensor]
+    attention_mask: Tensor
+    image_mask: Tensor
+    camera_ids: Tensor
+    position_ids: Tensor
+    input_ids: Tensor
+    image_features: Tensor | list[Tensor] | None
+    logits: Tensor | None
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """The last of `hidden_states`."""
+        return self.hidden_states[-1]
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """Result of `QwenBatchedVL.generate` for B samples.
+
+    Attributes:
+        texts: The new text of each sample, special tokens left out.
+        token_ids: The new tokens of each sample, an int64 vector; ends with the end token where one came.
+        finish_reasons: "eos" where an end token came, "length" where `max_new_tokens` was reached.
+    """
+
+    texts: list[str]
+    token_ids: list[Tensor]
+    finish_reasons: list[str]

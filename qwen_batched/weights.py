@@ -1,0 +1,189 @@
+"""Safetensors files -> parameters: streamed one tensor at a time, strictly checked, in either key layout; and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from qwen_batched.checkpoint import read_json
+
+VISION_PREFIX = "visual."
+TEXT_PREFIX = "model."
+HEAD_NAME = "lm_head.weight"
+# Prefixes in files saved by transformers 4.52 and later, and their published names.
+NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and what it is, before it is read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def build_on_meta(make: Callable[[], M]) -> M:
+    """A module without storage: nothing is allocated or initialised that loading would overwrite."""
+    with torch.device("meta"):
+        return make()
+
+
+def load_weights(
+    module: M,
+    folder: Path,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    prefix: str = "",
+    skip: Callable[[str], bool] = lambda name: False,
+) -> M:
+    """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
+
+    Args:
+        module: Its parameters' names, after `prefix`, are the published ones.
+        folder: The checkpoint's folder.
+        dtype: Of the parameters; None or "auto" for the stored one.
+        device: Of the parameters; None for CUDA where there is any, else the CPU.
+        prefix: The part of the checkpoint that the module is.
+        skip: Says of a published name that the module lacks whether it may be left unread.
+
+    Raises:
+        ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape differs.
+    """
+    stored = find_tensors(folder)
+    wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
+    _check_names(folder, wanted, stored, skip)
+    for name, parameter in wanted.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{stored[name].file}: {stored[name].key} must have shape {tuple(parameter.shape)}, "
+                f"got {stored[name].shape}"
+            )
+    dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
+    device = resolve_device(device)
+    for name, parameter in wanted.items():
+        owner_name, _, leaf = name.removeprefix(prefix).rpartition(".")
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value.copy_(_read(stored[name]))
+        setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
+    return module
+
+
+def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
+    """Says of a published name whether it belongs to a decoder block above those kept.
+
+    Args:
+        names: Those of the parameters wanted, of which block 0's stand for every block's.
+        kept: How many decoder blocks are wanted.
+        stored: How many the checkpoint has.
+    """
+
+    def unread(name: str) -> bool:
+        match = BLOCK_NAME.fullmatch(name)
+        return bool(match) and kept <= int(match[1]) < stored and f"{TEXT_PREFIX}layers.0.{match[2]}" in names
+
+    return unread
+
+
+def save_weights(module: nn.Module, folder: Path) -> None:
+    """Writes the module's parameters under their own names, in shards of at most 5 GB."""
+    huggingface_hub.save_torch_state_dict(module.state_dict(), folder, max_shard_size="5GB")
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's safetensors files, by its published name. Reads the files' headers only."""
+    found: dict[str, StoredTensor] = {}
+    for file in _files(folder):
+        for tensor in _read_header(file):
+            name = published_name(tensor.key)
+            if name in found:
+                raise ValueError(f"{tensor.key} is in {file} and, as {found[name].key}, in {found[name].file}")
+            found[name] = tensor
+    return found
+
+
+def published_name(key: str) -> str:
+    """The key that the published checkpoints use."""
+    for nested, published in NESTED_PREFIXES:
+        if key.startswith(nested):
+            return published + key.removeprefix(nested)
+    return key
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
+    """`dtype`, or `stored` for None and "auto"."""
+    if dtype is None or dtype == "auto":
+        return stored
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be 'auto' or a floating torch.dtype, got {dtype!r}")
+    return dtype
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """`device`, or CUDA where there is any, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files to read: the single one, or those that the index names."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    index = read_json(folder / INDEX_FILE)
+    if index is None:
+        raise ValueError(
+            f"checkpoint folder {folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
+        )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is not a file of the folder")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            entries = [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    for key, _, dtype in entries:
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"{file}: {key} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
+    return [StoredTensor(file, key, shape, STORED_DTYPES[dtype]) for key, shape, dtype in entries]
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    # The file is mapped anew for each tensor: pages of one mapping would stay in memory until its end.
+    with safe_open(tensor.file, framework="pt") as tensors:
+        return tensors.get_tensor(tensor.key)
+
+
+def _check_names(
+    folder: Path, wanted: dict[str, nn.Parameter], stored: dict[str, StoredTensor], skip: Callable[[str], bool]
+) -> None:
+    missing = [name for name in wanted if name not in stored]
+    unknown = [tensor.key for name, tensor in stored.items() if name not in wanted and not skip(name)]
+    for what, names in (("misses", missing), ("has unknown", unknown)):
+        if names:
+            raise ValueError(f"checkpoint {folder} {what} keys: {', '.join(names[:5])} ({len(names)} in all)")
