@@ -1,0 +1,1 @@
+"""The fused operations that the model is built from."""

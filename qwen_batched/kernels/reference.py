@@ -1,0 +1,191 @@
+"""Every fused operation in plain PyTorch: the specification, and what runs where there is no kernel.
+
+Arithmetic is in float32 (float64 for float64 inputs) and rounds to the input's dtype once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from qwen_batched.kernels.segments import Run
+
+
+def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds `update` to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        update: (..., D), what the last sub-layer adds.
+        residual: (..., D), the stream before it; None at the start, where `update` is the stream.
+        weight: (D,).
+        eps: Added to the mean square.
+
+    Returns:
+        The normalised stream, and the stream itself, both (..., D).
+    """
+    stream = update if residual is None else residual + update
+    x = _widen(stream)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * _widen(weight)).to(stream.dtype), stream
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up (Shazeer 2020, arXiv:2002.05202), both (..., F)."""
+    return F.silu(gate) * up
+
+
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
+    """Rotary embedding and attention within each segment of each image.
+
+    Args:
+        qkv: (I, P, 3 * D), the packed projection: all queries, then all keys, then all values.
+        cos: (P, E / 2) float32, rotation of the first and second half of a head against each other.
+        sin: (P, E / 2) float32.
+        runs: The segments of an image's P tokens. Windows are segments; so is the whole image.
+        num_heads: N; E = D / N.
+
+    Returns:
+        (I, P, D).
+    """
+    q_IPNE, k_IPNE, v_IPNE = rearrange(qkv, "i p (three n e) -> three i p n e", three=3, n=num_heads)
+    cos, sin = cos[:, None], sin[:, None]
+    q_IPNE, k_IPNE = rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin)
+    outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
+    """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
+    q, k, v = (
+        rearrange(x[:, run.start : run.stop], "i (g s) n e -> (i g) n s e", g=run.count)
+        for x in (q_IPNE, k_IPNE, v_IPNE)
+    )
+    out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "(i g) n s e -> i (g s) (n e)", g=run.count)
+
+
+def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates queries (B, S, N, E) and keys (B, S, K, E) by the tables (B, S, E / 2) of `mrope_tables`."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of multimodal rope (Qwen2-VL, arXiv:2409.12191, section 2.1), sectioned layout.
+
+    The first `sections[0]` frequencies turn with the temporal position, the next with the height, the last with the
+    width.
+
+    Args:
+        position_ids: (3, B, S) integers: temporal, height, width.
+        inv_freq: (E / 2,) float32.
+        sections: How many frequencies each axis takes; their sum is E / 2.
+
+    Returns:
+        cos and sin, each (B, S, E / 2) float32.
+    """
+    axes = zip(position_ids.to(inv_freq.dtype), inv_freq.split(sections), strict=True)
+    angles = torch.cat([positions[..., None] * freqs for positions, freqs in axes], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of GPT-NeoX."""
+    first, second = _widen(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    Args:
+        q: (B, S, N, E).
+        k: (B, C, K, E), K dividing N.
+        v: (B, C, K, E).
+        visible: None for causal attention, C = S; or bool (B, C), the keys that every query of a sample may see.
+
+    Returns:
+        (B, S, N * E).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # PyTorch's float32 GPU kernels do not know grouped heads and would fall back to S x S scores in memory.
+    grouped = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and visible is None
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mask = None if visible is None else visible[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped)
+    return rearrange(out, "b n s e -> b s (n e)")
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
+
+    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes. On a CPU the processors (Pillow,
+    and torchvision's uint8 kernel) resize one axis, round, resize the other and round again, which moves about one
+    value in six by 1; Pillow begins with the axis that leaves fewer pixels. Floating frames are never rounded.
+
+    Args:
+        frames: (I, 3, H, W), uint8 in 0..255 or floating.
+
+    Returns:
+        (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
+        (beyond which bicubic may overshoot) otherwise.
+    """
+    pixels = _widen(frames)
+    if frames.shape[-2:] == (height, width):
+        return pixels
+    if frames.dtype != torch.uint8:
+        return _interpolate(pixels, height, width)
+    if frames.is_cuda:
+        return _interpolate(pixels, height, width).round_().clamp_(0, 255)
+    rows_first = height * frames.shape[-1] < width * frames.shape[-2]
+    between = (height, frames.shape[-1]) if rows_first else (frames.shape[-2], width)
+    for size in (between, (height, width)):
+        if pixels.shape[-2:] != size:
+            # Pillow rounds halves up.
+            pixels = _interpolate(pixels, *size).add_(0.5).floor_().clamp_(0, 255)
+    return pixels
+
+
+def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def patchify(
+    pixels: Tensor,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+) -> Tensor:
+    """Normalises frames and cuts them into the vision transformer's patches, in window order.
+
+    Args:
+        pixels: (I, 3, H, W), floating; H and W are multiples of `patch_size * merge`.
+        scale: Brings `pixels` to 0..1.
+        mean: (3, 1, 1), of pixels in 0..1.
+        std: (3, 1, 1).
+        window_order: (M,) the raster index of the merged cell at each place, from `VisionPlan`.
+        patch_size: Side of a patch in pixels.
+        merge: Side of a merged cell in patches.
+        repeat: Temporal patch size; a still image is repeated over it.
+
+    Returns:
+        (I, P, 3 * repeat * patch_size**2). Inside a merged cell patches are in raster order; inside a patch, values are
+        ordered by channel, time, row, column.
+    """
+    pixels = (pixels * scale - mean) / std
+    cells = rearrange(
+        pixels, "i c (h mh ph) (w mw pw) -> i (h w) (mh mw) c ph pw", mh=merge, mw=merge, ph=patch_size, pw=patch_size
+    )
+    cells = cells.index_select(1, window_order)[:, :, :, :, None]
+    return cells.expand(-1, -1, -1, -1, repeat, -1, -1).flatten(1, 2).flatten(2)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,1 @@
+"""The model's parts: processor, prompts, geometry, vision transformer, decoder."""

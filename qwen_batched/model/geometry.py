@@ -1,0 +1,129 @@
+"""Everything about an image that follows from its size alone: pure functions of ints.
+
+In: heights and widths. Out: the resized size, and the `VisionPlan` of a size: the order of its patches, its attention
+windows and its rotary tables, as tensors ready on a device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from qwen_batched.config import VisionConfig
+from qwen_batched.kernels.segments import Run
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """Geometry of one image of h x w merged cells (P patches, M = h * w cells) on one device.
+
+    Patches stand in window order: windows of equal shape back to back, full ones first; inside a window, cells in
+    raster order; inside a cell, patches in raster order. So every shape of window is one dense batch.
+
+    Attributes:
+        window_order: (M,) int64, the raster index of the cell at each place of the window order.
+        raster_order: (h, w) int64, the place in window order of each cell; the inverse of `window_order`.
+        windows: At most four runs (full, right edge, bottom edge, corner), in patches.
+        image: The whole image as one run.
+        cos: (P, head_dim / 2) float32, rotary table in window order: rows, then columns.
+        sin: (P, head_dim / 2) float32.
+    """
+
+    window_order: Tensor
+    raster_order: Tensor
+    windows: tuple[Run, ...]
+    image: tuple[Run]
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in merged cells."""
+        return tuple(self.raster_order.shape)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size to which transformers' Qwen2-VL image processor resizes: multiples of `factor` near the same aspect.
+
+    Python's `round` rounds halves to even, which is part of the rule (transformers, image_processing_qwen2_vl.py).
+
+    Raises:
+        ValueError: A side is below `factor`, or the aspect ratio is above 200.
+    """
+    if min(height, width) < factor:
+        raise ValueError(f"images must be at least {factor} x {factor} pixels, got {height} x {width}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"images must have an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width}")
+    rounded_height, rounded_width = round(height / factor) * factor, round(width / factor) * factor
+    if rounded_height * rounded_width > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        return tuple(max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    if rounded_height * rounded_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        return tuple(math.ceil(side * beta / factor) * factor for side in (height, width))
+    return rounded_height, rounded_width
+
+
+def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device) -> VisionPlan:
+    """The plan of an image of `h` x `w` merged cells."""
+    # Made on the host: the tables are small, and their values do not depend on the GPU's arithmetic.
+    with torch.device("cpu"):
+        cells, windows = _window_order(config, h, w)
+        raster_order = torch.argsort(cells).view(h, w)
+        cos, sin = _rotary_tables(config, rows=cells // w, columns=cells % w)
+    return VisionPlan(
+        window_order=cells.to(device),
+        raster_order=raster_order.to(device),
+        windows=windows,
+        image=(Run(start=0, count=1, length=h * w * config.cell_patches),),
+        cos=cos.to(device),
+        sin=sin.to(device),
+    )
+
+
+def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[Run, ...]]:
+    """Cells (raster index) in window order, and the runs of equal windows, in patches."""
+    side = config.window_cells
+    cells = torch.arange(h * w).view(h, w)
+    full_h, full_w = h - h % side, w - w % side
+    # (rows, columns, window height, window width) of the full, right edge, bottom edge and corner windows
+    areas = (
+        (slice(0, full_h), slice(0, full_w), side, side),
+        (slice(0, full_h), slice(full_w, w), side, w - full_w),
+        (slice(full_h, h), slice(0, full_w), h - full_h, side),
+        (slice(full_h, h), slice(full_w, w), h - full_h, w - full_w),
+    )
+    order, runs, start = [], [], 0
+    for rows, columns, window_h, window_w in areas:
+        area = cells[rows, columns]
+        if area.numel() == 0:
+            continue
+        order.append(rearrange(area, "(a y) (b x) -> (a b y x)", y=window_h, x=window_w))
+        length = window_h * window_w * config.cell_patches
+        run = Run(start, area.numel() * config.cell_patches // length, length)
+        runs.append(run)
+        start = run.stop
+    return torch.cat(order), tuple(runs)
+
+
+def _rotary_tables(config: VisionConfig, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (P, head_dim / 2): a quarter of the head turns with the patch's row, the next with its column."""
+    merge, axis_dim = config.spatial_merge_size, config.head_dim // 2
+    inner_rows, inner_columns = torch.arange(merge).repeat_interleave(merge), torch.arange(merge).repeat(merge)
+    rows_P = (rows[:, None] * merge + inner_rows).flatten()
+    columns_P = (columns[:, None] * merge + inner_columns).flatten()
+    inv_freq = inverse_frequencies(axis_dim, config.rope_theta)
+    angles = torch.cat([x[:, None].float() * inv_freq for x in (rows_P, columns_P)], dim=1)
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(dim: int, theta: float) -> Tensor:
+    """Rotary inverse frequencies (dim / 2,), float32 on the host whatever the model's dtype (arXiv:2104.09864)."""
+    with torch.device("cpu"):
+        return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

@@ -1,0 +1,133 @@
+"""What callers may pass: every check of frames, texts, masks and sizes, made before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qwen_batched.model.geometry import MAX_ASPECT_RATIO
+
+TEXT_NAMES = ("input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index")
+IMAGE_NAMES = ("pixel_values", "raster_order")
+Resize = str | tuple[int, int] | None
+
+
+def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tensor]:
+    """`images` as groups of cameras of one size, (B, V_g, 3, H, W) each, in camera order.
+
+    Raises:
+        TypeError: `images` is neither a tensor nor a list of tensors.
+        ValueError: Its shape, dtype or device is not as the contract says.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 5:
+            raise ValueError(f"images must be (B, n_cameras, 3, H, W), got {images.ndim} dimensions {_shape(images)}")
+        groups = [images]
+    elif isinstance(images, (list, tuple)) and all(isinstance(frames, Tensor) for frames in images):
+        if not images:
+            raise ValueError("images must hold at least one camera, got an empty list")
+        for camera, frames in enumerate(images):
+            if frames.ndim != 4:
+                raise ValueError(
+                    f"images[{camera}] must be (B, 3, H, W), got {frames.ndim} dimensions {_shape(frames)}"
+                )
+        groups = [frames[:, None] for frames in images]
+    else:
+        raise TypeError(f"images must be a tensor or a list of tensors, got {_describe(images)}")
+    for group in groups:
+        _check_group(group, min_side)
+    batches, devices = [group.shape[0] for group in groups], {group.device for group in groups}
+    if len(set(batches)) > 1:
+        raise ValueError(f"all cameras must have the same batch size, got {batches}")
+    if len(devices) > 1:
+        raise ValueError(f"all cameras must be on one device, got {sorted(map(str, devices))}")
+    return groups
+
+
+def _check_group(frames: Tensor, min_side: int) -> None:
+    batch, cameras, channels, height, width = frames.shape
+    if width == 3 or channels != 3:
+        hint = "; this looks like channels last" if width == 3 else ""
+        raise ValueError(f"images must have 3 channels before height and width, got {_shape(frames)}{hint}")
+    if batch == 0 or cameras == 0:
+        raise ValueError(f"images must hold at least one sample and one camera, got {_shape(frames)}")
+    if frames.dtype != torch.uint8 and not frames.dtype.is_floating_point:
+        raise ValueError(f"images must be uint8 (0..255) or floating (0..1), got {frames.dtype}")
+    if min(height, width) < min_side:
+        raise ValueError(f"images must be at least {min_side} x {min_side} pixels, got {height} x {width}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"images must have an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width}")
+
+
+def check_texts(texts: Sequence[str], batch: int | None) -> int:
+    """The number of texts. Raises `TypeError` or `ValueError` where it is not a list of `batch` strings."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts must be a list of str, got {_describe(texts)}")
+    if not texts:
+        raise ValueError("texts must hold at least one text, got an empty list")
+    if batch is not None and len(texts) != batch:
+        raise ValueError(f"texts must hold one text per sample, got {len(texts)} texts for {batch} samples of images")
+    return len(texts)
+
+
+def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: torch.device) -> None:
+    """Raises `TypeError` or `ValueError` where the mask is not bool (batch, cameras) on the host or on `device`."""
+    if not isinstance(camera_mask, Tensor):
+        raise TypeError(f"camera_mask must be a bool tensor, got {_describe(camera_mask)}")
+    if camera_mask.dtype != torch.bool or camera_mask.shape != (batch, cameras):
+        raise ValueError(
+            f"camera_mask must be bool ({batch}, {cameras}), got {camera_mask.dtype} {_shape(camera_mask)}"
+        )
+    check_device("camera_mask", camera_mask, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises `ValueError` where `tensor` is neither on the host nor on `device`."""
+    if tensor.device.type != "cpu" and tensor.device != device:
+        raise ValueError(f"{name} must be on the host or on {device}, got {tensor.device}")
+
+
+def check_resize(resize: Resize, factor: int) -> None:
+    """Raises `TypeError` or `ValueError` where `resize` is not "hf", None or a size in multiples of `factor`."""
+    if resize is None or (isinstance(resize, str) and resize == "hf"):
+        return
+    if not isinstance(resize, (tuple, list)) or len(resize) != 2 or any(type(side) is not int for side in resize):
+        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {resize!r}")
+    if any(side < factor or side % factor for side in resize):
+        raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
+
+
+def check_batch(batch: Mapping[str, object]) -> None:
+    """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
+    unknown = sorted(set(batch) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_mask"})
+    if unknown:
+        raise TypeError(f"forward() got unexpected arguments {unknown}")
+    expected = TEXT_NAMES if "pixel_values" not in batch else (*TEXT_NAMES, *IMAGE_NAMES)
+    missing = [name for name in expected if name not in batch]
+    if missing or ("raster_order" in batch and "pixel_values" not in batch):
+        raise ValueError(f"a processor's batch must hold {expected}, got {sorted(batch)}")
+    input_ids = batch["input_ids"]
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise ValueError("input_ids must be a tensor (B, S)")
+    for name in TEXT_NAMES:
+        shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
+        dtype = torch.bool if name == "attention_mask" else torch.int64
+        value = batch[name]
+        if not isinstance(value, Tensor) or _shape(value) != shape or value.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {_describe_tensor(value)}")
+
+
+def _describe_tensor(value: object) -> str:
+    return f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
+    return type(value).__name__

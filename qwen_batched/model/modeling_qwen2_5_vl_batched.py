@@ -1,0 +1,451 @@
+"""Qwen2.5-VL's two networks, batched.
+
+BatchedVisionTransformer: patches of all images, in window order -> features (B, V, h, w, D), row-major.
+BatchedDecoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for.
+
+Shape letters: B samples, V cameras, I = B * V images, P patches of an image, M = h * w merged cells of an image,
+T patches of all images back to back, S tokens of a sequence, C vision width, D text width, N query heads,
+K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from qwen_batched.cache import LRUCache
+from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
+from qwen_batched.kernels import ops
+from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan
+from qwen_batched.model.kv_cache import KVCache
+from qwen_batched.model.layers import AddRMSNorm, SwiGLU
+from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
+
+# transformers' vision transformer takes this from no config.
+VISION_NORM_EPS = 1e-6
+MAX_PLANS = 64
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """`count` images of one size, back to back."""
+
+    count: int
+    plan: VisionPlan
+
+    @property
+    def patches(self) -> int:
+        return self.count * self.plan.image[0].length
+
+
+class BatchedVisionTransformer(nn.Module):
+    """The vision tower: windowed attention in most blocks, attention over each whole image in a few.
+
+    Every image attends to itself only. Linear layers run over the patches of all images at once; attention runs as
+    dense batches of equal windows, so memory grows linearly with the number of images.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+        self._plans = LRUCache(MAX_PLANS)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    ) -> BatchedVisionTransformer:
+        """The vision transformer of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        checkpoint = Checkpoint.open(name)
+        config = QwenVLConfig.from_dict(checkpoint.config)
+        return load_weights(
+            build_on_meta(lambda: cls(config.vision)),
+            checkpoint.folder,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            device=device,
+            prefix=VISION_PREFIX,
+            skip=lambda name: name.startswith((TEXT_PREFIX, HEAD_NAME)),
+        ).eval()
+
+    def plan(self, h: int, w: int, device: torch.device) -> VisionPlan:
+        """The geometry of an image of `h` x `w` merged cells, made once."""
+        return self._plans.get((h, w, device), lambda: make_vision_plan(self.config, h, w, device))
+
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        raster_order: Tensor | Sequence[Tensor],
+        camera_mask: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
+        """Features of a batch of images, as `TensorProcessor` prepares them.
+
+        Args:
+            pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ.
+            raster_order: (h, w), or V tensors (h_v, w_v): the place in window order of each merged cell. Its shape is
+                the images' grid, so that geometry is known without reading the device.
+            camera_mask: Bool (B, V), False where the camera is absent; those features are zero.
+            layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
+                of these blocks; later blocks are not run.
+
+        Returns:
+            (B, V, h, w, D), or V tensors (B, h_v, w_v, D) when sizes differ. With `layers`, a list of one such item
+            per layer, of patches: (B, V, 2h, 2w, C).
+
+        Raises:
+            ValueError: Shapes do not fit together, or a layer is out of range.
+        """
+        uniform = isinstance(pixel_values, Tensor)
+        wanted = None if layers is None else resolve_layers(layers, self.config.depth)
+        groups = self._groups(pixel_values, raster_order)
+        pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
+        batch = pixel_values.shape[0] if uniform else pixels[0].shape[0]
+        x_TC = self.patch_embed(_back_to_back(pixels))
+        outputs_TC = self._run_blocks(x_TC, groups, wanted)
+        if wanted is None:
+            tokens = [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
+        else:
+            merge = self.config.spatial_merge_size
+            tokens = [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
+        features = [_by_camera(images, batch, camera_mask, uniform) for images in tokens]
+        return features[0] if layers is None else features
+
+    def _groups(
+        self, pixel_values: Tensor | Sequence[Tensor], raster_order: Tensor | Sequence[Tensor]
+    ) -> tuple[ImageGroup, ...]:
+        """The images by size, with their plans; checks that pixels and grids fit."""
+        if isinstance(pixel_values, Tensor) != isinstance(raster_order, Tensor):
+            raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
+        if isinstance(pixel_values, Tensor):
+            if pixel_values.ndim != 4:
+                raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {tuple(pixel_values.shape)}")
+            pairs = [(pixel_values.flatten(0, 1), raster_order)]
+        else:
+            if len(pixel_values) != len(raster_order) or len(pixel_values) == 0:
+                raise ValueError(
+                    f"expected one raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras"
+                )
+            pairs = list(zip(pixel_values, raster_order, strict=True))
+        return tuple(self._group(pixels, order) for pixels, order in pairs)
+
+    def _group(self, pixels_IPX: Tensor, raster_order: Tensor) -> ImageGroup:
+        if raster_order.ndim != 2:
+            raise ValueError(f"raster_order must be (h, w), got {tuple(raster_order.shape)}")
+        plan = self.plan(*raster_order.shape, pixels_IPX.device)
+        expected = (plan.image[0].length, self.config.patch_dim)
+        if pixels_IPX.ndim != 3 or tuple(pixels_IPX.shape[1:]) != expected:
+            raise ValueError(
+                f"a grid of {tuple(raster_order.shape)} merged cells needs (patches, patch_dim) = {expected}, "
+                f"got pixel_values {tuple(pixels_IPX.shape)}"
+            )
+        return ImageGroup(pixels_IPX.shape[0], plan)
+
+    def _run_blocks(
+        self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: list[int] | None
+    ) -> list[Tensor] | tuple[Tensor, Tensor]:
+        """The `wanted` blocks' outputs; with None, the last block's update and residual stream, for the merger."""
+        update, residual = x_TC, None
+        outputs = {}
+        depth = self.config.depth if wanted is None else max(wanted) + 1
+        for index, block in enumerate(self.blocks[:depth]):
+            whole_image = index in self.config.fullatt_block_indexes
+            update, residual = block(update, residual, groups, whole_image)
+            if wanted is not None and index in wanted:
+                outputs[index] = residual + update
+        return (update, residual) if wanted is None else [outputs[index] for index in wanted]
+
+    def _in_raster_order(self, x: Tensor, groups: tuple[ImageGroup, ...], patch_rows: int) -> list[Tensor]:
+        """Tokens of all images in window order to one (count, rows, columns, width) per group, row-major.
+
+        A merged cell holds `patch_rows` x `patch_rows` tokens.
+        """
+        cell = patch_rows**2
+        parts = x.split([group.count * group.plan.raster_order.numel() * cell for group in groups])
+        return [_to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
+
+
+def _back_to_back(parts: Sequence[Tensor]) -> Tensor:
+    """Tokens (count, P, width) of each group to (T, width)."""
+    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _to_raster(x: Tensor, group: ImageGroup, patch_rows: int) -> Tensor:
+    h, w = group.plan.grid
+    cells = rearrange(x, "(i m a) c -> i m a c", i=group.count, a=patch_rows**2)
+    cells = cells.index_select(1, group.plan.raster_order.flatten())
+    return rearrange(cells, "i (h w) (y x) c -> i (h y) (w x) c", h=h, w=w, y=patch_rows, x=patch_rows)
+
+
+def _by_camera(images: list[Tensor], batch: int, camera_mask: Tensor | None, uniform: bool) -> Tensor | list[Tensor]:
+    """One (B * V, h, w, D) to (B, V, h, w, D); one (B, h, w, D) per camera stays so. Absent cameras become zero."""
+    if uniform:
+        features = images[0].unflatten(0, (batch, -1))
+        return features if camera_mask is None else features.masked_fill(~camera_mask[:, :, None, None, None], 0)
+    if camera_mask is None:
+        return images
+    absent = ~camera_mask[:, :, None, None, None]
+    return [features.masked_fill(absent[:, camera], 0) for camera, features in enumerate(images)]
+
+
+class VisionBlock(nn.Module):
+    """Attention and MLP, each added to the residual stream by the next norm."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
+        self.attn = VisionAttention(config)
+        self.norm2 = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(
+        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
+    ) -> tuple[Tensor, Tensor]:
+        x_TC, residual_TC = self.norm1(update_TC, residual_TC)
+        x_TC, residual_TC = self.norm2(self.attn(x_TC, groups, whole_image), residual_TC)
+        return self.mlp(x_TC), residual_TC
+
+
+class VisionAttention(nn.Module):
+    """Attention within windows or whole images."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
+        parts = self.qkv(x_TC).split([group.patches for group in groups])
+        outs = [self._attend(qkv, group, whole_image) for qkv, group in zip(parts, groups, strict=True)]
+        return self.proj(_back_to_back(outs))
+
+    def _attend(self, qkv: Tensor, group: ImageGroup, whole_image: bool) -> Tensor:
+        plan = group.plan
+        runs = plan.image if whole_image else plan.windows
+        out_IPC = ops.rotary_attention(qkv.unflatten(0, (group.count, -1)), plan.cos, plan.sin, runs, self.num_heads)
+        return out_IPC
+
+
+class PatchEmbed(nn.Module):
+    """Patches (T, patch_dim) to (T, C)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+
+class PatchMerger(nn.Module):
+    """Joins the patches of each merged cell: (T, C) to (T / cell_patches, D)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size * config.cell_patches
+        self.cell_patches = config.cell_patches
+        self.ln_q = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size))
+
+    def forward(self, update_TC: Tensor, residual_TC: Tensor) -> Tensor:
+        x_TC, _ = self.ln_q(update_TC, residual_TC)
+        return self.mlp(rearrange(x_TC, "(m a) c -> m (a c)", a=self.cell_patches))
+
+
+class BatchedDecoder(nn.Module):
+    """The language model: causal grouped-query attention with multimodal rope.
+
+    Inside, every sample's tokens stand first and padding last. Causal attention then never sees padding, and needs no
+    mask; whichever side the caller pads on, the same numbers come out.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._tables = LRUCache(MAX_PLANS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        num_layers: int | None = None,
+    ) -> BatchedDecoder:
+        """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        checkpoint = Checkpoint.open(name)
+        stored = QwenVLConfig.from_dict(checkpoint.config)
+        config = stored if num_layers is None else stored.truncated(num_layers)
+        model = build_on_meta(lambda: cls(config.text))
+        names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
+        unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
+        return load_weights(
+            model,
+            checkpoint.folder,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            device=device,
+            prefix=TEXT_PREFIX,
+            skip=lambda name: unread(name) or name.startswith((VISION_PREFIX, HEAD_NAME)),
+        ).eval()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        layers: Sequence[int] = (-1,),
+        norm: str = "post",
+        cache: KVCache | None = None,
+    ) -> list[Tensor]:
+        """Hidden states of the `layers` asked for; blocks above the highest are not run.
+
+        Args:
+            inputs_embeds: (B, S, D).
+            position_ids: Int64 (3, B, S): temporal, height and width positions.
+            attention_mask: Bool (B, S), False on padding, which may stand anywhere.
+            layers: 0 is `inputs_embeds`, k the output of block k, the number of blocks (or -1) the last output.
+            norm: "post" applies the final norm to the last output, "pre" leaves it out.
+            cache: Takes the keys and values of the tokens.
+
+        Returns:
+            One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
+
+        Raises:
+            ValueError: A layer is out of range, `norm` is unknown, or shapes do not fit together.
+        """
+        wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
+        check_norm(norm)
+        _check_decoder_inputs(inputs_embeds, position_ids, attention_mask)
+        order_BS = torch.argsort((~attention_mask).to(torch.uint8), dim=1, stable=True)
+        back_BS = torch.argsort(order_BS, dim=1)
+        x_BSD = _reorder(inputs_embeds, order_BS)
+        rope = self._rope(position_ids.gather(2, order_BS.expand(3, -1, -1)))
+
+        hidden_states = self._run_blocks(x_BSD, rope, wanted, norm, cache)
+        if cache is not None:
+            cache.end_prompt(attention_mask.sum(dim=1))
+        return [_reorder(x_BSD, back_BS) for x_BSD in hidden_states]
+
+    def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Last hidden states (B, D) of the token (B, 1, D) at positions (3, B, 1) that follows those in `cache`."""
+        rope = self._rope(position_ids)
+        hidden_states = self._run_blocks(inputs_embeds, rope, [self.config.num_hidden_layers], "post", cache)
+        cache.end_token()
+        return hidden_states[0][:, 0]
+
+    def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        device = position_ids.device
+        inv_freq = self._tables.get(
+            ("inv_freq", device), lambda: inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
+        )
+        return ops.mrope_tables(position_ids, inv_freq, self.config.mrope_section)
+
+    def _run_blocks(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], wanted: list[int], norm: str, cache: KVCache | None
+    ) -> list[Tensor]:
+        last = self.config.num_hidden_layers
+        update, residual = x_BSD, None
+        outputs = {0: x_BSD}
+        for index, block in enumerate(self.layers[: max(wanted)], start=1):
+            update, residual = block(update, residual, rope, cache)
+            if index in wanted and index < last:
+                outputs[index] = residual + update
+        if last in wanted:
+            normed, stream = self.norm(update, residual)
+            outputs[last] = normed if norm == "post" else stream
+        return [outputs[index] for index in wanted]
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP, each added to the residual stream by the next norm."""
+
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config, index)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(
+        self, update_BSD: Tensor, residual_BSD: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        x_BSD, residual_BSD = self.input_layernorm(update_BSD, residual_BSD)
+        x_BSD, residual_BSD = self.post_attention_layernorm(self.self_attn(x_BSD, rope, cache), residual_BSD)
+        return self.mlp(x_BSD), residual_BSD
+
+
+class DecoderAttention(nn.Module):
+    """Causal grouped-query attention with multimodal rope."""
+
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        q_BSNE, k_BSKE, v_BSKE = (
+            projection(x_BSD).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BSNE, k_BSKE = ops.mrope(q_BSNE, k_BSKE, *rope)
+        visible = None
+        if cache is not None:
+            k_BSKE, v_BSKE = cache.update(self.index, k_BSKE, v_BSKE)
+            visible = cache.visible
+        return self.o_proj(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible))
+
+
+def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
+    """`layers` as indices 0 to `size` - 1; negative ones count from the end.
+
+    Raises:
+        TypeError: `layers` is not a list or tuple of ints.
+        ValueError: It is empty, or an index is out of range.
+    """
+    if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
+        raise TypeError(f"layers must be a list or tuple of ints, got {layers!r}")
+    if not layers or not all(-size <= layer < size for layer in layers):
+        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {tuple(layers)}")
+    return [layer % size for layer in layers]
+
+
+def check_norm(norm: str) -> None:
+    """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
+    if norm not in ("post", "pre"):
+        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+
+
+def _check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor) -> None:
+    if inputs_embeds.ndim != 3:
+        raise ValueError(f"inputs_embeds must be (B, S, D), got {tuple(inputs_embeds.shape)}")
+    batch, length = inputs_embeds.shape[:2]
+    if position_ids.shape != (3, batch, length) or attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"inputs_embeds {tuple(inputs_embeds.shape)} needs position_ids (3, {batch}, {length}) and attention_mask "
+            f"({batch}, {length}), got {tuple(position_ids.shape)} and {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
+
+
+def _reorder(x_BSD: Tensor, order_BS: Tensor) -> Tensor:
+    return x_BSD.gather(1, order_BS[..., None].expand(-1, -1, x_BSD.shape[-1]))

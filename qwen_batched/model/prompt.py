@@ -1,0 +1,116 @@
+"""Text and a layout -> token ids, with one image token per camera.
+
+The layout's special tokens are control tokens; whatever the user's text contains stays text. So the layout is cut at
+its special tokens, and the stretches between, with the text put in, are tokenised whole by a tokenizer that knows no
+special tokens: the pieces merge at their seams as in transformers' own rendering of the template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from qwen_batched.cache import LRUCache
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+# Stands for the user's text while a layout is rendered and cut; from Unicode's private use area.
+TEXT_MARK = "\ue000text\ue001"
+MAX_LAYOUTS = 256
+
+
+class PromptEncoder:
+    """Tokenises prompts for one checkpoint."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, image_token_id: int) -> None:
+        """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
+
+        Raises:
+            ValueError: The tokenizer is not a fast one, or its image token is not the model's.
+        """
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {type(tokenizer).__name__}"
+            )
+        self.tokenizer = tokenizer
+        self.image_token_id = image_token_id
+        self.chat_template = chat_template or tokenizer.chat_template
+        self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._special_ids = tokenizer.get_added_vocab()
+        if self._special_ids.get("<|image_pad|>") != image_token_id:
+            raise ValueError(
+                f"config.json's image_token_id is {image_token_id}, but the tokenizer's <|image_pad|> is "
+                f"{self._special_ids.get('<|image_pad|>')}"
+            )
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._text_tokenizer = _without_special_tokens(tokenizer)
+        self._layouts = LRUCache(MAX_LAYOUTS)
+
+    def encode(self, text: str, template: str, cameras: int) -> list[int]:
+        """Token ids of one prompt with `cameras` image tokens, not yet repeated for each image cell."""
+        layout = self._layouts.get((template, cameras), lambda: self._layout(template, cameras))
+        ids: list[int] = []
+        for piece in layout:
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                piece = piece.replace(TEXT_MARK, text)
+                ids.extend(self._text_tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
+
+    def check_template(self, template: str) -> None:
+        """Raises `TypeError` or `ValueError` where `template` is no layout."""
+        if not isinstance(template, str):
+            raise TypeError(f"template must be 'chat', 'plain' or a string, got {type(template).__name__}")
+        if template == "chat" and self.chat_template is None:
+            raise ValueError("template='chat' needs a chat template, and the checkpoint has none")
+        if template in ("chat", "plain"):
+            return
+        for field in ("{images}", "{text}"):
+            if template.count(field) != 1:
+                raise ValueError(
+                    f"template must be 'chat', 'plain' or hold {field} once, got {template!r} "
+                    f"({template.count(field)} times)"
+                )
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated tokens, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _layout(self, template: str, cameras: int) -> tuple[int | str, ...]:
+        """The layout cut at its special tokens: ids, and strings of which one holds `TEXT_MARK`."""
+        self.check_template(template)
+        if template == "chat":
+            rendered = self._render_chat(cameras)
+        elif template == "plain":
+            rendered = " ".join([TEXT_MARK] + [IMAGE] * cameras)
+        else:
+            rendered = template.replace("{text}", TEXT_MARK).replace("{images}", IMAGE * cameras)
+        pieces = [piece for piece in self._special_pattern.split(rendered) if piece]
+        layout = tuple(self._special_ids.get(piece, piece) for piece in pieces)
+        images, texts = layout.count(self.image_token_id), rendered.count(TEXT_MARK)
+        if images != cameras or texts != 1:
+            raise ValueError(
+                f"template {template!r} must lay out {cameras} images and 1 text, got {images} images and {texts} texts"
+            )
+        return layout
+
+    def _render_chat(self, cameras: int) -> str:
+        content = [{"type": "image"}] * cameras + [{"type": "text", "text": TEXT_MARK}]
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The same tokenizer, to which every string is text."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = []
+    state["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(state))

@@ -1,0 +1,302 @@
+"""Camera frames and texts -> everything the model needs, as tensors on the frames' device.
+
+frames (B, V, 3, H, W) -> resize -> normalise -> patches in window order (B, V, P, patch_dim)
+texts -> token ids -> sequences with a place for each image cell (B, S), rope positions (3, B, S)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qwen_batched.cache import LRUCache
+from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.config import ImageConfig, QwenVLConfig
+from qwen_batched.kernels import ops
+from qwen_batched.model.geometry import VisionPlan, make_vision_plan, smart_resize
+from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
+from qwen_batched.model.prompt import PromptEncoder
+from qwen_batched.model.sequence import NO_TOKEN, Sequences, expand_prompts
+
+Grid = tuple[int, int]  # height and width of an image in merged cells
+MAX_CACHED_TEXTS = 4096
+MAX_CACHED_TABLES = 256
+
+
+class TensorProcessor:
+    """Prepares batches on the frames' device: no PIL, no numpy, no loop over images, no value read back."""
+
+    def __init__(
+        self, config: QwenVLConfig, image: ImageConfig, prompts: PromptEncoder, padding_side: str = "left"
+    ) -> None:
+        """Takes what the checkpoint says of its model, its images and its prompts.
+
+        Raises:
+            ValueError: The two configurations disagree on the patches, or `padding_side` is unknown.
+        """
+        vision = config.vision
+        patches = (image.patch_size, image.merge_size, image.temporal_patch_size)
+        if patches != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
+            raise ValueError(
+                "preprocessor_config.json and config.json disagree on (patch_size, merge_size, temporal_patch_size): "
+                f"{patches} and {(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)}"
+            )
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        self.config = config
+        self.image = image
+        self.prompts = prompts
+        self.padding_side = padding_side
+        self._token_ids = LRUCache(MAX_CACHED_TEXTS)
+        self._tables = LRUCache(MAX_CACHED_TABLES)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        padding_side: str = "left",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> TensorProcessor:
+        """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
+        return cls.from_checkpoint(Checkpoint.open(name), padding_side, min_pixels, max_pixels)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        padding_side: str = "left",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> TensorProcessor:
+        """The processor of an opened checkpoint.
+
+        Raises:
+            ValueError: The folder lacks a file, or says something that this package does not implement.
+        """
+        config = QwenVLConfig.from_dict(checkpoint.config)
+        if checkpoint.preprocessor is None:
+            raise ValueError(f"checkpoint folder {checkpoint.folder} has no preprocessor_config.json")
+        image = ImageConfig.from_dict(checkpoint.preprocessor)
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        image = replace(image, **{key: value for key, value in given.items() if value is not None})
+        prompts = PromptEncoder(_load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
+        return cls(config, image, prompts, padding_side)
+
+    def __call__(
+        self,
+        images: Tensor | Sequence[Tensor] | None,
+        texts: Sequence[str] | None = None,
+        camera_mask: Tensor | None = None,
+        *,
+        template: str = "chat",
+        resize: Resize = "hf",
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """A batch for `QwenBatchedVL.forward(**batch)`.
+
+        Args:
+            images: (B, V, 3, H, W), RGB, uint8 in 0..255 or floating in 0..1; or V tensors (B, 3, H_i, W_i); or None.
+            texts: B strings; None for images alone.
+            camera_mask: Bool (B, V), False where a camera is absent; None where none is.
+            template: "chat", "plain", or a layout with `{images}` and `{text}`.
+            resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
+                already have a size that the model takes.
+            device: Where the batch goes; None for the frames' device, or the CPU without frames.
+            dtype: Of the pixels.
+
+        Returns:
+            With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (h, w), see
+            `BatchedVisionTransformer.forward`; both are lists of one per camera when the feature grids differ.
+            `camera_mask`, where one was given. With texts: the fields of `Sequences`.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described, or a prompt is longer than the model's maximum.
+        """
+        groups, device = self._check_images(images, camera_mask, resize, device)
+        batch_size = groups[0].shape[0] if groups else None
+        if groups is None and texts is None:
+            raise ValueError("there must be images or texts, got neither")
+        if texts is not None:
+            check_texts(texts, batch_size)
+            self.prompts.check_template(template)
+        sizes = [self._target_size(group, resize) for group in groups or () for _ in range(group.shape[1])]
+        factor = self.config.vision.cell_size
+        grids = tuple((height // factor, width // factor) for height, width in sizes)
+        prompts = None if texts is None else self._prompts(texts, template, grids, camera_mask, device)
+
+        batch: dict[str, Tensor | list[Tensor]] = {}
+        camera_mask = self._mask_on_device(camera_mask, device)
+        if groups is not None:
+            batch.update(self._pixels(groups, grids, camera_mask, device, dtype))
+        if camera_mask is not None:
+            batch["camera_mask"] = camera_mask
+        if prompts is not None:
+            batch.update(vars(self._sequences(*prompts, grids, camera_mask, device)))
+        return batch
+
+    def _check_images(
+        self,
+        images: Tensor | Sequence[Tensor] | None,
+        camera_mask: Tensor | None,
+        resize: Resize,
+        device: torch.device | None,
+    ) -> tuple[list[Tensor] | None, torch.device]:
+        """The cameras' frames by size, and the device of the batch."""
+        factor = self.config.vision.cell_size
+        check_resize(resize, factor)
+        if images is None:
+            if camera_mask is not None:
+                raise ValueError("camera_mask needs images, got images=None")
+            return None, torch.device(device or "cpu")
+        groups = check_frames(images, min_side=factor)
+        device = groups[0].device if device is None else torch.device(device)
+        check_device("images", groups[0], device)
+        if camera_mask is not None:
+            cameras = sum(group.shape[1] for group in groups)
+            check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
+        return groups, device
+
+    def _target_size(self, frames: Tensor, resize: Resize) -> tuple[int, int]:
+        """The size in pixels at which the vision transformer sees these frames."""
+        height, width = frames.shape[-2:]
+        factor = self.config.vision.cell_size
+        if resize is None:
+            if height % factor or width % factor:
+                raise ValueError(f"resize=None needs frames in multiples of {factor} pixels, got {height} x {width}")
+            return height, width
+        if resize == "hf":
+            return smart_resize(height, width, factor, self.image.min_pixels, self.image.max_pixels)
+        return tuple(resize)
+
+    def _pixels(
+        self,
+        groups: list[Tensor],
+        grids: tuple[Grid, ...],
+        camera_mask: Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """`pixel_values` and `raster_order`."""
+        patches, camera = [], 0
+        for group in groups:
+            plan = self._plan(grids[camera], device)
+            mask = None if camera_mask is None else camera_mask[:, camera : camera + group.shape[1]]
+            patches.append(self._patches(group.to(device, non_blocking=True), plan, mask).to(dtype))
+            camera += group.shape[1]
+        if len(set(grids)) == 1:
+            raster_order = self._plan(grids[0], device).raster_order
+            return {"pixel_values": torch.cat(patches, dim=1), "raster_order": raster_order.clone()}
+        return {
+            "pixel_values": [part[:, 0] for part in patches],
+            "raster_order": [self._plan(grid, device).raster_order.clone() for grid in grids],
+        }
+
+    def _patches(self, frames: Tensor, plan: VisionPlan, mask: Tensor | None) -> Tensor:
+        """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
+        vision = self.config.vision
+        height, width = (side * vision.cell_size for side in plan.grid)
+        mean, std = self._normalisation(frames.device)
+        patches = ops.patchify(
+            ops.resize(frames.flatten(0, 1), height, width),
+            scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
+            mean=mean,
+            std=std,
+            window_order=plan.window_order,
+            patch_size=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            repeat=vision.temporal_patch_size,
+        ).unflatten(0, frames.shape[:2])
+        return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
+
+    def _prompts(
+        self,
+        texts: Sequence[str],
+        template: str,
+        grids: tuple[Grid, ...],
+        camera_mask: Tensor | None,
+        device: torch.device,
+    ) -> tuple[Tensor, int]:
+        """Prompts as `expand_prompts` takes them, and the length that holds them all when expanded."""
+        cells = [h * w for h, w in grids]
+        if camera_mask is None or camera_mask.device.type == "cpu":
+            present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
+            rows = [self._ids(text, template, sum(row), device) for text, row in zip(texts, present, strict=True)]
+            spans = [sum(n for n, here in zip(cells, row, strict=True) if here) - sum(row) for row in present]
+            length = max(len(row) + span for row, span in zip(rows, spans, strict=True))
+            prompts = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
+        else:
+            prompts, length = self._prompts_by_device_mask(texts, template, cells, camera_mask)
+        limit = self.config.text.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"a prompt must have at most {limit} tokens, images included, got {length}")
+        return prompts, length
+
+    def _prompts_by_device_mask(
+        self, texts: Sequence[str], template: str, cells: list[int], camera_mask: Tensor
+    ) -> tuple[Tensor, int]:
+        """The same where only the device knows the mask: every number of cameras is laid out, the device chooses."""
+        counts = range(len(cells) + 1)
+        rows = [self._ids(text, template, count, camera_mask.device) for text in texts for count in counts]
+        largest = sorted(cells, reverse=True)
+        spans = [sum(largest[:count]) - count for count in counts] * len(texts)
+        length = max(len(row) + span for row, span in zip(rows, spans, strict=True))
+        options = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN).unflatten(0, (len(texts), len(counts)))
+        chosen = camera_mask.sum(dim=1)[:, None, None].expand(-1, 1, options.shape[-1])
+        return options.gather(1, chosen)[:, 0], length
+
+    def _sequences(
+        self, prompts: Tensor, length: int, grids: tuple[Grid, ...], camera_mask: Tensor | None, device: torch.device
+    ) -> Sequences:
+        table = self._tables.get((grids, device), lambda: torch.tensor(grids, device=device).reshape(-1, 2))
+        return expand_prompts(
+            prompts,
+            table,
+            camera_mask,
+            image_token_id=self.config.image_token_id,
+            pad_token_id=self.prompts.pad_token_id,
+            length=length,
+            padding_side=self.padding_side,
+        )
+
+    def _ids(self, text: str, template: str, cameras: int, device: torch.device) -> Tensor:
+        """Token ids on the device, copied there the first time only."""
+
+        def make() -> Tensor:
+            ids = torch.tensor(self.prompts.encode(text, template, cameras), dtype=torch.int64)
+            return ids.to(device, non_blocking=True)
+
+        return self._token_ids.get((text, template, cameras, device), make)
+
+    def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        """A host mask on the device, copied there the first time only."""
+        if camera_mask is None or camera_mask.device == device:
+            return camera_mask
+        rows = tuple(map(tuple, camera_mask.tolist()))
+        return self._tables.get((rows, device), lambda: camera_mask.to(device)).clone()
+
+    def _plan(self, grid: Grid, device: torch.device) -> VisionPlan:
+        return self._tables.get(("plan", grid, device), lambda: make_vision_plan(self.config.vision, *grid, device))
+
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
+            mean, std = (
+                torch.tensor(values, device=device) for values in (self.image.image_mean, self.image.image_std)
+            )
+            return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+        return self._tables.get(("normalisation", device), make)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
+        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer: {error}") from error
