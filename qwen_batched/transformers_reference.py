@@ -1,0 +1,306 @@
+"""In: the frames and the text of one sample.
+Out: what transformers' own Qwen2.5-VL makes of them: hidden states, logits, image features, rope positions.
+
+The yardstick of this package: unbatched, unpadded, and free of this package's own code. It runs with transformers 4.51
+to 5.x except for versions known to be wrong; what differs between them is in the small functions at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from PIL import Image
+from torch import Tensor, nn
+from transformers.utils import is_torchvision_available
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+# (first release, last release, what is wrong with them)
+KNOWN_WRONG_RELEASES = (
+    ((4, 53), (4, 55), "their text positions are wrong"),
+    ((5, 3, 0), (5, 5, 3), "they multiply the temporal position of still images by tokens_per_second"),
+)
+
+
+def check_reference_version(version: str = transformers.__version__) -> None:
+    """Refuses transformers releases whose Qwen2.5-VL is known to be wrong.
+
+    Raises:
+        RuntimeError: Saying what is wrong.
+    """
+    release = Version(version).release
+    for first, last, reason in KNOWN_WRONG_RELEASES:
+        # Compared at the length of each bound, so that 4.55 covers every 4.55.x.
+        if first <= release[: len(first)] and release[: len(last)] <= last:
+            span = f"{'.'.join(map(str, first))} to {'.'.join(map(str, last))}"
+            raise RuntimeError(f"transformers {version} cannot be the reference: {span} are refused, {reason}")
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """What transformers computed for one sample of S tokens.
+
+    Attributes:
+        hidden_states: L + 1 times (1, S, D): the input embeddings, then every decoder block's output, of which the
+            last one is after the final norm.
+        logits: (1, S, vocabulary).
+        image_features: For each image (h * w, D), cells in raster order.
+        position_ids: (3, 1, S), temporal, height and width.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    logits: Tensor
+    image_features: list[Tensor]
+    position_ids: Tensor
+
+
+class TransformersReference:
+    """transformers' model, tokenizer and image processor of one checkpoint. All three may be used directly."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
+        check_reference_version()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.visual = _visual(model)
+        self.decoder = _decoder(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attn_implementation: str = "sdpa",
+    ) -> TransformersReference:
+        """Loads a checkpoint folder or hub id.
+
+        Raises:
+            RuntimeError: When the installed transformers is known to be wrong.
+        """
+        check_reference_version()
+        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, attn_implementation=attn_implementation, **{_dtype_argument(): dtype}
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return cls(model.to(device).eval(), tokenizer, _image_processor(folder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def processor_inputs(self, frames: Sequence[Tensor], text: str, template: str = "chat") -> dict[str, Tensor]:
+        """Returns what a transformers user would pass to the model: `run(**inputs)` and `greedy(inputs)` take it.
+
+        As for any such user, a control token's name inside `text` becomes that control token.
+
+        Args:
+            frames: One uint8 image (3, H, W) for each camera.
+            text: The user's text.
+            template: "chat" (the checkpoint's), "plain" (text first, then the images), or a string with {images}
+                and {text} in it.
+
+        Returns:
+            input_ids (1, S), and with frames also pixel_values (patches, patch size) and image_grid_thw (images, 3).
+        """
+        prompt = self.prompt(len(frames), text, template)
+        if not frames:
+            return {"input_ids": self._token_ids(prompt)}
+        images = self.image_processor(images=[_as_pil(frame) for frame in frames], return_tensors="pt")
+        grid = images["image_grid_thw"]
+        cells = grid.prod(-1) // self.image_processor.merge_size**2
+        return {
+            "input_ids": self._token_ids(_with_image_tokens(prompt, cells.tolist())),
+            "pixel_values": images["pixel_values"].to(self.device),
+            "image_grid_thw": grid.to(self.device),
+        }
+
+    def prompt(self, n_images: int, text: str, template: str = "chat") -> str:
+        """Returns the prompt with one image token for each image, as it is before those are multiplied."""
+        image = VISION_START + IMAGE_PAD + VISION_END
+        if template == "chat":
+            content = [{"type": "image"}] * n_images + [{"type": "text", "text": text}]
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        if template == "plain":
+            return " ".join([text] + [image] * n_images)
+        if "{images}" not in template or "{text}" not in template:
+            raise ValueError(f"expected 'chat', 'plain' or a string with {{images}} and {{text}}, got {template!r}")
+        # The text goes in last: it may hold "{images}" itself.
+        return template.replace("{images}", image * n_images).replace("{text}", text)
+
+    @torch.no_grad()
+    def run(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
+    ) -> ReferenceOutput:
+        """Runs one sample.
+
+        Args:
+            input_ids: (1, S), one image token for each merged cell of each image.
+            pixel_values: (patches, patch size) in transformers' patch order; None: no image.
+            image_grid_thw: (images, 3), each image's grid in patches.
+        """
+        _check_one_sample(input_ids)
+        inputs = self._model_inputs(input_ids, pixel_values, image_grid_thw)
+        seen_positions: list[Tensor] = []
+        seen_features: list[Tensor] = []
+        # Recorded on the way instead of computed again: these are the values that made the hidden states.
+        hooks = [
+            self.decoder.rotary_emb.register_forward_pre_hook(lambda _, args: seen_positions.append(args[1])),
+            self.visual.register_forward_hook(lambda _, args, output: seen_features.append(_merged(output))),
+        ]
+        try:
+            output = self.model(**inputs, output_hidden_states=True, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ReferenceOutput(
+            hidden_states=tuple(output.hidden_states),
+            logits=output.logits,
+            image_features=self._split_cells(seen_features[0], image_grid_thw) if seen_features else [],
+            position_ids=seen_positions[0],
+        )
+
+    @torch.no_grad()
+    def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
+        """Returns the most likely continuation of one sample, 1-D, its end token included."""
+        input_ids = inputs["input_ids"]
+        _check_one_sample(input_ids)
+        tokens = self.model.generate(
+            **self._model_inputs(**inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        )
+        return tokens[0, input_ids.shape[1] :]
+
+    @torch.no_grad()
+    def vision_block_outputs(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Returns for each of the blocks, for each image, its output as (grid height, grid width, C).
+
+        The blocks work in window order; what is returned is in raster order.
+        """
+        seen: dict[int, Tensor] = {}
+
+        def keep(index: int) -> Any:
+            return lambda module, args, output: seen.__setitem__(index, output)
+
+        hooks = [self.visual.blocks[index].register_forward_hook(keep(index)) for index in blocks]
+        try:
+            grid = image_grid_thw.to(self.device)
+            self.visual(pixel_values.to(self.device, self.visual.dtype), grid_thw=grid)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [self._raster_patches(seen[index], image_grid_thw) for index in blocks]
+
+    def _token_ids(self, prompt: str) -> Tensor:
+        return self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.device)
+
+    def _model_inputs(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        input_ids = input_ids.to(self.device)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if pixel_values is None:
+            return inputs
+        inputs["pixel_values"] = pixel_values.to(self.device)
+        inputs["image_grid_thw"] = image_grid_thw.to(self.device)
+        if _wants_token_types():
+            inputs["mm_token_type_ids"] = (input_ids == self.model.config.image_token_id).int()
+        return inputs
+
+    def _split_cells(self, features: Tensor, grid: Tensor) -> list[Tensor]:
+        return list(features.split((grid.prod(-1) // self.visual.spatial_merge_size**2).tolist()))
+
+    def _raster_patches(self, windowed: Tensor, grid: Tensor) -> list[Tensor]:
+        merge = self.visual.spatial_merge_size
+        window = self.visual.window_size // merge // self.visual.patch_size
+        images = windowed.split(grid.prod(-1).tolist())
+        return [
+            _raster_order(image, height, width, merge, window)
+            for image, (_, height, width) in zip(images, grid.tolist(), strict=True)
+        ]
+
+
+def _raster_order(windowed: Tensor, height: int, width: int, merge: int, window: int) -> Tensor:
+    """Turns one still image's patches (height * width, C) from window order to (height, width, C).
+
+    The order is the model's definition, written out here because every transformers version has it elsewhere: cells of
+    merge x merge patches, by window, then by row and column within the window.
+    """
+    rows, columns = torch.arange(height // merge), torch.arange(width // merge)
+    window_of_cell = (rows[:, None] // window) * width + columns // window
+    cell_order = window_of_cell.flatten().argsort(stable=True)
+    cells = torch.empty_like(windowed).view(len(cell_order), -1)
+    cells[cell_order.to(windowed.device)] = windowed.reshape(len(cell_order), -1)
+    blocks = cells.view(height // merge, width // merge, merge, merge, -1)
+    return blocks.transpose(1, 2).reshape(height, width, -1)
+
+
+def _as_pil(frame: Tensor) -> Image.Image:
+    if frame.dtype != torch.uint8 or frame.ndim != 3 or frame.shape[0] != 3:
+        raise ValueError(f"expected a uint8 frame (3, H, W), got {frame.dtype} {tuple(frame.shape)}")
+    return Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+
+
+def _with_image_tokens(prompt: str, counts: list[int]) -> str:
+    pieces = prompt.split(IMAGE_PAD)
+    if len(pieces) != len(counts) + 1:
+        raise ValueError(f"the prompt has {len(pieces) - 1} image tokens for {len(counts)} images")
+    return pieces[0] + "".join(IMAGE_PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
+
+
+def _check_one_sample(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise ValueError(f"the reference runs one sample at a time: expected ids (1, S), got {tuple(input_ids.shape)}")
+
+
+# --- what differs between transformers versions ---
+
+_RELEASE = Version(transformers.__version__).release
+
+
+def _nested_modules() -> bool:
+    """Since 4.52, vision tower and decoder are both inside `model.model`."""
+    return _RELEASE >= (4, 52)
+
+
+def _visual(model: nn.Module) -> nn.Module:
+    return model.model.visual if _nested_modules() else model.visual
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    return model.model.language_model if _nested_modules() else model.model
+
+
+def _merged(visual_output: Any) -> Tensor:
+    """Since 5, the vision tower returns an object that holds the merged cells, before the plain tensor of them."""
+    return visual_output if isinstance(visual_output, Tensor) else visual_output.pooler_output
+
+
+def _wants_token_types() -> bool:
+    """Since 5, positions are computed only where the processor's mm_token_type_ids (1 on image tokens) are given.
+
+    Without them transformers numbers an image's tokens like text, and does not complain.
+    """
+    return _RELEASE >= (5,)
+
+
+def _dtype_argument() -> str:
+    return "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
+
+
+def _image_processor(folder: str | Path) -> Any:
+    """torchvision's image processor where that is installed, else PIL's.
+
+    They differ by 1/255 here and there: PIL rounds between the two passes of a resize. Version 5 chooses by itself.
+    """
+    choice = {} if _RELEASE >= (5,) else {"use_fast": is_torchvision_available()}
+    return transformers.AutoImageProcessor.from_pretrained(folder, **choice)
