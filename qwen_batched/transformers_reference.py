@@ -7,10 +7,11 @@ to 5.x except for versions known to be wrong; what differs between them is in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import transformers
@@ -20,6 +21,31 @@ from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_tf32(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs `function` without TF32, which cuDNN's convolutions use unless told otherwise.
+
+    transformers' patch embedding is such a convolution: with TF32 its "float32" features are off by 8e-5.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+        before = [backend.allow_tf32 for backend in backends]
+        try:
+            for backend in backends:
+                backend.allow_tf32 = False
+            return function(*args, **kwargs)
+        finally:
+            for backend, allowed in zip(backends, before, strict=True):
+                backend.allow_tf32 = allowed
+
+    return wrapped
+
 
 # (first release, last release, what is wrong with them)
 KNOWN_WRONG_RELEASES = (
@@ -137,6 +163,7 @@ class TransformersReference:
         return template.replace("{images}", image * n_images).replace("{text}", text)
 
     @torch.no_grad()
+    @_without_tf32
     def run(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> ReferenceOutput:
@@ -169,6 +196,7 @@ class TransformersReference:
         )
 
     @torch.no_grad()
+    @_without_tf32
     def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Returns the most likely continuation of one sample, 1-D, its end token included."""
         input_ids = inputs["input_ids"]
@@ -179,6 +207,7 @@ class TransformersReference:
         return tokens[0, input_ids.shape[1] :]
 
     @torch.no_grad()
+    @_without_tf32
     def vision_block_outputs(
         self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
     ) -> list[list[Tensor]]:
