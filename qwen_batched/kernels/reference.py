@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from qwen_batched.kernels.pillow_resize import resize_uint8
 from qwen_batched.kernels.segments import Run
 
 
@@ -33,7 +34,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up (Shazeer 2020, arXiv:2002.05202), both (..., F)."""
-    return F.silu(gate) * up
+    return (F.silu(_widen(gate)) * _widen(up)).to(gate.dtype)
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
@@ -122,9 +123,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
     """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
 
-    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes. On a CPU the processors (Pillow,
-    and torchvision's uint8 kernel) resize one axis, round, resize the other and round again, which moves about one
-    value in six by 1; Pillow begins with the axis that leaves fewer pixels. Floating frames are never rounded.
+    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow rounds after
+    each, which moves about one value in six by 1. Floating frames are never rounded.
 
     Args:
         frames: (I, 3, H, W), uint8 in 0..255 or floating.
@@ -133,20 +133,13 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
         (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
         (beyond which bicubic may overshoot) otherwise.
     """
-    pixels = _widen(frames)
     if frames.shape[-2:] == (height, width):
-        return pixels
+        return _widen(frames)
     if frames.dtype != torch.uint8:
-        return _interpolate(pixels, height, width)
+        return _interpolate(_widen(frames), height, width)
     if frames.is_cuda:
-        return _interpolate(pixels, height, width).round_().clamp_(0, 255)
-    rows_first = height * frames.shape[-1] < width * frames.shape[-2]
-    between = (height, frames.shape[-1]) if rows_first else (frames.shape[-2], width)
-    for size in (between, (height, width)):
-        if pixels.shape[-2:] != size:
-            # Pillow rounds halves up.
-            pixels = _interpolate(pixels, *size).add_(0.5).floor_().clamp_(0, 255)
-    return pixels
+        return _interpolate(_widen(frames), height, width).round_().clamp_(0, 255)
+    return _widen(resize_uint8(frames, height, width))
 
 
 def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
