@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 MODEL_TYPE = "qwen2_5_vl"
+# Beyond these a config is damaged: no module should be built to find that out.
+MAX_INT, MAX_BLOCKS = 2**31 - 1, 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -35,6 +37,7 @@ class VisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        _check_blocks("vision_config.depth", self.depth)
         if self.in_channels != 3:
             raise ValueError(f"vision_config.in_channels must be 3 (RGB), got {self.in_channels}")
         if self.hidden_size % self.num_heads or self.head_dim % 4:
@@ -87,6 +90,7 @@ class TextConfig:
     mrope_section: tuple[int, ...] = (16, 24, 24)
 
     def __post_init__(self) -> None:
+        _check_blocks("num_hidden_layers", self.num_hidden_layers)
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "text config: num_attention_heads must divide hidden_size and be a multiple of num_key_value_heads, "
@@ -113,6 +117,13 @@ class QwenVLConfig:
     image_token_id: int = 151655
     tie_word_embeddings: bool = False
     dtype: torch.dtype | None = None  # None where the file does not say
+
+    def __post_init__(self) -> None:
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ValueError(
+                "config.json: vision_config.out_hidden_size must be the decoder's hidden_size "
+                f"{self.text.hidden_size}, got {self.vision.out_hidden_size}"
+            )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> QwenVLConfig:
@@ -151,6 +162,10 @@ class ImageConfig:
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
+        for name in ("min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if not _fits(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
@@ -209,6 +224,8 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
     _require(raw, "hidden_act", "hidden_act", ("silu",))
     if raw.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true is not supported")
+    if "sliding_attention" in (raw.get("layer_types") or ()):
+        raise ValueError("config.json: layer_types with sliding_attention are not supported")
     if raw.get("attention_dropout"):
         raise ValueError(f"config.json: attention_dropout must be 0, got {raw['attention_dropout']!r}")
     rope = _section(raw, "rope_parameters") or _section(raw, "rope_scaling")
@@ -274,4 +291,11 @@ def _like_default(value: object, default: object) -> bool:
 def _fits(value: object, kind: type) -> bool:
     """Whether `value` is a finite number of `kind`; an int serves as a float, a bool as neither."""
     allowed = (int, float) if kind is float else (int,)
-    return isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MAX_INT
+
+
+def _check_blocks(name: str, count: int) -> None:
+    if count > MAX_BLOCKS:
+        raise ValueError(f"config.json: {name} must be at most {MAX_BLOCKS}, got {count}")

@@ -35,8 +35,10 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-        if type(self.top_k) is not int or not isinstance(self.seed, int | None):
+        if type(self.top_k) is not int or type(self.seed) not in (int, type(None)):
             raise TypeError(f"top_k must be an int and seed an int or None, got {self.top_k!r} and {self.seed!r}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 "temperature must be finite and at least 0, top_k at least 0 and top_p in (0, 1], got "
@@ -51,17 +53,15 @@ class Sampling:
         """One token (B,) from float32 logits (B, vocabulary)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = logits / self.temperature
+        ordered, tokens = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
         if self.top_k:
-            kth = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -torch.inf)
+            ordered[:, self.top_k :] = -torch.inf
         if self.top_p < 1:
-            ordered, tokens = logits.sort(dim=-1, descending=True)
             likelier = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
             likelier[:, 0] = 0  # the likeliest token always stays
             ordered = ordered.masked_fill(likelier >= self.top_p, -torch.inf)
-            logits = torch.empty_like(logits).scatter_(1, tokens, ordered)
-        return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)[:, 0]
+        drawn = torch.multinomial(ordered.softmax(dim=-1), num_samples=1, generator=generator)
+        return tokens.gather(1, drawn)[:, 0]
 
 
 @torch.no_grad()

@@ -12,16 +12,11 @@ from torch import Tensor, nn
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Sampling, generate_tokens, last_tokens
-from qwen_batched.model.inputs import Resize, check_batch
-from qwen_batched.model.modeling_qwen2_5_vl_batched import (
-    BatchedDecoder,
-    BatchedVisionTransformer,
-    check_norm,
-    resolve_layers,
-)
+from qwen_batched.model.inputs import Resize, check_batch, check_batch_names, check_norm, resolve_layers
+from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
-from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers
+from qwen_batched.weights import HEAD_NAME, build_on_meta, check_tied_head, load_weights, save_weights, unread_layers
 
 Features = Tensor | list[Tensor]
 
@@ -104,6 +99,8 @@ class QwenBatchedVL(nn.Module):
             device=device,
             skip=lambda name: unread(name) or name == HEAD_NAME,
         )
+        if lm_head and config.tie_word_embeddings:
+            check_tied_head(checkpoint.folder)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -315,11 +312,13 @@ class QwenBatchedVL(nn.Module):
             return self.processor(
                 images, texts, camera_mask, template=template, resize=resize, device=self.device, dtype=self.dtype
             )
+        check_batch_names(batch)
         if images is not None or texts is not None:
             raise ValueError("give either images and texts or a processor's batch, got both")
         if camera_mask is not None:
             batch = {**batch, "camera_mask": camera_mask}
-        check_batch(batch)
+        vision = self.config.vision
+        check_batch(batch, vision.patch_dim, vision.cell_patches)
         return {name: _to_device(value, self.device) for name, value in batch.items()}
 
     def _embed(self, batch: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, Features | None]:

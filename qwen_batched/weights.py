@@ -17,7 +17,7 @@ from qwen_batched.checkpoint import read_json
 
 VISION_PREFIX = "visual."
 TEXT_PREFIX = "model."
-HEAD_NAME = "lm_head.weight"
+HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 # Prefixes in files saved by transformers 4.52 and later, and their published names.
 NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -39,8 +39,11 @@ class StoredTensor:
 
 def build_on_meta(make: Callable[[], M]) -> M:
     """A module without storage: nothing is allocated or initialised that loading would overwrite."""
-    with torch.device("meta"):
-        return make()
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
 
 
 def load_weights(
@@ -82,6 +85,16 @@ def load_weights(
         value.copy_(_read(stored[name]))
         setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
     return module
+
+
+def check_tied_head(folder: Path) -> None:
+    """Raises `ValueError` where config.json ties the output projection to an embedding that is not equal to it.
+
+    transformers has used either of the two over time; a checkpoint that says both things is not read.
+    """
+    stored = find_tensors(folder)
+    if HEAD_NAME in stored and not torch.equal(_read(stored[HEAD_NAME]), _read(stored[EMBEDDING_NAME])):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
 
 
 def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:

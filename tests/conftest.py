@@ -18,6 +18,9 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 
+# The tests' models are tiny: threads of PyTorch's would only wait for each other, for minutes where cores are shared.
+torch.set_num_threads(1)
+
 # The smallest images of the tests are 28 x 28.
 MIN_PIXELS = 28 * 28
 

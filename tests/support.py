@@ -53,7 +53,7 @@ def noise(batch: int, cameras: int, height: int, width: int, seed: int = 0) -> T
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Relative L2 distance, in float64."""
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} is not {tuple(theirs.shape)}"
-    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
     assert bool(ours.isfinite().all()), "not finite"
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -99,24 +99,102 @@ def check_resize(resize: Resize, factor: int) -> None:
         raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
 
 
-def check_batch(batch: Mapping[str, object]) -> None:
-    """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
-    unknown = sorted(set(batch) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_mask"})
+def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
+    """`layers` as indices 0 to `size` - 1; negative ones count from the end.
+
+    Raises:
+        TypeError: `layers` is not a list or tuple of ints.
+        ValueError: It is empty, or an index is out of range.
+    """
+    if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
+        raise TypeError(f"layers must be a list or tuple of ints, got {layers!r}")
+    if not layers or not all(-size <= layer < size for layer in layers):
+        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {tuple(layers)}")
+    return [layer % size for layer in layers]
+
+
+def check_norm(norm: str) -> None:
+    """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
+    if norm not in ("post", "pre"):
+        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+
+
+def check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor) -> None:
+    """Raises `ValueError` where the decoder's inputs do not fit together."""
+    if inputs_embeds.ndim != 3:
+        raise ValueError(f"inputs_embeds must be (B, S, D), got {_shape(inputs_embeds)}")
+    batch, length = inputs_embeds.shape[:2]
+    if position_ids.shape != (3, batch, length) or attention_mask.shape != (batch, length):
+        raise ValueError(
+            f"inputs_embeds {_shape(inputs_embeds)} needs position_ids (3, {batch}, {length}) and attention_mask "
+            f"({batch}, {length}), got {_shape(position_ids)} and {_shape(attention_mask)}"
+        )
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
+
+
+def check_batch_names(names: Collection[str]) -> None:
+    """Raises `TypeError` where there are names that no processor's batch has."""
+    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_mask"})
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
-    expected = TEXT_NAMES if "pixel_values" not in batch else (*TEXT_NAMES, *IMAGE_NAMES)
+
+
+def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) -> None:
+    """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
+    check_batch_names(batch)
+    has_images = "pixel_values" in batch
+    expected = (*TEXT_NAMES, *IMAGE_NAMES) if has_images else TEXT_NAMES
     missing = [name for name in expected if name not in batch]
-    if missing or ("raster_order" in batch and "pixel_values" not in batch):
+    stray = [name for name in ("raster_order", "camera_mask") if name in batch and not has_images]
+    if missing or stray:
         raise ValueError(f"a processor's batch must hold {expected}, got {sorted(batch)}")
     input_ids = batch["input_ids"]
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-        raise ValueError("input_ids must be a tensor (B, S)")
+        raise ValueError(f"input_ids must be (B, S), got {_describe_tensor(input_ids)}")
     for name in TEXT_NAMES:
         shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
-        dtype = torch.bool if name == "attention_mask" else torch.int64
-        value = batch[name]
-        if not isinstance(value, Tensor) or _shape(value) != shape or value.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {_describe_tensor(value)}")
+        _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
+    if has_images:
+        cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
+        if "camera_mask" in batch:
+            _check_tensor("camera_mask", batch["camera_mask"], (len(input_ids), cameras), torch.bool)
+
+
+def check_pixels(
+    pixel_values: object, raster_order: object, patch_dim: int, cell_patches: int, batch: int | None = None
+) -> int:
+    """The number of cameras. Raises `ValueError` where pixels and grids do not fit together or to `batch` samples."""
+    if isinstance(pixel_values, Tensor):
+        if not isinstance(raster_order, Tensor) or raster_order.ndim != 3:
+            raise ValueError(f"raster_order must be (V, h, w), got {_describe_tensor(raster_order)}")
+        cameras, h, w = raster_order.shape
+        _check_pixel_tensor(pixel_values, (batch, cameras, h * w * cell_patches, patch_dim))
+        return cameras
+    if not isinstance(pixel_values, (list, tuple)) or not isinstance(raster_order, (list, tuple)):
+        raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
+    if len(pixel_values) != len(raster_order) or not pixel_values:
+        raise ValueError(f"expected a raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras")
+    for pixels, order in zip(pixel_values, raster_order, strict=True):
+        if not isinstance(order, Tensor) or order.ndim != 2:
+            raise ValueError(f"raster_order must be (h, w) for each camera, got {_describe_tensor(order)}")
+        batch = pixels.shape[0] if batch is None and isinstance(pixels, Tensor) and pixels.ndim else batch
+        _check_pixel_tensor(pixels, (batch, order.numel() * cell_patches, patch_dim))
+    return len(pixel_values)
+
+
+def _check_pixel_tensor(pixels: object, shape: tuple[int | None, ...]) -> None:
+    fits = isinstance(pixels, Tensor) and pixels.dtype.is_floating_point and pixels.ndim == len(shape)
+    if not fits or any(want not in (None, got) for want, got in zip(shape, pixels.shape, strict=True)):
+        wanted = ", ".join("B" if side is None else str(side) for side in shape)
+        raise ValueError(
+            f"pixel_values must be floating ({wanted}) to fit raster_order, got {_describe_tensor(pixels)}"
+        )
+
+
+def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or _shape(value) != shape or value.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {_describe_tensor(value)}")
 
 
 def _describe_tensor(value: object) -> str:

@@ -24,6 +24,7 @@ from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan
+from qwen_batched.model.inputs import check_decoder_inputs, check_norm, check_pixels, resolve_layers
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
@@ -91,8 +92,8 @@ class BatchedVisionTransformer(nn.Module):
 
         Args:
             pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ.
-            raster_order: (h, w), or V tensors (h_v, w_v): the place in window order of each merged cell. Its shape is
-                the images' grid, so that geometry is known without reading the device.
+            raster_order: (V, h, w), or V tensors (h_v, w_v): the place in window order of each merged cell. Its shape
+                is the images' grid, so that geometry is known without reading the device.
             camera_mask: Bool (B, V), False where the camera is absent; those features are zero.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
@@ -104,50 +105,25 @@ class BatchedVisionTransformer(nn.Module):
         Raises:
             ValueError: Shapes do not fit together, or a layer is out of range.
         """
+        config = self.config
+        wanted = None if layers is None else resolve_layers(layers, config.depth)
+        check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
-        wanted = None if layers is None else resolve_layers(layers, self.config.depth)
-        groups = self._groups(pixel_values, raster_order)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
-        batch = pixel_values.shape[0] if uniform else pixels[0].shape[0]
+        grids = [raster_order.shape[1:]] if uniform else [order.shape for order in raster_order]
+        plans = [self.plan(*grid, pixels[0].device) for grid in grids]
+        groups = tuple(ImageGroup(len(part), plan) for part, plan in zip(pixels, plans, strict=True))
+        batch = len(pixel_values) if uniform else len(pixels[0])
+
         x_TC = self.patch_embed(_back_to_back(pixels))
         outputs_TC = self._run_blocks(x_TC, groups, wanted)
         if wanted is None:
             tokens = [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
         else:
-            merge = self.config.spatial_merge_size
+            merge = config.spatial_merge_size
             tokens = [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
         features = [_by_camera(images, batch, camera_mask, uniform) for images in tokens]
         return features[0] if layers is None else features
-
-    def _groups(
-        self, pixel_values: Tensor | Sequence[Tensor], raster_order: Tensor | Sequence[Tensor]
-    ) -> tuple[ImageGroup, ...]:
-        """The images by size, with their plans; checks that pixels and grids fit."""
-        if isinstance(pixel_values, Tensor) != isinstance(raster_order, Tensor):
-            raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
-        if isinstance(pixel_values, Tensor):
-            if pixel_values.ndim != 4:
-                raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {tuple(pixel_values.shape)}")
-            pairs = [(pixel_values.flatten(0, 1), raster_order)]
-        else:
-            if len(pixel_values) != len(raster_order) or len(pixel_values) == 0:
-                raise ValueError(
-                    f"expected one raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras"
-                )
-            pairs = list(zip(pixel_values, raster_order, strict=True))
-        return tuple(self._group(pixels, order) for pixels, order in pairs)
-
-    def _group(self, pixels_IPX: Tensor, raster_order: Tensor) -> ImageGroup:
-        if raster_order.ndim != 2:
-            raise ValueError(f"raster_order must be (h, w), got {tuple(raster_order.shape)}")
-        plan = self.plan(*raster_order.shape, pixels_IPX.device)
-        expected = (plan.image[0].length, self.config.patch_dim)
-        if pixels_IPX.ndim != 3 or tuple(pixels_IPX.shape[1:]) != expected:
-            raise ValueError(
-                f"a grid of {tuple(raster_order.shape)} merged cells needs (patches, patch_dim) = {expected}, "
-                f"got pixel_values {tuple(pixels_IPX.shape)}"
-            )
-        return ImageGroup(pixels_IPX.shape[0], plan)
 
     def _run_blocks(
         self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: list[int] | None
@@ -329,7 +305,7 @@ class BatchedDecoder(nn.Module):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
-        _check_decoder_inputs(inputs_embeds, position_ids, attention_mask)
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask)
         order_BS = torch.argsort((~attention_mask).to(torch.uint8), dim=1, stable=True)
         back_BS = torch.argsort(order_BS, dim=1)
         x_BSD = _reorder(inputs_embeds, order_BS)
@@ -412,39 +388,6 @@ class DecoderAttention(nn.Module):
             k_BSKE, v_BSKE = cache.update(self.index, k_BSKE, v_BSKE)
             visible = cache.visible
         return self.o_proj(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible))
-
-
-def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
-    """`layers` as indices 0 to `size` - 1; negative ones count from the end.
-
-    Raises:
-        TypeError: `layers` is not a list or tuple of ints.
-        ValueError: It is empty, or an index is out of range.
-    """
-    if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
-        raise TypeError(f"layers must be a list or tuple of ints, got {layers!r}")
-    if not layers or not all(-size <= layer < size for layer in layers):
-        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {tuple(layers)}")
-    return [layer % size for layer in layers]
-
-
-def check_norm(norm: str) -> None:
-    """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
-    if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
-
-
-def _check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor) -> None:
-    if inputs_embeds.ndim != 3:
-        raise ValueError(f"inputs_embeds must be (B, S, D), got {tuple(inputs_embeds.shape)}")
-    batch, length = inputs_embeds.shape[:2]
-    if position_ids.shape != (3, batch, length) or attention_mask.shape != (batch, length):
-        raise ValueError(
-            f"inputs_embeds {tuple(inputs_embeds.shape)} needs position_ids (3, {batch}, {length}) and attention_mask "
-            f"({batch}, {length}), got {tuple(position_ids.shape)} and {tuple(attention_mask.shape)}"
-        )
-    if attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
 
 
 def _reorder(x_BSD: Tensor, order_BS: Tensor) -> Tensor:

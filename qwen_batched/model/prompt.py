@@ -100,12 +100,15 @@ class PromptEncoder:
 
     def _render_chat(self, cameras: int) -> str:
         content = [{"type": "image"}] * cameras + [{"type": "text", "text": TEXT_MARK}]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # a template is a program, and may raise anything
+            raise ValueError(f"the checkpoint's chat template fails: {type(error).__name__}: {error}") from error
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -113,7 +113,7 @@ class TensorProcessor:
             dtype: Of the pixels.
 
         Returns:
-            With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (h, w), see
+            With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (V, h, w), see
             `BatchedVisionTransformer.forward`; both are lists of one per camera when the feature grids differ.
             `camera_mask`, where one was given. With texts: the fields of `Sequences`.
 
@@ -191,12 +191,12 @@ class TensorProcessor:
             mask = None if camera_mask is None else camera_mask[:, camera : camera + group.shape[1]]
             patches.append(self._patches(group.to(device, non_blocking=True), plan, mask).to(dtype))
             camera += group.shape[1]
+        orders = [self._plan(grid, device).raster_order for grid in grids]
         if len(set(grids)) == 1:
-            raster_order = self._plan(grids[0], device).raster_order
-            return {"pixel_values": torch.cat(patches, dim=1), "raster_order": raster_order.clone()}
+            return {"pixel_values": torch.cat(patches, dim=1), "raster_order": torch.stack(orders)}
         return {
             "pixel_values": [part[:, 0] for part in patches],
-            "raster_order": [self._plan(grid, device).raster_order.clone() for grid in grids],
+            "raster_order": [order.clone() for order in orders],
         }
 
     def _patches(self, frames: Tensor, plan: VisionPlan, mask: Tensor | None) -> Tensor:
@@ -230,7 +230,10 @@ class TensorProcessor:
             present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
             rows = [self._ids(text, template, sum(row), device) for text, row in zip(texts, present, strict=True)]
             spans = [sum(n for n, here in zip(cells, row, strict=True) if here) - sum(row) for row in present]
-            length = max(len(row) + span for row, span in zip(rows, spans, strict=True))
+            lengths = [len(row) + span for row, span in zip(rows, spans, strict=True)]
+            if min(lengths) == 0:
+                raise ValueError(f"a prompt must have at least one token, got none for sample {lengths.index(0)}")
+            length = max(lengths)
             prompts = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
         else:
             prompts, length = self._prompts_by_device_mask(texts, template, cells, camera_mask)
@@ -255,7 +258,9 @@ class TensorProcessor:
     def _sequences(
         self, prompts: Tensor, length: int, grids: tuple[Grid, ...], camera_mask: Tensor | None, device: torch.device
     ) -> Sequences:
-        table = self._tables.get((grids, device), lambda: torch.tensor(grids, device=device).reshape(-1, 2))
+        table = self._tables.get(
+            (grids, device), lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
+        )
         return expand_prompts(
             prompts,
             table,
@@ -270,7 +275,7 @@ class TensorProcessor:
         """Token ids on the device, copied there the first time only."""
 
         def make() -> Tensor:
-            ids = torch.tensor(self.prompts.encode(text, template, cameras), dtype=torch.int64)
+            ids = torch.tensor(self.prompts.encode(text, template, cameras), dtype=torch.int64, device="cpu")
             return ids.to(device, non_blocking=True)
 
         return self._token_ids.get((text, template, cameras, device), make)
@@ -287,9 +292,8 @@ class TensorProcessor:
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:
-            mean, std = (
-                torch.tensor(values, device=device) for values in (self.image.image_mean, self.image.image_std)
-            )
+            values = (self.image.image_mean, self.image.image_std)
+            mean, std = (torch.tensor(x, dtype=torch.float32, device="cpu").to(device) for x in values)
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
         return self._tables.get(("normalisation", device), make)

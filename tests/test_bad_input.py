@@ -1,0 +1,520 @@
+"""Bad input raises a clear ValueError or TypeError before any work, and the next good call is as ever."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support import photos
+
+FRAMES = photos(2, 2, 56, 84)
+FLOATS = FRAMES.float() / 255
+MIXED = [photos(2, 1, 56, 84)[:, 0], photos(2, 1, 84, 56)[:, 0]]
+TEXTS = ["Pick up the red block.", "Go."]
+MASK = torch.tensor([[True, False], [True, True]])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for one another cost a model this small ten times its work on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def no_work(model):
+    """Fails where any module of the vision transformer or the decoder runs."""
+    ran = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: ran.append(type(module).__name__))
+        for module in (*model.visual.modules(), *model.model.modules())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not ran, f"{ran[0]} ran before the input was refused"
+
+
+def results(model):
+    with torch.no_grad():
+        out = model(FRAMES, TEXTS, camera_mask=MASK, logits="all")
+        return [out.last_hidden_state, out.logits, out.image_features]
+
+
+@pytest.fixture(scope="module")
+def good(model):
+    return results(model)
+
+
+@pytest.fixture
+def refuses(model, good):
+    """Calls, expects the error, and that it changed nothing."""
+
+    def check(call, *messages, error=(ValueError, TypeError)):
+        with no_work(model), pytest.raises(error) as raised:
+            call(model)
+        for message in messages:
+            assert message in str(raised.value), f"{message!r} is not in {raised.value}"
+        assert all(map(torch.equal, results(model), good))
+
+    return check
+
+
+# name: (images, what the message must hold: expected and got)
+BAD_IMAGES = {
+    "2 dimensions": (FRAMES[0, 0, 0], "(B, n_cameras, 3, H, W)", "(56, 84)"),
+    "3 dimensions": (FRAMES[0, 0], "(B, n_cameras, 3, H, W)", "(3, 56, 84)"),
+    "4 dimensions": (FRAMES[:, 0], "(B, n_cameras, 3, H, W)", "(2, 3, 56, 84)"),
+    "6 dimensions": (FRAMES[None], "(B, n_cameras, 3, H, W)", "(1, 2, 2, 3, 56, 84)"),
+    "a scalar": (torch.tensor(1.0), "(B, n_cameras, 3, H, W)", "()"),
+    "channels last (trap 13)": (FRAMES.movedim(2, -1), "3 channels", "(2, 2, 56, 84, 3)"),
+    "channels last of height 3": (torch.zeros(2, 2, 3, 84, 3), "3 channels", "(2, 2, 3, 84, 3)"),
+    "1 channel": (FRAMES[:, :, :1], "3 channels", "(2, 2, 1, 56, 84)"),
+    "4 channels": (torch.zeros(2, 2, 4, 56, 84), "3 channels", "(2, 2, 4, 56, 84)"),
+    "0 channels": (FRAMES[:, :, :0], "3 channels", "(2, 2, 0, 56, 84)"),
+    "int8": (FRAMES.to(torch.int8), "uint8", "torch.int8"),
+    "int32": (FRAMES.int(), "uint8", "torch.int32"),
+    "int64": (FRAMES.long(), "uint8", "torch.int64"),
+    "bool": (FRAMES.bool(), "uint8", "torch.bool"),
+    "complex": (FLOATS.to(torch.complex64), "uint8", "torch.complex64"),
+    "no sample": (FRAMES[:0], "at least one sample", "(0, 2, 3, 56, 84)"),
+    "no camera": (FRAMES[:, :0], "one camera", "(2, 0, 3, 56, 84)"),
+    "no rows": (FRAMES[..., :0, :], "28", "0 x 84"),
+    "no columns": (FRAMES[..., :0], "28", "56 x 0"),
+    "27 rows": (FRAMES[..., :27, :], "28", "27 x 84"),
+    "1 pixel": (FRAMES[..., :1, :1], "28", "1 x 1"),
+    "aspect ratio over 200": (torch.zeros(2, 1, 3, 28, 5601), "200", "28 x 5601"),
+    "aspect ratio over 200, tall": (torch.zeros(2, 1, 3, 5601, 28), "200", "5601 x 28"),
+    "empty list": ([], "at least one camera"),
+    "list of 5 dimensions": ([FRAMES, FRAMES], "images[0]", "(B, 3, H, W)", "(2, 2, 3, 56, 84)"),
+    "list of 3 dimensions": ([FRAMES[:, 0], FRAMES[0, 0]], "images[1]", "(3, 56, 84)"),
+    "list of different B": ([FRAMES[:, 0], FRAMES[:1, 1]], "same batch size", "[2, 1]"),
+    "list with an empty camera": ([FRAMES[:, 0], FRAMES[:0, 1]], "at least one sample"),
+    "list with channels last": ([FRAMES[:, 0], FRAMES[:, 1].movedim(1, -1)], "3 channels", "(2, 1, 56, 84, 3)"),
+    "list with int32": ([FRAMES[:, 0], FRAMES[:, 1].int()], "uint8", "torch.int32"),
+    "list of None": ([None, FRAMES[:, 0]], "tensor"),
+    "list of lists": ([[FRAMES[:, 0]]], "tensor"),
+    "a numpy array": (FRAMES.numpy(), "tensor", "ndarray"),
+    "a string": ("front.jpg", "tensor", "str"),
+    "a number": (7, "tensor", "int"),
+    "a dict": ({"front": FRAMES[:, 0]}, "tensor", "dict"),
+    "a meta tensor": (FRAMES.to("meta"), "meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+@pytest.mark.parametrize("call", ["forward", "encode_images", "generate", "processor"])
+def test_bad_images_are_refused_before_any_work(refuses, name, call):
+    if (name, call) == ("a meta tensor", "processor"):
+        pytest.skip("alone, it works on the frames' device, whichever that is")
+    images, *messages = BAD_IMAGES[name]
+    calls = {
+        "forward": lambda model: model(images, TEXTS),
+        "encode_images": lambda model: model.encode_images(images),
+        "generate": lambda model: model.generate(images, TEXTS, max_new_tokens=1),
+        "processor": lambda model: model.processor(images, TEXTS),
+    }
+    refuses(calls[call], *messages)
+
+
+BAD_TEXTS = {
+    "None": (None, "list of str", "None"),
+    "a string": ("Go.", "list of str", "str"),
+    "bytes": ([b"Go.", b"Go."], "list of str", "bytes"),
+    "a number among them": (["Go.", 7], "list of str", "int"),
+    "None among them": (["Go.", None], "list of str", "NoneType"),
+    "a list of lists": ([["Go."], ["Go."]], "list of str", "list"),
+    "a set": ({"Go.", "Stop."}, "list of str", "set"),
+    "a generator": ((text for text in TEXTS), "list of str", "generator"),
+    "a tensor": (torch.zeros(2), "list of str", "Tensor"),
+    "empty": ([], ""),
+    "too few": (["Go."], "2", "1"),
+    "too many": (["Go."] * 3, "2", "3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+@pytest.mark.parametrize("images", [FRAMES, MIXED], ids=["uniform", "mixed"])
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_bad_texts_are_refused_before_any_work(refuses, name, images, call):
+    texts, *messages = BAD_TEXTS[name]
+    run = {"forward": lambda model: model(images, texts), "generate": lambda model: model.generate(images, texts)}
+    refuses(run[call], *messages)
+
+
+@pytest.mark.parametrize("name", ["None", "a string", "bytes", "a number among them", "empty"])
+def test_bad_texts_without_images_are_refused(refuses, name):
+    texts, *messages = BAD_TEXTS[name]
+    refuses(lambda model: model(None, texts), *messages)
+    refuses(lambda model: model.generate(None, texts), *messages)
+
+
+def test_neither_images_nor_texts_is_refused(refuses):
+    refuses(lambda model: model(), "texts")
+    refuses(lambda model: model.processor(None, None), "images or texts")
+    refuses(lambda model: model.encode_images(None), "images")
+
+
+def test_texts_that_cannot_be_encoded_are_refused(refuses):
+    """A lone surrogate, as Python makes of undecodable file names, is a str without UTF-8 form."""
+    refuses(lambda model: model(FRAMES, ["Go.", "\ud800"]))
+    refuses(lambda model: model.generate(FRAMES, ["Go.", "\udcff x"]))
+
+
+BAD_MASKS = {
+    "shape (B,)": (MASK[:, 0], "(2, 2)", "(2,)"),
+    "shape (V, B, 1)": (MASK[..., None], "(2, 2)", "(2, 2, 1)"),
+    "a camera short": (MASK[:, :1], "(2, 2)", "(2, 1)"),
+    "a sample short": (MASK[:1], "(2, 2)", "(1, 2)"),
+    "a camera too many": (torch.ones(2, 3, dtype=torch.bool), "(2, 2)", "(2, 3)"),
+    "empty": (MASK[:0], "(2, 2)", "(0, 2)"),
+    "int64": (MASK.long(), "bool", "torch.int64"),
+    "uint8": (MASK.to(torch.uint8), "bool", "torch.uint8"),
+    "float32": (MASK.float(), "bool", "torch.float32"),
+    "a list": (MASK.tolist(), "bool tensor", "list"),
+    "a numpy array": (MASK.numpy(), "bool tensor", "ndarray"),
+    "a bool": (True, "bool tensor", "bool"),
+    "on the meta device": (MASK.to("meta"), "meta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+@pytest.mark.parametrize("images", [FRAMES, MIXED], ids=["uniform", "mixed"])
+def test_bad_camera_masks_are_refused_before_any_work(refuses, name, images):
+    mask, *messages = BAD_MASKS[name]
+    refuses(lambda model: model(images, TEXTS, camera_mask=mask), *messages)
+    refuses(lambda model: model.encode_images(images, camera_mask=mask), *messages)
+    refuses(lambda model: model.generate(images, TEXTS, camera_mask=mask), *messages)
+    refuses(lambda model: model.processor(images, TEXTS, mask), *messages)
+
+
+def test_a_camera_mask_without_images_is_refused(refuses):
+    refuses(lambda model: model(None, TEXTS, camera_mask=MASK), "camera_mask")
+
+
+BAD_RESIZES = {
+    "not a multiple of 28": ((56, 57), "28", "(56, 57)"),
+    "below 28": ((14, 56), "28", "(14, 56)"),
+    "zero": ((0, 56), "28", "(0, 56)"),
+    "negative": ((-28, 56), "28", "(-28, 56)"),
+    "one number": (56, "resize", "56"),
+    "one side": ((56,), "resize", "(56,)"),
+    "three sides": ((56, 56, 3), "resize", "(56, 56, 3)"),
+    "floats": ((56.0, 56.0), "resize", "56.0"),
+    "bools": ((True, True), "resize", "True"),
+    "text": ("56x56", "hf", "56x56"),
+    "False": (False, "hf", "False"),
+    "a tensor": (torch.tensor([56, 56]), "resize"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RESIZES)
+def test_bad_resizes_are_refused_before_any_work(refuses, name):
+    resize, *messages = BAD_RESIZES[name]
+    refuses(lambda model: model(FRAMES, TEXTS, resize=resize), *messages)
+    refuses(lambda model: model.encode_images(MIXED, resize=resize), *messages)
+    refuses(lambda model: model.generate(FRAMES, TEXTS, resize=resize), *messages)
+
+
+def test_resize_none_refuses_sizes_that_the_model_does_not_take(refuses):
+    for images in (photos(2, 2, 57, 84), [MIXED[0], photos(2, 1, 56, 85)[:, 0]]):
+        refuses(lambda model, images=images: model(images, TEXTS, resize=None), "28", "resize")
+        refuses(lambda model, images=images: model.encode_images(images, resize=None), "28", "resize")
+
+
+@pytest.mark.parametrize("resize", ["hf", (56, 56), [28, 5600]])
+def test_an_aspect_ratio_over_200_is_refused_whatever_the_resize(refuses, resize):
+    images = torch.zeros(2, 1, 3, 28, 5601)
+    refuses(lambda model: model(images, TEXTS, resize=resize), "200", "28 x 5601")
+    refuses(lambda model: model.encode_images(list(images.unbind(1)), resize=resize), "200", "28 x 5601")
+
+
+BAD_OUTPUTS = {
+    "layer above the last": ({"layers": (0, 5)}, "-5 to 4", "5"),
+    "layer below the first": ({"layers": (-6,)}, "-5 to 4", "-6"),
+    "no layer": ({"layers": ()}, "layers", "()"),
+    "one number": ({"layers": 2}, "layers", "2"),
+    "a float layer": ({"layers": (1.0,)}, "layers", "1.0"),
+    "a bool layer": ({"layers": (True,)}, "layers", "True"),
+    "a text layer": ({"layers": ("-1",)}, "layers", "'-1'"),
+    "layers as text": ({"layers": "all"}, "layers", "'all'"),
+    "layers None": ({"layers": None}, "layers", "None"),
+    "norm": ({"norm": "none"}, "'post'", "'none'"),
+    "norm None": ({"norm": None}, "'post'", "None"),
+    "logits": ({"logits": "first"}, "'last'", "'first'"),
+    "logits True": ({"logits": True}, "'last'", "True"),
+    "logits as a list": ({"logits": ["last"]}, "'last'"),
+    "norm as a list": ({"norm": ["post"]}, "'post'"),
+    "template without images": ({"template": "say {text}"}, "{images}", "say {text}"),
+    "template without text": ({"template": "{images}"}, "{text}", "{images}"),
+    "template with two texts": ({"template": "{images}{text}{text}"}, "{text}", "2 times"),
+    "template with two image places": ({"template": "{images}{images}{text}"}, "{images}", "2 times"),
+    "template empty": ({"template": ""}, "template"),
+    "template None": ({"template": None}, "template", "NoneType"),
+    "template as bytes": ({"template": b"chat"}, "template", "bytes"),
+    "template with a third image": ({"template": "<|image_pad|>{images}{text}"}, "2 images", "3"),
+    "unknown argument": ({"max_length": 7}, "max_length"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OUTPUTS)
+def test_bad_options_of_forward_are_refused_before_any_work(refuses, name):
+    options, *messages = BAD_OUTPUTS[name]
+    refuses(lambda model: model(FRAMES, TEXTS, **options), *messages)
+    if "template" in options:
+        refuses(lambda model: model.generate(FRAMES, TEXTS, **options), *messages)
+        refuses(lambda model: model.processor(FRAMES, TEXTS, **options), *messages)
+
+
+@pytest.mark.parametrize("layers", [(6,), (-7,), (), 3, (1.5,), (True,), "all", ([1],)])
+def test_bad_vision_layers_are_refused_before_any_work(refuses, layers):
+    refuses(lambda model: model.encode_images(FRAMES, layers=layers), "layers", str(layers))
+
+
+BAD_SAMPLING = {
+    "no new token": ({"max_new_tokens": 0}, "max_new_tokens", "0"),
+    "negative": ({"max_new_tokens": -1}, "max_new_tokens", "-1"),
+    "a float": ({"max_new_tokens": 4.0}, "max_new_tokens", "4.0"),
+    "None": ({"max_new_tokens": None}, "max_new_tokens", "None"),
+    "a bool": ({"max_new_tokens": True}, "max_new_tokens", "True"),
+    "beyond the model's maximum": ({"max_new_tokens": 4096}, "4096"),
+    "temperature below 0": ({"temperature": -1.0}, "temperature", "-1.0"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature", "nan"),
+    "temperature infinite": ({"temperature": float("inf")}, "temperature", "inf"),
+    "temperature as text": ({"temperature": "hot"}, "temperature", "hot"),
+    "temperature None": ({"temperature": None}, "temperature", "None"),
+    "top_k below 0": ({"top_k": -1}, "top_k", "-1"),
+    "top_k as a float": ({"top_k": 1.5}, "top_k", "1.5"),
+    "top_p 0": ({"top_p": 0.0}, "top_p", "0.0"),
+    "top_p above 1": ({"top_p": 1.5}, "top_p", "1.5"),
+    "top_p nan": ({"top_p": float("nan")}, "top_p", "nan"),
+    "seed as text": ({"seed": "7"}, "seed", "7"),
+    "seed as a float": ({"seed": 7.5}, "seed", "7.5"),
+    "seed as a bool": ({"seed": True}, "seed", "True"),
+    "seed beyond 64 bits": ({"seed": 2**70, "temperature": 1.0}, "seed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLING)
+def test_bad_sampling_is_refused_before_any_work(refuses, name):
+    options, *messages = BAD_SAMPLING[name]
+    refuses(lambda model: model.generate(FRAMES, TEXTS, **options), *messages)
+
+
+def test_a_prompt_longer_than_the_models_maximum_is_refused(refuses):
+    long = ["Go.", "robot " * 5000]
+    for images, options in ((None, {}), (FRAMES, {}), (MIXED, {"template": "plain"}), (FRAMES, {"camera_mask": MASK})):
+        refuses(lambda model, images=images, options=options: model(images, long, **options), "4096", "tokens")
+    refuses(lambda model: model.generate(FRAMES, long), "4096", "tokens")
+    refuses(lambda model: model.processor(FRAMES, long), "4096", "tokens")
+
+
+def test_images_that_take_more_tokens_than_the_models_maximum_are_refused(refuses):
+    refuses(lambda model: model(FRAMES, TEXTS, resize=(28 * 64, 28 * 64)), "4096", "tokens")
+
+
+def test_just_the_models_maximum_is_taken(model):
+    batch = model.processor(None, ["a"], template="{images}{text}")
+    assert batch["input_ids"].shape == (1, 1)
+    limit = model.config.text.max_position_embeddings
+    longest = {count: model.processor(None, ["a " * count], template="{images}{text}") for count in (10, 11)}
+    per_word = longest[11]["input_ids"].shape[1] - longest[10]["input_ids"].shape[1]
+    words = 10 + (limit - longest[10]["input_ids"].shape[1]) // per_word
+    batch = model.processor(None, ["a " * words], template="{images}{text}")
+    assert limit - per_word < batch["input_ids"].shape[1] <= limit
+    with pytest.raises(ValueError, match=str(limit)):
+        model.processor(None, ["a " * (words + 1)], template="{images}{text}")
+
+
+@pytest.mark.parametrize("field", ["input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"])
+def test_a_damaged_batch_is_refused(refuses, model, field):
+    batch = model.processor(FRAMES, TEXTS, MASK)
+    refuses(lambda model: model(**{name: value for name, value in batch.items() if name != field}), field)
+    refuses(lambda model: model(**{**batch, field: batch[field][..., :-1]}), field)
+    refuses(lambda model: model(**{**batch, field: batch[field].float()}), field)
+    refuses(lambda model: model(**{**batch, field: None}), field)
+    refuses(lambda model: model(**{**batch, field: batch[field].tolist()}), field)
+
+
+BAD_BATCHES = {
+    "no raster_order": lambda batch: batch.pop("raster_order"),
+    "no pixel_values": lambda batch: batch.pop("pixel_values"),
+    "pixel_values of 3 dimensions": lambda batch: batch.update(pixel_values=batch["pixel_values"][0]),
+    "pixel_values of another grid": lambda batch: batch.update(pixel_values=batch["pixel_values"][:, :, 4:]),
+    "pixel_values of another depth": lambda batch: batch.update(pixel_values=batch["pixel_values"][..., 1:]),
+    "pixel_values of fewer samples": lambda batch: batch.update(pixel_values=batch["pixel_values"][:1]),
+    "pixel_values of fewer cameras": lambda batch: batch.update(pixel_values=batch["pixel_values"][:, :1]),
+    "pixel_values None": lambda batch: batch.update(pixel_values=None),
+    "pixel_values uint8": lambda batch: batch.update(pixel_values=batch["pixel_values"].to(torch.uint8)),
+    "pixel_values a list": lambda batch: batch.update(pixel_values=list(batch["pixel_values"].unbind(1))),
+    "raster_order flat": lambda batch: batch.update(raster_order=batch["raster_order"].flatten()),
+    "raster_order of another size": lambda batch: batch.update(raster_order=batch["raster_order"][:1]),
+    "raster_order None": lambda batch: batch.update(raster_order=None),
+    "camera_mask of another shape": lambda batch: batch.update(camera_mask=batch["camera_mask"][:1]),
+    "camera_mask of another dtype": lambda batch: batch.update(camera_mask=batch["camera_mask"].float()),
+    "images as well": lambda batch: batch.update(images=FRAMES),
+    "texts as well": lambda batch: batch.update(texts=TEXTS),
+    "unknown field": lambda batch: batch.update(labels=torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_a_batch_that_does_not_fit_together_is_refused(refuses, model, name):
+    batch = model.processor(FRAMES, TEXTS, MASK)
+    BAD_BATCHES[name](batch)
+    refuses(lambda model: model(**batch))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding_side": "both"}, "padding_side"),
+        ({"padding_side": None}, "padding_side"),
+        ({"min_pixels": -1}, "min_pixels"),
+        ({"min_pixels": "784"}, "min_pixels"),
+        ({"min_pixels": 784.5}, "min_pixels"),
+        ({"min_pixels": True}, "min_pixels"),
+        ({"max_pixels": 0}, "max_pixels"),
+        ({"max_pixels": float("nan")}, "max_pixels"),
+        ({"max_pixels": float("inf")}, "max_pixels"),
+        ({"min_pixels": 10**6, "max_pixels": 10**5}, "min_pixels"),
+    ],
+)
+def test_bad_loading_options_are_refused(load, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        load(**options)
+
+
+@pytest.mark.gpu
+def test_frames_on_another_device_than_the_models_are_refused(load):
+    model = load(device="cpu")
+    before = results(model)
+    calls = (
+        lambda: model(FRAMES.cuda(), TEXTS),
+        lambda: model([MIXED[0].cuda(), MIXED[1].cuda()], TEXTS),
+        lambda: model([MIXED[0], MIXED[1].cuda()], TEXTS),
+        lambda: model.encode_images(FRAMES.cuda()),
+        lambda: model.generate(FRAMES.cuda(), TEXTS),
+        lambda: model(FRAMES, TEXTS, camera_mask=MASK.cuda()),
+    )
+    for call in calls:
+        with no_work(model), pytest.raises(ValueError, match="cuda"):
+            call()
+    assert all(map(torch.equal, results(model), before))
+
+
+@pytest.mark.gpu
+def test_host_frames_and_masks_are_copied_to_the_models_device(load):
+    model = load(device="cuda")
+    here = model(FRAMES, TEXTS, camera_mask=MASK)
+    there = model(FRAMES.cuda(), TEXTS, camera_mask=MASK.cuda())
+    own = there.attention_mask
+    # A device mask may leave room for more cameras than there are: tokens are compared, not padding.
+    assert torch.equal(here.last_hidden_state[here.attention_mask], there.last_hidden_state[own])
+
+
+# --- fuzz ---
+
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+DTYPES = st.sampled_from([torch.uint8, torch.float32, torch.float64, torch.float16, torch.int64, torch.bool])
+SIDES = st.sampled_from([0, 1, 3, 27, 28, 29, 56, 61, 84])
+GOOD_SIDES = st.sampled_from([28, 29, 56, 61, 84])
+RESIZES = st.sampled_from(["hf", None, (28, 56), (56, 56), (28, 30), (0, 0), "x", 28, [56, 28], (28.0, 28.0)])
+TEMPLATES = st.sampled_from(["chat", "plain", "{images}{text}", "{text} see {images}.", "{text}", "", None, 3])
+STRINGS = st.sampled_from(["", "a", "Pick up the red block.\n", "积木 🤖", "<|image_pad|>", "{images}{text}", "\x00"])
+
+
+@st.composite
+def frames(draw, good):
+    """A tensor, or a list of them; with `good` one that the contract allows."""
+
+    def tensor(shape, dtype):
+        return torch.full(shape, 1 if dtype != torch.bool else True, dtype=dtype)
+
+    batch, cameras = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    if good:
+        dtype = draw(st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.float64]))
+        if draw(st.booleans()):
+            return tensor((batch, cameras, 3, draw(GOOD_SIDES), draw(GOOD_SIDES)), dtype), batch, cameras
+        return [tensor((batch, 3, draw(GOOD_SIDES), draw(GOOD_SIDES)), dtype) for _ in range(cameras)], batch, cameras
+    shape = [batch, cameras, draw(st.sampled_from([3, 3, 1, 4])), draw(SIDES), draw(SIDES)]
+    shape = draw(st.sampled_from([shape, shape, shape[1:], shape[:-1], [*shape, 3], shape[::-1], [0, *shape[1:]]]))
+    images = tensor(tuple(shape), draw(DTYPES))
+    return (
+        draw(st.sampled_from([images, [images], list(images.unbind(0)), None, (images, images[:1]), "x"])),
+        batch,
+        cameras,
+    )
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_good_input_works(model, data):
+    images, batch, cameras = data.draw(frames(good=True))
+    texts = data.draw(st.lists(STRINGS, min_size=batch, max_size=batch))
+    rows = st.lists(st.booleans(), min_size=cameras, max_size=cameras)
+    mask = data.draw(st.none() | st.lists(rows, min_size=batch, max_size=batch).map(torch.tensor))
+    layers = data.draw(st.lists(st.integers(-5, 4), min_size=1, max_size=3))
+    logits = data.draw(st.sampled_from([None, "last", "all"]))
+    template = data.draw(st.sampled_from(["chat", "plain", "{images}{text}", "{text} see {images}."]))
+    if template in ("plain", "{images}{text}"):
+        texts = [text or "." for text in texts]  # without cameras, an empty text would leave no token
+    with torch.no_grad():
+        out = model(
+            images,
+            texts,
+            camera_mask=mask,
+            layers=layers,
+            norm=data.draw(st.sampled_from(["pre", "post"])),
+            logits=logits,
+            template=template,
+            resize=data.draw(st.sampled_from(["hf", (28, 56), (56, 56), [56, 28]])),
+        )
+    assert len(out.hidden_states) == len(layers)
+    for hidden in out.hidden_states:
+        assert hidden.shape == (batch, out.input_ids.shape[1], 64)
+        assert hidden.isfinite().all()
+    if logits is not None:
+        assert out.logits.shape == ((batch, 600) if logits == "last" else (*out.input_ids.shape, 600))
+        assert out.logits.isfinite().all()
+
+
+@settings(FUZZ, max_examples=150)
+@given(data=st.data())
+def test_fuzz_any_input_works_or_raises_value_error_or_type_error(model, good, data):
+    """Mostly one thing is wrong at a time: what follows it is reached."""
+    images, batch, cameras = data.draw(frames(good=data.draw(st.booleans())))
+    wrong_texts = st.sampled_from([None, "a", [], ["a"], ["a"] * 7, [3], [None] * 2, ("a", "b"), 7])
+    texts = data.draw(st.lists(STRINGS, min_size=batch, max_size=batch) | wrong_texts)
+    wrong_masks = st.sampled_from([MASK, MASK.float(), MASK[0], True, [[True]], torch.ones(0, 0, dtype=torch.bool)])
+    options = {
+        "camera_mask": st.just(torch.ones(batch, cameras, dtype=torch.bool)) | wrong_masks,
+        "layers": st.sampled_from([(0,), (-1, 2), [4], (5,), (-6,), (), None, 1, (1.0,), "1", (True,), [[1]]]),
+        "norm": st.sampled_from(["pre", "post", "", None, 1]),
+        "logits": st.sampled_from([None, "last", "all", "", True, 1]),
+        "template": TEMPLATES,
+        "resize": RESIZES,
+    }
+    chosen = data.draw(st.lists(st.sampled_from(sorted(options)), max_size=2, unique=True))
+    given_options = {name: data.draw(options[name], label=name) for name in chosen}
+    try:
+        with torch.no_grad():
+            out = model(images, texts, **given_options)
+    except (ValueError, TypeError) as error:
+        assert str(error)
+    else:
+        assert all(hidden.isfinite().all() for hidden in out.hidden_states)
+        assert out.last_hidden_state.shape[0] == len(texts)
+    if data.draw(st.integers(0, 19)) == 0:
+        assert all(map(torch.equal, results(model), good))

@@ -1,0 +1,339 @@
+"""The shape of the repository: imports go one way, the forward path reads nothing back, text says what it should."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "qwen_batched"
+
+# From low to high; a module imports from lower lines only. Inside `kernels`, `ops` is the one door.
+LAYERS = (
+    ("cache", "config", "outputs", "kernels"),
+    ("checkpoint",),
+    ("weights",),
+    ("model.geometry", "model.kv_cache", "model.layers", "model.prompt", "model.sequence"),
+    ("model.inputs",),
+    ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
+    ("generation",),
+    ("qwen_batched_VL_model",),
+    ("testing", "transformers_reference"),
+    ("deviation",),
+)
+# The yardstick and the checkpoints it reads are made without the code that they judge.
+INDEPENDENT = ("testing", "transformers_reference")
+REEXPORTS = ("", "model")  # the packages' own __init__.py
+
+MAX_LINES = 450
+MAX_LINES_EXCEPT = {"testing.py": "the checkpoint writer, one thing from config to tokenizer"}
+
+
+def module_name(path):
+    """Dotted name below the package: "model.geometry", "" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def rank(name):
+    """The line of a module in LAYERS; None where it has no place."""
+    for index, names in enumerate(LAYERS):
+        if any(name == listed or name.startswith(listed + ".") for listed in names):
+            return index
+    return None
+
+
+def imports_of(name):
+    """The package's own modules that a module imports, wherever in the file."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            # `from package import module` names a module, `from package.module import thing` does not.
+            candidates = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [c for c in candidates if c.removeprefix("qwen_batched.") in SOURCES]
+            found = known or [node.module]
+        else:
+            continue
+        for imported in found:
+            if imported == "qwen_batched":
+                yield ""
+            elif imported.startswith("qwen_batched."):
+                yield imported.removeprefix("qwen_batched.")
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in REEXPORTS])
+def test_a_module_imports_from_lower_layers_only(name):
+    own = rank(name)
+    assert own is not None, f"{name} has no place in LAYERS: give it one"
+    for imported in imports_of(name):
+        assert imported in SOURCES, f"{name} imports {imported}, which does not exist"
+        assert imported not in REEXPORTS or own > rank("qwen_batched_VL_model"), f"{name} imports its own package"
+        if imported in REEXPORTS:
+            continue
+        inside_kernels = name.startswith("kernels") and imported.startswith("kernels")
+        assert inside_kernels or rank(imported) < own, f"{name} imports {imported}, which is not below it"
+
+
+def test_every_layer_names_modules_that_exist():
+    assert [name for names in LAYERS for name in names if name not in SOURCES] == []
+
+
+def test_kernels_have_one_door():
+    for name in SOURCES:
+        if name.startswith("kernels"):
+            assert "kernels.ops" not in imports_of(name), f"{name} imports the door from inside"
+            continue
+        used = {imported for imported in imports_of(name) if imported.startswith("kernels")}
+        assert used <= {"kernels", "kernels.ops", "kernels.segments"}, f"{name} goes past kernels.ops: {used}"
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_the_yardstick_uses_none_of_the_code_that_it_judges(name):
+    assert set(imports_of(name)) == set()
+
+
+# --- importing ---
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("module", ["qwen_batched", "qwen_batched.testing"])
+def test_importing_needs_neither_a_gpu_nor_triton_nor_torchvision_nor_skimage(module):
+    code = f"""
+import sys
+for name in ("triton", "torchvision", "skimage"):
+    sys.modules[name] = None  # every import of it fails
+import {module}, torch
+assert not torch.cuda.is_available()
+"""
+    done = run_python(code, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_pulls_in_no_library_for_tests_and_starts_no_cuda():
+    code = """
+import sys
+import qwen_batched, torch
+heavy = ("skimage", "matplotlib", "pytest", "hypothesis")
+print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[] False"
+
+
+def test_the_contracts_import_paths_work():
+    import qwen_batched
+    from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+    from qwen_batched.model.tensor_processor import TensorProcessor
+    from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
+
+    assert qwen_batched.QwenBatchedVL is QwenBatchedVL
+    assert qwen_batched.TensorProcessor is TensorProcessor
+    assert qwen_batched.BatchedDecoder is BatchedDecoder
+    assert qwen_batched.BatchedVisionTransformer is BatchedVisionTransformer
+    for part in (QwenBatchedVL, TensorProcessor, BatchedDecoder, BatchedVisionTransformer):
+        assert callable(part.from_pretrained)
+
+
+# --- no host reads ---
+
+FORWARD_PATH = (
+    "cache",
+    *(name for name in SOURCES if name.startswith("kernels")),
+    "generation",
+    "model.inputs",
+    "model.kv_cache",
+    "model.layers",
+    "model.modeling_qwen2_5_vl_batched",
+    "model.prompt",
+    "model.sequence",
+    "model.tensor_processor",
+    "qwen_batched_VL_model",
+)
+READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
+# (module, function, what): why it may.
+ALLOWED_READS = {
+    ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
+    ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
+    ("generation", "_up_to_end", "tolist"): "new tokens are handed to the caller",
+    ("generation", "generate_tokens", "bool"): "decoding ends when every sample has; made fast by a later issue",
+    ("qwen_batched_VL_model", "generate", "tolist"): "new tokens become text",
+    ("qwen_batched_VL_model", "generate", "int"): "new tokens become a reason to stop",
+}
+CASTS = {"int", "float", "bool"}
+
+
+def functions_of(tree):
+    """Every function with the nodes that are its own, nested functions' left to themselves."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield getattr(node, "name", "lambda"), list(own_nodes(node))
+
+
+def own_nodes(function):
+    body = function.body if isinstance(function.body, list) else [function.body]
+    pending = list(body)
+    while pending:
+        node = pending.pop()
+        yield node
+        if not isinstance(node, ast.FunctionDef):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def reads_of(nodes):
+    """What in these nodes reads a tensor's values back, or may."""
+    for node in nodes:
+        if isinstance(node, ast.Call):
+            called = node.func
+            if isinstance(called, ast.Attribute) and called.attr in READS:
+                yield called.attr
+            if isinstance(called, ast.Name) and called.id in CASTS and looks_like_a_tensor(node.args):
+                yield called.id
+        if isinstance(node, ast.Subscript) and looks_like_a_mask(node.slice):
+            yield f"[{ast.unparse(node.slice).strip('()')}]"
+
+
+def looks_like_a_tensor(args):
+    """Of a cast: not a call on the command line's kind of value, but on what indexing or a reduction returns."""
+    return any(
+        isinstance(arg, ast.Subscript) or (isinstance(arg, ast.Call) and isinstance(arg.func, ast.Attribute))
+        for arg in args
+    )
+
+
+def looks_like_a_mask(index):
+    parts = index.elts if isinstance(index, ast.Tuple) else [index]
+    for part in parts:
+        if isinstance(part, ast.Compare | ast.BoolOp) or (
+            isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.Invert | ast.Not)
+        ):
+            return True
+        name = part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else ""
+        if "mask" in name or name.startswith("is_"):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", FORWARD_PATH)
+def test_no_value_is_read_back_on_the_forward_path(name):
+    found = {(name, function, what) for function, nodes in functions_of(TREES[name]) for what in reads_of(nodes)}
+    assert found - set(ALLOWED_READS) == set()
+
+
+def test_every_allowed_read_is_still_there():
+    found = {
+        (name, function, what)
+        for name in FORWARD_PATH
+        for function, nodes in functions_of(TREES[name])
+        for what in reads_of(nodes)
+    }
+    assert set(ALLOWED_READS) - found == set()
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        ("def f(x): return x.sum().item()", "item"),
+        ("def f(x): return torch.nonzero(x)", "nonzero"),
+        ("def f(x): return x[x > 0]", "[x > 0]"),
+        ("def f(x, mask): return x[:, ~mask]", "[:, ~mask]"),
+        ("def f(x, camera_mask): return x[camera_mask]", "[camera_mask]"),
+        ("def f(x): return bool(x.all())", "bool"),
+        ("f = lambda x: x.cpu()", "cpu"),
+    ],
+)
+def test_the_search_for_reads_finds_one(code, what):
+    assert [what for _, nodes in functions_of(ast.parse(code)) for what in reads_of(nodes)] == [what]
+
+
+# --- text ---
+
+SKIPPED_FOLDERS = {"__pycache__", "node_modules", "build", "dist", "shared", "venv"}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".json", ".jinja", ".yml", ".yaml", ".cfg", ".typed", ""}
+# Put together here, so that this file does not hold what it looks for.
+FORBIDDEN = {
+    "a path of the machine it was written on": re.compile(
+        r"(?<![\w.~])/(?:" + "|".join(["work", "root", "farm"]) + r")/"
+    ),
+    "a package registry's address": re.compile(
+        "|".join(["py" + r"pi\.", "python" + "hosted", "download" + r"\.pytorch", "--(?:extra-)?" + "index" + "-url"])
+    ),
+}
+
+
+def texts_of_the_repository():
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in SKIPPED_FOLDERS and not name.endswith(".egg-info") and (name == ".ci" or name[0] != ".")
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix in TEXT_SUFFIXES and name not in {".git"}:
+                yield path
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_file_holds_what_belongs_to_one_machine(what):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in texts_of_the_repository()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
+        if FORBIDDEN[what].search(line)
+    ]
+    assert found == []
+
+
+def test_the_search_looks_at_the_repository():
+    found = {str(path.relative_to(ROOT)) for path in texts_of_the_repository()}
+    assert {"README.md", "pyproject.toml", "qwen_batched/config.py", "tests/conftest.py", ".ci/run"} <= found
+    assert FORBIDDEN["a path of the machine it was written on"].search('open("/ro' + 'ot/x")')
+    assert FORBIDDEN["a package registry's address"].search("https://py" + "pi.org/simple")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_module_and_everything_public_in_it_has_a_docstring(name):
+    tree = TREES[name]
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            missing += [] if ast.get_docstring(node) else [node.name]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["BatchedDecoder", "BatchedVisionTransformer", "QwenBatchedVL", "TensorProcessor"])
+def test_every_public_method_of_what_is_exported_has_a_docstring(name):
+    import qwen_batched
+
+    exported = getattr(qwen_batched, name)
+    public = {attribute: value for attribute, value in vars(exported).items() if not attribute.startswith("_")}
+    assert "forward" in public or name == "TensorProcessor"
+    assert [attribute for attribute, value in public.items() if not getattr(value, "__doc__", None)] == []
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_file_is_short_enough_to_read(name):
+    path = SOURCES[name]
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES or path.name in MAX_LINES_EXCEPT, f"{path.name} has {lines} lines"
