@@ -21,6 +21,9 @@ from qwen_batched.transformers_reference import TransformersReference
 # The tests' models are tiny: threads of PyTorch's would only wait for each other, for minutes where cores are shared.
 torch.set_num_threads(1)
 
+# cuDNN's convolutions use TF32 unless told otherwise, and transformers' patch embedding is one.
+torch.backends.cudnn.allow_tf32 = False
+
 # The smallest images of the tests are 28 x 28.
 MIN_PIXELS = 28 * 28
 

@@ -99,5 +99,6 @@ def _camera_of_token(is_image_BU: Tensor, camera_mask: Tensor | None, batch: int
     if camera_mask is not None:
         present_first = torch.argsort((~camera_mask).to(torch.uint8), dim=1, stable=True)
         order = torch.cat((present_first, order[:, -1:]), dim=1)
-    image_BU = (is_image_BU.cumsum(1) - 1).masked_fill(~is_image_BU, cameras)
+    # .long() first: on CUDA, PyTorch 2.11 leaves the cumulative sum of a single bool a bool.
+    image_BU = (is_image_BU.long().cumsum(1) - 1).masked_fill(~is_image_BU, cameras)
     return order.gather(1, image_BU)
