@@ -3,7 +3,7 @@
     python benchmarks/cpu_speed.py [--preset small] [--rounds 15]
 
 Both sides run the whole call, processor included, on the same uint8 frames, in turns within each round, so that
-whatever else the machine does hits both. The last line is JSON.
+whatever else the machine does hits both. Needs the transformers of constraints.txt. The last line is JSON.
 """
 
 from __future__ import annotations

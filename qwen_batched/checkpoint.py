@@ -13,7 +13,16 @@ import torch
 from huggingface_hub.errors import HFValidationError
 
 # Never a pickle, never code.
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
+CONFIG_FILES, WEIGHT_FILES = ("*.json", "*.jinja", "merges.txt"), ("*.safetensors",)
+# Written back as they stand: those that one version of transformers writes, another may not read.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -27,6 +36,7 @@ class Checkpoint:
         preprocessor: preprocessor_config.json, or its content in transformers 5's processor_config.json.
         generation: generation_config.json.
         chat_template: The processor's chat template; None where only the tokenizer has one.
+        tokenizer: The tokenizer's files by name, byte for byte.
     """
 
     folder: Path
@@ -34,15 +44,18 @@ class Checkpoint:
     preprocessor: dict[str, Any] | None
     generation: dict[str, Any] | None
     chat_template: str | None
+    tokenizer: dict[str, bytes]
 
     @classmethod
-    def open(cls, name: str | Path) -> Checkpoint:
+    def open(cls, name: str | Path, weights: bool = True) -> Checkpoint:
         """Finds and reads the checkpoint `name`: a folder, or a hub id (downloaded, or taken from the hub's cache).
+
+        Without `weights`, nothing of a hub id but its small files is downloaded.
 
         Raises:
             ValueError: There is no such checkpoint, or a file of it is not readable.
         """
-        folder = find_folder(name)
+        folder = find_folder(name, weights)
         combined = read_json(folder / "processor_config.json") or {}
         config = read_json(folder / "config.json")
         if config is None:
@@ -53,6 +66,7 @@ class Checkpoint:
             preprocessor=read_json(folder / "preprocessor_config.json") or combined.get("image_processor"),
             generation=read_json(folder / "generation_config.json"),
             chat_template=_read_chat_template(folder),
+            tokenizer={file: path.read_bytes() for file in TOKENIZER_FILES if (path := folder / file).is_file()},
         )
 
     def describing(self, *, num_layers: int, dtype: torch.dtype, min_pixels: int, max_pixels: int) -> Checkpoint:
@@ -65,12 +79,16 @@ class Checkpoint:
             text["layer_types"] = text["layer_types"][:num_layers]
         if text is not config:
             config["text_config"] = text
+            if "num_hidden_layers" in config:  # transformers 4.52 to 4.57 wrote the text fields in both places
+                config["num_hidden_layers"] = num_layers
         size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "size": size}
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def save(self, folder: Path) -> None:
-        """Writes the JSON files into `folder`."""
+        """Writes everything but the weights into `folder`."""
+        for name, data in self.tokenizer.items():
+            (folder / name).write_bytes(data)
         files = {
             "config.json": self.config,
             "preprocessor_config.json": self.preprocessor,
@@ -83,7 +101,7 @@ class Checkpoint:
                 (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint given by its path or hub id. Raises `ValueError` where there is none."""
     if not isinstance(name, (str, Path)):
         raise TypeError(f"a checkpoint is named by a folder or a hub id, got {type(name).__name__}")
@@ -91,8 +109,9 @@ def find_folder(name: str | Path) -> Path:
         return Path(name)
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {str(name)!r} does not exist")
+    patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
         raise ValueError(f"{name!r} is neither a folder nor a checkpoint that the hub gives: {error}") from error
 
@@ -115,4 +134,7 @@ def _read_chat_template(folder: Path) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
         return jinja.read_text(encoding="utf-8")
-    return (read_json(folder / "chat_template.json") or {}).get("chat_template")
+    template = (read_json(folder / "chat_template.json") or {}).get("chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'chat_template.json'} must hold a string, got {type(template).__name__}")
+    return template

@@ -200,6 +200,9 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], config: Mapping[str, Any]) -> GenerationConfig:
         """Reads `raw`; end tokens that it does not name come from config.json's content `config`."""
+        for name in ("no_repeat_ngram_size", "suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length"):
+            if raw.get(name):
+                raise ValueError(f"generation_config.json: {name} is not supported, got {raw[name]!r}")
         text = _section(config, "text_config")
         eos = raw.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
         eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -224,7 +227,10 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
     _require(raw, "hidden_act", "hidden_act", ("silu",))
     if raw.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true is not supported")
-    if "sliding_attention" in (raw.get("layer_types") or ()):
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise ValueError(f"config.json: layer_types must be a list, got {layer_types!r}")
+    if "sliding_attention" in layer_types:
         raise ValueError("config.json: layer_types with sliding_attention are not supported")
     if raw.get("attention_dropout"):
         raise ValueError(f"config.json: attention_dropout must be 0, got {raw['attention_dropout']!r}")
@@ -232,7 +238,7 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
     for name in ("rope_type", "type"):
         _require(rope, f"rope type ({name})", name, ("default", "mrope"))
     merged = {**raw, **_given(rope, "rope_theta", "mrope_section")}
-    if merged.get("num_key_value_heads") is None:
+    if "num_key_value_heads" in merged and merged["num_key_value_heads"] is None:
         merged["num_key_value_heads"] = merged.get("num_attention_heads", TextConfig.num_attention_heads)
     config = _from_fields(TextConfig, merged, "config.json")
     if raw.get("head_dim") not in (None, config.head_dim):

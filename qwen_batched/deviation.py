@@ -110,7 +110,8 @@ class Row:
 
 def _rows(folder: str, device: str) -> Iterator[Row]:
     """All stages at all sizes. One model at a time is on the device."""
-    passes = tqdm(total=4 * len(SIZES), desc="deviation", unit="batch", leave=False)
+    # disable=None: no bar where the output is not a terminal
+    passes = tqdm(total=4 * len(SIZES), desc="deviation", unit="batch", leave=False, disable=None)
     results: dict[tuple[str, torch.dtype], list[Outputs]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for whose, run in (("theirs", _reference_outputs), ("ours", _our_outputs)):

@@ -53,13 +53,16 @@ class Sampling:
         """One token (B,) from float32 logits (B, vocabulary)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        ordered, tokens = (logits / self.temperature).sort(dim=-1, descending=True, stable=True)
+        ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
+        # From the likeliest down, in float64: whatever the temperature, that one stays 0 and nothing becomes NaN.
+        ordered = ((ordered - ordered[:, :1]).double() / self.temperature).float()
         if self.top_k:
             ordered[:, self.top_k :] = -torch.inf
         if self.top_p < 1:
             likelier = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-            likelier[:, 0] = 0  # the likeliest token always stays
-            ordered = ordered.masked_fill(likelier >= self.top_p, -torch.inf)
+            unlikely = likelier >= self.top_p
+            unlikely[:, 0] = False  # the likeliest token always stays
+            ordered = ordered.masked_fill(unlikely, -torch.inf)
         drawn = torch.multinomial(ordered.softmax(dim=-1), num_samples=1, generator=generator)
         return tokens.gather(1, drawn)[:, 0]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VLOutput:
     """Result of `QwenBatchedVL.forward` for B samples padded to S tokens, D wide, with V cameras.
 
@@ -39,7 +39,7 @@ class VLOutput:
         return self.hidden_states[-1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerateOutput:
     """Result of `QwenBatchedVL.generate` for B samples.
 

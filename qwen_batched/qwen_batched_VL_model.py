@@ -114,8 +114,9 @@ class QwenBatchedVL(nn.Module):
                 "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
             )
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        self.processor.prompts.tokenizer.save_pretrained(folder)
         image = self.processor.image
         files = self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
@@ -315,20 +316,20 @@ class QwenBatchedVL(nn.Module):
         check_batch_names(batch)
         if images is not None or texts is not None:
             raise ValueError("give either images and texts or a processor's batch, got both")
-        if camera_mask is not None:
-            batch = {**batch, "camera_mask": camera_mask}
+        if camera_mask is not None or template != "chat" or resize != "hf":
+            raise ValueError("camera_mask, template and resize shape a batch when the processor makes it, not later")
         vision = self.config.vision
         check_batch(batch, vision.patch_dim, vision.cell_patches)
         return {name: _to_device(value, self.device) for name, value in batch.items()}
 
     def _embed(self, batch: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, Features | None]:
         """Input embeddings (B, S, D) with each image token's feature in its place, and the features."""
-        embeds_BSD = self.model.embed_tokens(batch["input_ids"])
         if "pixel_values" not in batch:
-            return embeds_BSD, None
-        features = self.visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_mask"))
+            return self.model.embed_tokens(batch["input_ids"]), None
+        features = self.visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
         by_camera = [features.flatten(1, 3)] if isinstance(features, Tensor) else [x.flatten(1, 2) for x in features]
         features_BMD = torch.cat(by_camera, dim=1)
+        embeds_BSD = self.model.embed_tokens(batch["input_ids"])
         index_BS1 = batch["feature_index"][..., None]
         placed_BSD = features_BMD.gather(1, index_BS1.clamp(min=0).expand(-1, -1, features_BMD.shape[-1]))
         return torch.where(index_BS1 >= 0, placed_BSD.to(embeds_BSD.dtype), embeds_BSD), features

@@ -142,16 +142,20 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch
     """`dtype`, or `stored` for None and "auto"."""
     if dtype is None or dtype == "auto":
         return stored
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be 'auto' or a floating torch.dtype, got {dtype!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype must be 'auto' or a floating torch.dtype of 16 bits or more, got {dtype!r}")
     return dtype
 
 
 def resolve_device(device: torch.device | str | None) -> torch.device:
-    """`device`, or CUDA where there is any, else the CPU."""
+    """`device`, or CUDA where there is any, else the CPU. Raises `ValueError` where it cannot be used."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ from qwen_batched.testing import random_tensor, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
 
+RELEASE = Version(transformers.__version__).release
 IMAGE = {"min_pixels": 28 * 28}
 FRAMES = photos(2, 2, 56, 84)
 TEXTS = ["Pick up the red block.", "Go."]
@@ -438,6 +440,8 @@ def test_load_save_load_is_bitwise_and_transformers_loads_it_too(tmp_path, optio
     assert again.config.text.num_hidden_layers == model.config.text.num_hidden_layers
     assert again.processor.image == model.processor.image
     assert_bitwise(again, model)
+    if RELEASE < (5,) and options.get("config_layout") == "nested":
+        return  # this transformers cannot read the source's config either
 
     theirs, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -454,7 +458,7 @@ def test_load_save_load_is_bitwise_and_transformers_loads_it_too(tmp_path, optio
         assert_equal_to(
             wide.run(**inputs).hidden_states[layer - 1], reference.run(**inputs).hidden_states[layer - 1], tolerance=0
         )
-    else:
+    elif RELEASE >= (4, 52) or options.get("key_layout") != "nested":  # 4.51 cannot read the source's keys
         references = [TransformersReference.from_pretrained(folder, dtype=model.dtype) for folder in (source, saved)]
         inputs = references[0].processor_inputs(list(FRAMES[0]), TEXTS[0])
         logits = [reference.run(**inputs).logits for reference in references]

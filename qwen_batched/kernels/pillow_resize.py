@@ -36,7 +36,7 @@ def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
     shape = (target, *rows.shape[1:])
     rows = rows.flatten(1)
     last = rows.shape[0] - 1
-    total = torch.full((target, rows.shape[1]), 1 << (PRECISION_BITS - 1), dtype=torch.int32)
+    total = torch.full((target, rows.shape[1]), 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=rows.device)
     for tap, weight in enumerate(weights):
         total += rows.index_select(0, (starts + tap).clamp(max=last)) * weight[:, None]
     return (total >> PRECISION_BITS).clamp_(0, 255).view(shape).movedim(0, dim)
@@ -45,6 +45,11 @@ def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
 @functools.lru_cache(MAX_AXES)
 def _axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
     """First source pixel of each target pixel (target,), and int32 weights of those from there (taps, target)."""
+    with torch.device("cpu"):
+        return _make_axis_table(source, target)
+
+
+def _make_axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
     scale = source / target
     stretch = max(scale, 1.0)
     support = CUBIC_SUPPORT * stretch

@@ -53,6 +53,8 @@ def _check_group(frames: Tensor, min_side: int) -> None:
         raise ValueError(f"images must have 3 channels before height and width, got {_shape(frames)}{hint}")
     if batch == 0 or cameras == 0:
         raise ValueError(f"images must hold at least one sample and one camera, got {_shape(frames)}")
+    if frames.layout != torch.strided:
+        raise ValueError(f"images must be dense, got {frames.layout}")
     if frames.dtype != torch.uint8 and not frames.dtype.is_floating_point:
         raise ValueError(f"images must be uint8 (0..255) or floating (0..1), got {frames.dtype}")
     if min(height, width) < min_side:
@@ -67,6 +69,9 @@ def check_texts(texts: Sequence[str], batch: int | None) -> int:
         raise TypeError(f"texts must be a list of str, got {_describe(texts)}")
     if not texts:
         raise ValueError("texts must hold at least one text, got an empty list")
+    for index, text in enumerate(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"texts[{index}] must be Unicode text, got half of a surrogate pair in {text!r}")
     if batch is not None and len(texts) != batch:
         raise ValueError(f"texts must hold one text per sample, got {len(texts)} texts for {batch} samples of images")
     return len(texts)
@@ -135,7 +140,7 @@ def check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_
 
 def check_batch_names(names: Collection[str]) -> None:
     """Raises `TypeError` where there are names that no processor's batch has."""
-    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_mask"})
+    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_present"})
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
 
@@ -146,7 +151,7 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
     has_images = "pixel_values" in batch
     expected = (*TEXT_NAMES, *IMAGE_NAMES) if has_images else TEXT_NAMES
     missing = [name for name in expected if name not in batch]
-    stray = [name for name in ("raster_order", "camera_mask") if name in batch and not has_images]
+    stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
     if missing or stray:
         raise ValueError(f"a processor's batch must hold {expected}, got {sorted(batch)}")
     input_ids = batch["input_ids"]
@@ -157,8 +162,8 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
     if has_images:
         cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
-        if "camera_mask" in batch:
-            _check_tensor("camera_mask", batch["camera_mask"], (len(input_ids), cameras), torch.bool)
+        if "camera_present" in batch:
+            _check_tensor("camera_present", batch["camera_present"], (len(input_ids), cameras), torch.bool)
 
 
 def check_pixels(

@@ -34,7 +34,9 @@ class KVCache:
         if self.visible is None:
             all_keys[:, : keys.shape[1]], all_values[:, : keys.shape[1]] = keys, values
             return keys, values
-        all_keys[self._rows, self.lengths], all_values[self._rows, self.lengths] = keys[:, 0], values[:, 0]
+        # Under autocast keys and values come in another dtype than the embeddings that the cache was made like.
+        all_keys[self._rows, self.lengths] = keys[:, 0].to(all_keys.dtype)
+        all_values[self._rows, self.lengths] = values[:, 0].to(all_values.dtype)
         return all_keys, all_values
 
     def end_prompt(self, lengths: Tensor) -> None:

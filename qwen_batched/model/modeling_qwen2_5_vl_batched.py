@@ -24,7 +24,7 @@ from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan
-from qwen_batched.model.inputs import check_decoder_inputs, check_norm, check_pixels, resolve_layers
+from qwen_batched.model.inputs import check_camera_mask, check_decoder_inputs, check_norm, check_pixels, resolve_layers
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
@@ -85,7 +85,7 @@ class BatchedVisionTransformer(nn.Module):
         self,
         pixel_values: Tensor | Sequence[Tensor],
         raster_order: Tensor | Sequence[Tensor],
-        camera_mask: Tensor | None = None,
+        camera_present: Tensor | None = None,
         layers: Sequence[int] | None = None,
     ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
         """Features of a batch of images, as `TensorProcessor` prepares them.
@@ -94,7 +94,7 @@ class BatchedVisionTransformer(nn.Module):
             pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ.
             raster_order: (V, h, w), or V tensors (h_v, w_v): the place in window order of each merged cell. Its shape
                 is the images' grid, so that geometry is known without reading the device.
-            camera_mask: Bool (B, V), False where the camera is absent; those features are zero.
+            camera_present: Bool (B, V), False where a camera is absent; those features are zero. None where none is.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
 
@@ -107,13 +107,15 @@ class BatchedVisionTransformer(nn.Module):
         """
         config = self.config
         wanted = None if layers is None else resolve_layers(layers, config.depth)
-        check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
+        cameras = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
         grids = [raster_order.shape[1:]] if uniform else [order.shape for order in raster_order]
         plans = [self.plan(*grid, pixels[0].device) for grid in grids]
         groups = tuple(ImageGroup(len(part), plan) for part, plan in zip(pixels, plans, strict=True))
         batch = len(pixel_values) if uniform else len(pixels[0])
+        if camera_present is not None:
+            check_camera_mask(camera_present, batch, cameras, pixels[0].device)
 
         x_TC = self.patch_embed(_back_to_back(pixels))
         outputs_TC = self._run_blocks(x_TC, groups, wanted)
@@ -122,7 +124,7 @@ class BatchedVisionTransformer(nn.Module):
         else:
             merge = config.spatial_merge_size
             tokens = [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
-        features = [_by_camera(images, batch, camera_mask, uniform) for images in tokens]
+        features = [_by_camera(images, batch, camera_present, uniform) for images in tokens]
         return features[0] if layers is None else features
 
     def _run_blocks(

@@ -115,5 +115,6 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """The same tokenizer, to which every string is text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = []
-    state["post_processor"] = None
+    # transformers sets truncation and padding anew at each call; a file may hold those of some earlier one.
+    state["post_processor"] = state["truncation"] = state["padding"] = None
     return Tokenizer.from_str(json.dumps(state))

@@ -23,6 +23,7 @@ from qwen_batched.model.geometry import VisionPlan, make_vision_plan, smart_resi
 from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
 from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.model.sequence import NO_TOKEN, Sequences, expand_prompts
+from qwen_batched.weights import resolve_device
 
 Grid = tuple[int, int]  # height and width of an image in merged cells
 MAX_CACHED_TEXTS = 4096
@@ -65,7 +66,7 @@ class TensorProcessor:
         max_pixels: int | None = None,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
-        return cls.from_checkpoint(Checkpoint.open(name), padding_side, min_pixels, max_pixels)
+        return cls.from_checkpoint(Checkpoint.open(name, weights=False), padding_side, min_pixels, max_pixels)
 
     @classmethod
     def from_checkpoint(
@@ -115,7 +116,7 @@ class TensorProcessor:
         Returns:
             With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (V, h, w), see
             `BatchedVisionTransformer.forward`; both are lists of one per camera when the feature grids differ.
-            `camera_mask`, where one was given. With texts: the fields of `Sequences`.
+            `camera_present` (B, V), where a camera mask was given. With texts: the fields of `Sequences`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or a prompt is longer than the model's maximum.
@@ -137,7 +138,7 @@ class TensorProcessor:
         if groups is not None:
             batch.update(self._pixels(groups, grids, camera_mask, device, dtype))
         if camera_mask is not None:
-            batch["camera_mask"] = camera_mask
+            batch["camera_present"] = camera_mask
         if prompts is not None:
             batch.update(vars(self._sequences(*prompts, grids, camera_mask, device)))
         return batch
@@ -155,9 +156,9 @@ class TensorProcessor:
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
-            return None, torch.device(device or "cpu")
+            return None, resolve_device(device or "cpu")
         groups = check_frames(images, min_side=factor)
-        device = groups[0].device if device is None else torch.device(device)
+        device = groups[0].device if device is None else resolve_device(device)
         check_device("images", groups[0], device)
         if camera_mask is not None:
             cameras = sum(group.shape[1] for group in groups)
@@ -259,7 +260,8 @@ class TensorProcessor:
         self, prompts: Tensor, length: int, grids: tuple[Grid, ...], camera_mask: Tensor | None, device: torch.device
     ) -> Sequences:
         table = self._tables.get(
-            (grids, device), lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device)
+            ("grids", grids, device),
+            lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device),
         )
         return expand_prompts(
             prompts,
@@ -285,7 +287,7 @@ class TensorProcessor:
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        return self._tables.get((rows, device), lambda: camera_mask.to(device)).clone()
+        return self._tables.get(("mask", rows, device), lambda: camera_mask.to(device)).clone()
 
     def _plan(self, grid: Grid, device: torch.device) -> VisionPlan:
         return self._tables.get(("plan", grid, device), lambda: make_vision_plan(self.config.vision, *grid, device))

@@ -244,7 +244,7 @@ def test_writing_into_a_batch_does_not_change_the_next_one(processor):
     for call in calls:
         for name, value in call().items():
             for tensor in [value] if isinstance(value, torch.Tensor) else value:
-                if name != "camera_mask":  # the caller's own
+                if name != "camera_present":  # the caller's own
                     tensor.zero_()
     for before, call in zip(first, calls, strict=True):
         after = call()
