@@ -1,13 +1,14 @@
 """Pillow's bicubic resize of uint8 images, in PyTorch and to the last bit.
 
 transformers' image processors resize on the CPU with Pillow, or with a kernel of PyTorch's that follows it: one axis at
-a time, in fixed point, rounding to whole pixels after each. Formulas are those of Pillow 13's Resample.c.
+a time, in fixed point, rounding to whole pixels after each. Formulas are those of Pillow's Resample.c.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -20,13 +21,19 @@ MAX_AXES = 256
 def resize_uint8(frames: Tensor, height: int, width: int) -> Tensor:
     """uint8 frames (..., H, W) to (..., height, width), as int32 in 0..255."""
     saved_rows, saved_columns = frames.shape[-2] - height, frames.shape[-1] - width
-    rows_first = saved_rows > 0 and saved_rows > 2 * saved_columns
+    rows_first = _pillow_chooses_the_axis() and saved_rows > 0 and saved_rows > 2 * saved_columns
     pixels = frames.int()
     for dim in (-2, -1) if rows_first else (-1, -2):
         target = height if dim == -2 else width
         if pixels.shape[dim] != target:
             pixels = _resize_axis(pixels, dim, target)
     return pixels
+
+
+@functools.cache
+def _pillow_chooses_the_axis() -> bool:
+    """Since 13, Pillow may begin with the rows; before, it began with the columns."""
+    return int(version("pillow").partition(".")[0]) >= 13
 
 
 def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
