@@ -11,6 +11,7 @@ import math
 from importlib.metadata import version
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 PRECISION_BITS = 22
@@ -33,7 +34,7 @@ def resize_uint8(frames: Tensor, height: int, width: int) -> Tensor:
 @functools.cache
 def _pillow_chooses_the_axis() -> bool:
     """Since 13, Pillow may begin with the rows; before, it began with the columns."""
-    return int(version("pillow").partition(".")[0]) >= 13
+    return Version(version("pillow")) >= Version("13")
 
 
 def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
