@@ -11,6 +11,7 @@ import math
 from importlib.metadata import version
 
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
@@ -38,21 +39,17 @@ def _pillow_chooses_the_axis() -> bool:
 
 
 def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
-    starts, weights = _axis_table(pixels.shape[dim], target)
-    # Rows in front: then each tap copies whole rows instead of picking single pixels.
+    sources, weights = _axis_table(pixels.shape[dim], target)
     rows = pixels.movedim(dim, 0)
-    shape = (target, *rows.shape[1:])
-    rows = rows.flatten(1)
-    last = rows.shape[0] - 1
-    total = torch.full((target, rows.shape[1]), 1 << (PRECISION_BITS - 1), dtype=torch.int32, device=rows.device)
-    for tap, weight in enumerate(weights):
-        total += rows.index_select(0, (starts + tap).clamp(max=last)) * weight[:, None]
-    return (total >> PRECISION_BITS).clamp_(0, 255).view(shape).movedim(0, dim)
+    # Weighted sums of a few rows each. In float64, sums of these integers are exact.
+    total = F.embedding_bag(sources, rows.flatten(1).double(), per_sample_weights=weights, mode="sum")
+    rounded = (total.long() + (1 << (PRECISION_BITS - 1))) >> PRECISION_BITS
+    return rounded.clamp_(0, 255).int().view(target, *rows.shape[1:]).movedim(0, dim)
 
 
 @functools.lru_cache(MAX_AXES)
 def _axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
-    """First source pixel of each target pixel (target,), and int32 weights of those from there (taps, target)."""
+    """The source pixels of each target pixel, and their weights in units of 2**-22, each (target, taps)."""
     with torch.device("cpu"):
         return _make_axis_table(source, target)
 
@@ -64,11 +61,11 @@ def _make_axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
     centres = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
     starts = (centres - support + 0.5).trunc().clamp(min=0).long()
     ends = (centres + support + 0.5).trunc().clamp(max=source).long()
-    sources = starts + torch.arange(2 * math.ceil(support) + 1)[:, None]
-    weights = _cubic((sources - centres + 0.5) / stretch) * (sources < ends)
-    weights = weights / weights.sum(dim=0)
-    fixed = (weights * (1 << PRECISION_BITS) + torch.where(weights < 0, -0.5, 0.5)).trunc().int()
-    return starts, fixed
+    sources = starts[:, None] + torch.arange(2 * math.ceil(support) + 1)
+    weights = _cubic((sources - centres[:, None] + 0.5) / stretch) * (sources < ends[:, None])
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    fixed = (weights * (1 << PRECISION_BITS) + torch.where(weights < 0, -0.5, 0.5)).trunc()
+    return sources.clamp(max=source - 1), fixed
 
 
 def _cubic(x: Tensor) -> Tensor:

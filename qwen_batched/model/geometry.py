@@ -74,17 +74,25 @@ def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device)
     """The plan of an image of `h` x `w` merged cells."""
     # Made on the host: the tables are small, and their values do not depend on the GPU's arithmetic.
     with torch.device("cpu"):
-        cells, windows = _window_order(config, h, w)
-        raster_order = torch.argsort(cells).view(h, w)
-        cos, sin = _rotary_tables(config, rows=cells // w, columns=cells % w)
+        window_order, windows = _window_order(config, h, w)
+        cos, sin = _rotary_tables(config, rows=window_order // w, columns=window_order % w)
+        raster_order = torch.argsort(window_order).view(h, w)
     return VisionPlan(
-        window_order=cells.to(device),
+        window_order=window_order.to(device),
         raster_order=raster_order.to(device),
         windows=windows,
         image=(Run(start=0, count=1, length=h * w * config.cell_patches),),
         cos=cos.to(device),
         sin=sin.to(device),
     )
+
+
+def make_patch_order(config: VisionConfig, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`window_order` and `raster_order` of `VisionPlan` alone: all that cutting frames into patches needs."""
+    with torch.device("cpu"):
+        window_order, _ = _window_order(config, h, w)
+        raster_order = torch.argsort(window_order).view(h, w)
+    return window_order.to(device), raster_order.to(device)
 
 
 def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[Run, ...]]:

@@ -31,7 +31,7 @@ from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on
 
 # transformers' vision transformer takes this from no config.
 VISION_NORM_EPS = 1e-6
-MAX_PLANS = 64
+MAX_PLANS, MAX_DEVICES = 64, 8
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class BatchedDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderBlock(config, index) for index in range(config.num_hidden_layers))
         self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._tables = LRUCache(MAX_PLANS)
+        self._inv_freq = LRUCache(MAX_DEVICES)
 
     @classmethod
     def from_pretrained(
@@ -327,8 +327,8 @@ class BatchedDecoder(nn.Module):
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         device = position_ids.device
-        inv_freq = self._tables.get(
-            ("inv_freq", device), lambda: inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
+        inv_freq = self._inv_freq.get(
+            device, lambda: inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
         )
         return ops.mrope_tables(position_ids, inv_freq, self.config.mrope_section)
 

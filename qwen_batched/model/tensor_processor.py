@@ -19,7 +19,7 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
-from qwen_batched.model.geometry import VisionPlan, make_vision_plan, smart_resize
+from qwen_batched.model.geometry import make_patch_order, smart_resize
 from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
 from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.model.sequence import NO_TOKEN, Sequences, expand_prompts
@@ -188,11 +188,10 @@ class TensorProcessor:
         """`pixel_values` and `raster_order`."""
         patches, camera = [], 0
         for group in groups:
-            plan = self._plan(grids[camera], device)
             mask = None if camera_mask is None else camera_mask[:, camera : camera + group.shape[1]]
-            patches.append(self._patches(group.to(device, non_blocking=True), plan, mask).to(dtype))
+            patches.append(self._patches(group.to(device, non_blocking=True), grids[camera], mask).to(dtype))
             camera += group.shape[1]
-        orders = [self._plan(grid, device).raster_order for grid in grids]
+        orders = [self._patch_order(grid, device)[1] for grid in grids]
         if len(set(grids)) == 1:
             return {"pixel_values": torch.cat(patches, dim=1), "raster_order": torch.stack(orders)}
         return {
@@ -200,17 +199,17 @@ class TensorProcessor:
             "raster_order": [order.clone() for order in orders],
         }
 
-    def _patches(self, frames: Tensor, plan: VisionPlan, mask: Tensor | None) -> Tensor:
+    def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
         """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
         vision = self.config.vision
-        height, width = (side * vision.cell_size for side in plan.grid)
+        height, width = (side * vision.cell_size for side in grid)
         mean, std = self._normalisation(frames.device)
         patches = ops.patchify(
             ops.resize(frames.flatten(0, 1), height, width),
             scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
             mean=mean,
             std=std,
-            window_order=plan.window_order,
+            window_order=self._patch_order(grid, frames.device)[0],
             patch_size=vision.patch_size,
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
@@ -289,8 +288,10 @@ class TensorProcessor:
         rows = tuple(map(tuple, camera_mask.tolist()))
         return self._tables.get(("mask", rows, device), lambda: camera_mask.to(device)).clone()
 
-    def _plan(self, grid: Grid, device: torch.device) -> VisionPlan:
-        return self._tables.get(("plan", grid, device), lambda: make_vision_plan(self.config.vision, *grid, device))
+    def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Window order and raster order of the cells of an image."""
+        key = ("patch order", grid, device)
+        return self._tables.get(key, lambda: make_patch_order(self.config.vision, *grid, device))
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:
