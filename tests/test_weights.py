@@ -628,7 +628,7 @@ REFUSED_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", REFUSED_CONFIGS)
-def test_trap6_a_config_that_is_not_implemented_or_not_the_weights_own_is_refused(folder, name):
+def test_trap06_a_config_that_is_not_implemented_or_not_the_weights_own_is_refused(folder, name):
     edit_json(folder / "config.json", lambda config: REFUSED_CONFIGS[name](config) and None)
     with pytest.raises((ValueError, TypeError)):
         load(folder)
