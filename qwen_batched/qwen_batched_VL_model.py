@@ -16,7 +16,7 @@ from qwen_batched.model.inputs import Resize, check_batch, check_batch_names, ch
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
-from qwen_batched.weights import HEAD_NAME, build_on_meta, check_tied_head, load_weights, save_weights, unread_layers
+from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers
 
 Features = Tensor | list[Tensor]
 
@@ -98,9 +98,8 @@ class QwenBatchedVL(nn.Module):
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             skip=lambda name: unread(name) or name == HEAD_NAME,
+            tied_head=lm_head and config.tie_word_embeddings,
         )
-        if lm_head and config.tie_word_embeddings:
-            check_tied_head(checkpoint.folder)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

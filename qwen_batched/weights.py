@@ -54,6 +54,7 @@ def load_weights(
     device: torch.device | str | None,
     prefix: str = "",
     skip: Callable[[str], bool] = lambda name: False,
+    tied_head: bool = False,
 ) -> M:
     """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
 
@@ -64,9 +65,11 @@ def load_weights(
         device: Of the parameters; None for CUDA where there is any, else the CPU.
         prefix: The part of the checkpoint that the module is.
         skip: Says of a published name that the module lacks whether it may be left unread.
+        tied_head: The module's output projection is its embedding; one that is stored all the same must be equal.
 
     Raises:
-        ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape differs.
+        ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape or
+                the tied head differs.
     """
     stored = find_tensors(folder)
     wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
@@ -77,6 +80,8 @@ def load_weights(
                 f"{stored[name].file}: {stored[name].key} must have shape {tuple(parameter.shape)}, "
                 f"got {stored[name].shape}"
             )
+    if tied_head:
+        _check_tied_head(folder, stored)
     dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
     device = resolve_device(device)
     for name, parameter in wanted.items():
@@ -85,16 +90,6 @@ def load_weights(
         value.copy_(_read(stored[name]))
         setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
     return module
-
-
-def check_tied_head(folder: Path) -> None:
-    """Raises `ValueError` where config.json ties the output projection to an embedding that is not equal to it.
-
-    transformers has used either of the two over time; a checkpoint that says both things is not read.
-    """
-    stored = find_tensors(folder)
-    if HEAD_NAME in stored and not torch.equal(_read(stored[HEAD_NAME]), _read(stored[EMBEDDING_NAME])):
-        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
 
 
 def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
@@ -197,6 +192,12 @@ def _read(tensor: StoredTensor) -> Tensor:
     # The file is mapped anew for each tensor: pages of one mapping would stay in memory until its end.
     with safe_open(tensor.file, framework="pt") as tensors:
         return tensors.get_tensor(tensor.key)
+
+
+def _check_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    # transformers has used either of the two over time; a checkpoint that says both things is not read.
+    if HEAD_NAME in stored and not torch.equal(_read(stored[HEAD_NAME]), _read(stored[EMBEDDING_NAME])):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
 
 
 def _check_names(

@@ -16,15 +16,6 @@ TEXTS = ["Pick up the red block.", "Go."]
 MASK = torch.tensor([[True, False], [True, True]])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another cost a model this small ten times its work on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @contextlib.contextmanager
 def no_work(model):
     """Fails where any module of the vision transformer or the decoder runs."""

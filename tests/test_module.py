@@ -20,15 +20,6 @@ MASK = torch.tensor([[True, False], [True, True]])
 BFLOAT16_TOLERANCE = 5e-2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another cost a model this small ten times its work on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def fresh(load):
     """A model of one's own, which nobody has called yet."""

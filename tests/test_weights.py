@@ -29,15 +29,6 @@ TEXTS = ["Pick up the red block.", "Go."]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for one another cost a model this small ten times its work on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(folder, **options):
     return QwenBatchedVL.from_pretrained(folder, device="cpu", **options)
 
