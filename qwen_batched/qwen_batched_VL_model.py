@@ -270,12 +270,7 @@ class QwenBatchedVL(nn.Module):
         sampling = Sampling(temperature, top_k, top_p, seed)
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
-        batch = self._prepare(images, texts, camera_mask, template, resize, {})
-        limit, length = self.config.text.max_position_embeddings, batch["input_ids"].shape[1]
-        if length + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt and new tokens must fit into {limit} tokens, got {length} and max_new_tokens={max_new_tokens}"
-            )
+        batch = self._prepare(images, texts, camera_mask, template, resize, {}, max_new_tokens)
         with torch.no_grad():
             inputs_embeds, _ = self._embed(batch)
         tokens = generate_tokens(
@@ -304,13 +299,21 @@ class QwenBatchedVL(nn.Module):
         template: str,
         resize: Resize,
         batch: dict[str, Tensor | list[Tensor]],
+        max_new_tokens: int = 0,
     ) -> dict[str, Tensor | list[Tensor]]:
         """The processor's batch, made here or given."""
         if not batch:
             if texts is None:
                 raise TypeError("texts must be a list of str, got None")
             return self.processor(
-                images, texts, camera_mask, template=template, resize=resize, device=self.device, dtype=self.dtype
+                images,
+                texts,
+                camera_mask,
+                template=template,
+                resize=resize,
+                device=self.device,
+                dtype=self.dtype,
+                max_new_tokens=max_new_tokens,
             )
         check_batch_names(batch)
         if images is not None or texts is not None:

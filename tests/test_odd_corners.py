@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
+from qwen_batched.kernels import ops
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -95,3 +96,15 @@ def test_generation_settings_that_are_not_supported_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"no_repeat_ngram_size": 3}))
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
         QwenBatchedVL.from_pretrained(folder, device="cpu")
+
+
+def test_more_new_tokens_than_fit_are_refused_before_a_frame_is_touched(model, monkeypatch):
+    touched = []
+    resize = ops.resize
+    monkeypatch.setattr(ops, "resize", lambda *arguments: touched.append(1) or resize(*arguments))
+    images = photos(2, 1, 56, 56).to(model.device)
+    with pytest.raises(ValueError, match="max_new_tokens=5000"):
+        model.generate(images, TEXTS, max_new_tokens=5000)
+    assert not touched
+    model.generate(images, TEXTS, max_new_tokens=1)
+    assert touched

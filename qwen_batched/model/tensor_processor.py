@@ -100,6 +100,7 @@ class TensorProcessor:
         resize: Resize = "hf",
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        max_new_tokens: int = 0,
     ) -> dict[str, Tensor | list[Tensor]]:
         """A batch for `QwenBatchedVL.forward(**batch)`.
 
@@ -112,6 +113,7 @@ class TensorProcessor:
                 already have a size that the model takes.
             device: Where the batch goes; None for the frames' device, or the CPU without frames.
             dtype: Of the pixels.
+            max_new_tokens: How many tokens must find room behind each prompt.
 
         Returns:
             With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (V, h, w), see
@@ -119,7 +121,8 @@ class TensorProcessor:
             `camera_present` (B, V), where a camera mask was given. With texts: the fields of `Sequences`.
 
         Raises:
-            TypeError, ValueError: An argument is not as described, or a prompt is longer than the model's maximum.
+            TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
+                model's maximum.
         """
         groups, device = self._check_images(images, camera_mask, resize, device)
         batch_size = groups[0].shape[0] if groups else None
@@ -132,6 +135,8 @@ class TensorProcessor:
         factor = self.config.vision.cell_size
         grids = tuple((height // factor, width // factor) for height, width in sizes)
         prompts = None if texts is None else self._prompts(texts, template, grids, camera_mask, device)
+        if prompts is not None:
+            self._check_length(prompts[1], max_new_tokens)
 
         batch: dict[str, Tensor | list[Tensor]] = {}
         camera_mask = self._mask_on_device(camera_mask, device)
@@ -237,10 +242,16 @@ class TensorProcessor:
             prompts = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
         else:
             prompts, length = self._prompts_by_device_mask(texts, template, cells, camera_mask)
+        return prompts, length
+
+    def _check_length(self, length: int, max_new_tokens: int) -> None:
         limit = self.config.text.max_position_embeddings
         if length > limit:
             raise ValueError(f"a prompt must have at most {limit} tokens, images included, got {length}")
-        return prompts, length
+        if length + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt and new tokens must fit into {limit} tokens, got {length} and max_new_tokens={max_new_tokens}"
+            )
 
     def _prompts_by_device_mask(
         self, texts: Sequence[str], template: str, cells: list[int], camera_mask: Tensor
