@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the n
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: its kernels then run on the CPU
+
 from qwen_batched import QwenBatchedVL
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference

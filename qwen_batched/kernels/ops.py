@@ -1,23 +1,201 @@
-"""The one door to the fused operations. Each has its specification, and today its implementation, in `reference`."""
+"""The one door to the fused operations: each a PyTorch operator `qwen_batched::<name>`.
 
-from qwen_batched.kernels.reference import (
-    add_rms_norm,
-    causal_attention,
-    mrope,
-    mrope_tables,
-    patchify,
-    resize,
-    rotary_attention,
-    swiglu,
-)
+What an operation computes is said in `reference`. On a GPU it runs a Triton kernel, elsewhere the reference. Where a
+derivative is wanted, or in float64, it is the reference itself, which autograd sees through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from qwen_batched.kernels import reference
+from qwen_batched.kernels.backend import backend, refuse_forced_triton, triton_kernels, use_backend
+from qwen_batched.kernels.reference import causal_attention, mrope, mrope_tables
+from qwen_batched.kernels.segments import Run, Segments
 
 __all__ = [
     "add_rms_norm",
+    "backend",
     "causal_attention",
+    "frames_to_patches",
     "mrope",
     "mrope_tables",
-    "patchify",
-    "resize",
     "rotary_attention",
     "swiglu",
+    "use_backend",
 ]
+
+ResizeTables = tuple[Tensor, Tensor, Tensor, Tensor]
+_library = torch.library.Library("qwen_batched", "DEF")
+
+
+def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`."""
+    if _only_the_reference_serves(update, residual, weight):
+        return reference.add_rms_norm(update, residual, weight, eps)
+    if residual is None:
+        return torch.ops.qwen_batched.rms_norm(update, weight, eps), update
+    return torch.ops.qwen_batched.add_rms_norm(update, residual, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """See `reference.swiglu`."""
+    if _only_the_reference_serves(gate, up, gate_bias, up_bias):
+        return reference.swiglu(gate, up, gate_bias, up_bias)
+    return torch.ops.qwen_batched.swiglu(gate, up, gate_bias, up_bias)
+
+
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
+    """See `reference.rotary_attention`."""
+    if _only_the_reference_serves(qkv):
+        return reference.rotary_attention(qkv, cos, sin, segments.runs, num_heads)
+    runs = [number for run in segments.runs for number in (run.start, run.count, run.length)]
+    return torch.ops.qwen_batched.rotary_attention(qkv, cos, sin, runs, segments.table, num_heads)
+
+
+def frames_to_patches(
+    frames: Tensor,
+    height: int,
+    width: int,
+    resize_tables: ResizeTables | None,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `reference.frames_to_patches`.
+
+    `resize_tables` are those of `geometry.resize_axis`, the width's and the height's; None where the frames have their
+    size, or where the reference is to resize them.
+    """
+    how = (scale, mean, std, window_order, patch_size, merge, repeat, dtype)
+    if _only_the_reference_serves(frames):
+        return reference.frames_to_patches(frames, height, width, *how)
+    if resize_tables is None and tuple(frames.shape[-2:]) != (height, width):
+        refuse_forced_triton("its kernel resizes by tables, and there are none")
+        return reference.frames_to_patches(frames, height, width, *how)
+    tables = resize_tables or (None,) * 4
+    return torch.ops.qwen_batched.frames_to_patches(frames, height, width, *tables, *how)
+
+
+def _only_the_reference_serves(*tensors: Tensor | None) -> bool:
+    """Whether the kernels cannot: they have no derivative, compute in float32, and take one dtype of activations.
+
+    Raises:
+        RuntimeError: Triton was asked for all the same.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    reason = None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        reason = "its kernels have no backward: call them under torch.no_grad()"
+    elif any(tensor.dtype == torch.float64 for tensor in given):
+        reason = "its kernels compute in float32, and there is a float64 input"
+    elif len(given) > 1 and given[0].dtype != given[1].dtype:
+        reason = f"its kernels take inputs of one dtype, got {given[0].dtype} and {given[1].dtype}"
+    elif not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        reason = "its kernels have no forward-mode derivative"
+    if reason is None:
+        return False
+    refuse_forced_triton(reason)
+    return True
+
+
+def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..., object]], None]:
+    """Defines the operator `schema` with one implementation for CPU and CUDA."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+
+    def decorate(function: Callable[..., object]) -> None:
+        @functools.wraps(function)
+        def on_its_device(x: Tensor, *rest: object) -> object:
+            with torch.cuda.device(x.device):  # Triton launches on the current device, whatever its inputs are on
+                return function(x, *rest)
+
+        _library.impl(name, function, "CPU")
+        _library.impl(name, on_its_device, "CUDA")
+        torch.library.register_fake(f"qwen_batched::{name}", fake, lib=_library)
+
+    return decorate
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", fake=lambda x, weight, eps: _like(x))
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    kernels = triton_kernels(x.device) or reference
+    return kernels.add_rms_norm(x, None, weight, eps)[0].contiguous()
+
+
+@_register(
+    "add_rms_norm(Tensor update, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    fake=lambda update, residual, weight, eps: (_like(update), _like(update)),
+)
+def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels(update.device) or reference
+    normed, stream = kernels.add_rms_norm(update, residual, weight, eps)
+    return normed.contiguous(), stream.contiguous()
+
+
+@_register(
+    "swiglu(Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias) -> Tensor",
+    fake=lambda gate, up, gate_bias, up_bias: _like(gate),
+)
+def _swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    return (triton_kernels(gate.device) or reference).swiglu(gate, up, gate_bias, up_bias).contiguous()
+
+
+@_register(
+    "rotary_attention(Tensor qkv, Tensor cos, Tensor sin, int[] runs, Tensor table, int num_heads) -> Tensor",
+    fake=lambda qkv, cos, sin, runs, table, num_heads: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3),
+)
+def _rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: list[int], table: Tensor, num_heads: int) -> Tensor:
+    kernels = triton_kernels(qkv.device)
+    parsed = tuple(Run(*runs[index : index + 3]) for index in range(0, len(runs), 3))
+    if kernels is None:
+        return reference.rotary_attention(qkv, cos, sin, parsed, num_heads).contiguous()
+    return kernels.rotary_attention(qkv, cos, sin, parsed, table, num_heads).contiguous()
+
+
+@_register(
+    "frames_to_patches(Tensor frames, int height, int width, Tensor? column_starts, Tensor? column_weights, "
+    "Tensor? row_starts, Tensor? row_weights, float scale, Tensor mean, Tensor std, Tensor window_order, "
+    "int patch_size, int merge, int repeat, ScalarType dtype) -> Tensor",
+    fake=lambda frames, height, width, cs, cw, rs, rw, scale, mean, std, order, patch, merge, repeat, dtype: (
+        frames.new_empty(frames.shape[0], height * width // patch**2, 3 * repeat * patch**2, dtype=dtype)
+    ),
+)
+def _frames_to_patches(
+    frames: Tensor,
+    height: int,
+    width: int,
+    column_starts: Tensor | None,
+    column_weights: Tensor | None,
+    row_starts: Tensor | None,
+    row_weights: Tensor | None,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    how = (scale, mean, std, window_order, patch_size, merge, repeat, dtype)
+    kernels = triton_kernels(frames.device)
+    if kernels is None:
+        return reference.frames_to_patches(frames, height, width, *how).contiguous()
+    columns = None if column_starts is None else (column_starts, column_weights)
+    rows = None if row_starts is None else (row_starts, row_weights)
+    return kernels.frames_to_patches(frames, columns, rows, width, *how)

@@ -32,9 +32,22 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     return (x * _widen(weight)).to(stream.dtype), stream
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """SiLU(gate) * up (Shazeer 2020, arXiv:2002.05202), both (..., F)."""
-    return (F.silu(_widen(gate)) * _widen(up)).to(gate.dtype)
+def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """SiLU(gate + gate_bias) * (up + up_bias) (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        gate: (..., F).
+        up: (..., F).
+        gate_bias: (F,), with `up_bias` or not at all.
+        up_bias: (F,).
+
+    Returns:
+        (..., F).
+    """
+    x, y = _widen(gate), _widen(up)
+    if gate_bias is not None:
+        x, y = x + gate_bias, y + up_bias
+    return (F.silu(x) * y).to(gate.dtype)
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
@@ -118,6 +131,27 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     mask = None if visible is None else visible[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped)
     return rearrange(out, "b n s e -> b s (n e)")
+
+
+def frames_to_patches(
+    frames: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Camera frames (I, 3, H, W) to patches (I, P, 3 * repeat * patch_size**2) of `dtype`.
+
+    `resize` to `height` x `width`, then `patchify`; see there for the arguments.
+    """
+    pixels = resize(frames, height, width)
+    return patchify(pixels, scale, mean, std, window_order, patch_size, merge, repeat).to(dtype)
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:

@@ -1,6 +1,11 @@
 """Segments: the stretches of tokens within which attention happens. Windows and whole images are both segments."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -14,3 +19,26 @@ class Run:
     @property
     def stop(self) -> int:
         return self.start + self.count * self.length
+
+
+@dataclass(frozen=True)
+class Segments:
+    """All segments of an image: as runs, for dense batches, and as a table, for a kernel.
+
+    Attributes:
+        runs: They tile the image's tokens.
+        table: Int32 (segments, 2), start and length of each, on the plan's device.
+    """
+
+    runs: tuple[Run, ...]
+    table: Tensor
+
+    @classmethod
+    def of(cls, runs: tuple[Run, ...], device: torch.device) -> Segments:
+        """The segments of `runs`, with their table on `device`."""
+        rows = [(run.start + index * run.length, run.length) for run in runs for index in range(run.count)]
+        return cls(runs, torch.tensor(rows, dtype=torch.int32, device="cpu").to(device))
+
+    @property
+    def tokens(self) -> int:
+        return self.runs[-1].stop

@@ -104,6 +104,14 @@ def check_resize(resize: Resize, factor: int) -> None:
         raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
 
 
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises `TypeError` or `ValueError` where `chunk_size` is neither None nor an int of at least 1."""
+    if chunk_size is not None and type(chunk_size) is not int:
+        raise TypeError(f"chunk_size must be None or an int, got {chunk_size!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     """`layers` as indices 0 to `size` - 1; negative ones count from the end.
 

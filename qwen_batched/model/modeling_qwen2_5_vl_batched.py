@@ -23,8 +23,15 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
-from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan
-from qwen_batched.model.inputs import check_camera_mask, check_decoder_inputs, check_norm, check_pixels, resolve_layers
+from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
+from qwen_batched.model.inputs import (
+    check_camera_mask,
+    check_chunk_size,
+    check_decoder_inputs,
+    check_norm,
+    check_pixels,
+    resolve_layers,
+)
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
@@ -43,7 +50,7 @@ class ImageGroup:
 
     @property
     def patches(self) -> int:
-        return self.count * self.plan.image[0].length
+        return self.count * self.plan.image.tokens
 
 
 class BatchedVisionTransformer(nn.Module):
@@ -87,6 +94,7 @@ class BatchedVisionTransformer(nn.Module):
         raster_order: Tensor | Sequence[Tensor],
         camera_present: Tensor | None = None,
         layers: Sequence[int] | None = None,
+        chunk_size: int | None = None,
     ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
         """Features of a batch of images, as `TensorProcessor` prepares them.
 
@@ -97,35 +105,53 @@ class BatchedVisionTransformer(nn.Module):
             camera_present: Bool (B, V), False where a camera is absent; those features are zero. None where none is.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
+            chunk_size: Most images per pass; None for about 16384 patches. It changes memory and speed, not results.
 
         Returns:
             (B, V, h, w, D), or V tensors (B, h_v, w_v, D) when sizes differ. With `layers`, a list of one such item
             per layer, of patches: (B, V, 2h, 2w, C).
 
         Raises:
-            ValueError: Shapes do not fit together, or a layer is out of range.
+            ValueError: Shapes do not fit together, a layer is out of range, or `chunk_size` is below 1.
         """
         config = self.config
+        check_chunk_size(chunk_size)
         wanted = None if layers is None else resolve_layers(layers, config.depth)
         cameras = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
         grids = [raster_order.shape[1:]] if uniform else [order.shape for order in raster_order]
         plans = [self.plan(*grid, pixels[0].device) for grid in grids]
-        groups = tuple(ImageGroup(len(part), plan) for part, plan in zip(pixels, plans, strict=True))
         batch = len(pixel_values) if uniform else len(pixels[0])
         if camera_present is not None:
             check_camera_mask(camera_present, batch, cameras, pixels[0].device)
 
-        x_TC = self.patch_embed(_back_to_back(pixels))
+        images = self._run_in_passes(pixels, plans, wanted, chunk_size)
+        features = [_by_camera(groups, batch, camera_present, uniform) for groups in images]
+        return features[0] if layers is None else features
+
+    def _run_in_passes(
+        self, pixels: list[Tensor], plans: list[VisionPlan], wanted: list[int] | None, chunk_size: int | None
+    ) -> list[list[Tensor]]:
+        """Pixels (count, P, patch_dim) of each size: for each output, (count, rows, columns, width) of each size."""
+        collected = [[[] for _ in plans] for _ in wanted or (None,)]
+        counts, patches = [len(part) for part in pixels], [plan.image.tokens for plan in plans]
+        for rows in split_into_passes(counts, patches, chunk_size):
+            outputs = self._run_pass([(pixels[size][images], plans[size]) for size, images in rows.items()], wanted)
+            for sizes, output in zip(collected, outputs, strict=True):
+                for size, part in zip(rows, output, strict=True):
+                    sizes[size].append(part)
+        return [[_join(parts) for parts in sizes] for sizes in collected]
+
+    def _run_pass(self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None) -> list[list[Tensor]]:
+        """The same for images that go through the blocks at once, with their plans."""
+        groups = tuple(ImageGroup(len(pixels), plan) for pixels, plan in parts)
+        x_TC = self.patch_embed(_join([pixels.flatten(0, 1) for pixels, _ in parts]))
         outputs_TC = self._run_blocks(x_TC, groups, wanted)
         if wanted is None:
-            tokens = [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
-        else:
-            merge = config.spatial_merge_size
-            tokens = [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
-        features = [_by_camera(images, batch, camera_present, uniform) for images in tokens]
-        return features[0] if layers is None else features
+            return [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
+        merge = self.config.spatial_merge_size
+        return [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
 
     def _run_blocks(
         self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: list[int] | None
@@ -151,9 +177,9 @@ class BatchedVisionTransformer(nn.Module):
         return [_to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
 
 
-def _back_to_back(parts: Sequence[Tensor]) -> Tensor:
-    """Tokens (count, P, width) of each group to (T, width)."""
-    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """The parts back to back; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _to_raster(x: Tensor, group: ImageGroup, patch_rows: int) -> Tensor:
@@ -204,13 +230,13 @@ class VisionAttention(nn.Module):
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
         parts = self.qkv(x_TC).split([group.patches for group in groups])
         outs = [self._attend(qkv, group, whole_image) for qkv, group in zip(parts, groups, strict=True)]
-        return self.proj(_back_to_back(outs))
+        return self.proj(_join(outs))
 
     def _attend(self, qkv: Tensor, group: ImageGroup, whole_image: bool) -> Tensor:
         plan = group.plan
-        runs = plan.image if whole_image else plan.windows
-        out_IPC = ops.rotary_attention(qkv.unflatten(0, (group.count, -1)), plan.cos, plan.sin, runs, self.num_heads)
-        return out_IPC
+        segments = plan.image if whole_image else plan.windows
+        qkv_IPC = qkv.unflatten(0, (group.count, -1))
+        return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, segments, self.num_heads).flatten(0, 1)
 
 
 class PatchEmbed(nn.Module):

@@ -19,7 +19,7 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
-from qwen_batched.model.geometry import make_patch_order, smart_resize
+from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
 from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
 from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.model.sequence import NO_TOKEN, Sequences, expand_prompts
@@ -124,7 +124,7 @@ class TensorProcessor:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
                 model's maximum.
         """
-        groups, device = self._check_images(images, camera_mask, resize, device)
+        groups, device = self.check_images(images, camera_mask, resize, device)
         batch_size = groups[0].shape[0] if groups else None
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
@@ -139,7 +139,7 @@ class TensorProcessor:
             self._check_length(prompts[1], max_new_tokens)
 
         batch: dict[str, Tensor | list[Tensor]] = {}
-        camera_mask = self._mask_on_device(camera_mask, device)
+        camera_mask = self.mask_on_device(camera_mask, device)
         if groups is not None:
             batch.update(self._pixels(groups, grids, camera_mask, device, dtype))
         if camera_mask is not None:
@@ -148,7 +148,7 @@ class TensorProcessor:
             batch.update(vars(self._sequences(*prompts, grids, camera_mask, device)))
         return batch
 
-    def _check_images(
+    def check_images(
         self,
         images: Tensor | Sequence[Tensor] | None,
         camera_mask: Tensor | None,
@@ -194,23 +194,27 @@ class TensorProcessor:
         patches, camera = [], 0
         for group in groups:
             mask = None if camera_mask is None else camera_mask[:, camera : camera + group.shape[1]]
-            patches.append(self._patches(group.to(device, non_blocking=True), grids[camera], mask).to(dtype))
+            patches.append(self._patches(group.to(device, non_blocking=True), grids[camera], mask, dtype))
             camera += group.shape[1]
         orders = [self._patch_order(grid, device)[1] for grid in grids]
         if len(set(grids)) == 1:
-            return {"pixel_values": torch.cat(patches, dim=1), "raster_order": torch.stack(orders)}
+            pixel_values = patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
+            return {"pixel_values": pixel_values, "raster_order": torch.stack(orders)}
         return {
             "pixel_values": [part[:, 0] for part in patches],
             "raster_order": [order.clone() for order in orders],
         }
 
-    def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
+    def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
         vision = self.config.vision
         height, width = (side * vision.cell_size for side in grid)
         mean, std = self._normalisation(frames.device)
-        patches = ops.patchify(
-            ops.resize(frames.flatten(0, 1), height, width),
+        patches = ops.frames_to_patches(
+            frames.flatten(0, 1),
+            height,
+            width,
+            self._resize_tables(frames.shape[-2:], (height, width), frames.device),
             scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
             mean=mean,
             std=std,
@@ -218,6 +222,7 @@ class TensorProcessor:
             patch_size=vision.patch_size,
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
+            dtype=dtype,
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 
@@ -292,7 +297,7 @@ class TensorProcessor:
 
         return self._token_ids.get((text, template, cameras, device), make)
 
-    def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    def mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
@@ -303,6 +308,19 @@ class TensorProcessor:
         """Window order and raster order of the cells of an image."""
         key = ("patch order", grid, device)
         return self._tables.get(key, lambda: make_patch_order(self.config.vision, *grid, device))
+
+    def _resize_tables(
+        self, source: tuple[int, int], target: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """The width's and the height's tables for the GPU's kernel; None where it needs none."""
+        if device.type != "cuda" or tuple(source) == target:
+            return None
+
+        def axis(index: int) -> tuple[Tensor, Tensor]:
+            key = ("axis", source[index], target[index], device)
+            return self._tables.get(key, lambda: resize_axis(source[index], target[index], device))
+
+        return (*axis(1), *axis(0))
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.kernels import ops
+from qwen_batched.kernels import reference as reference_ops
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import SIZES, assert_equal_to, noise, own_tokens, photos
@@ -184,7 +184,10 @@ def test_frames_of_any_size_are_seen_at_the_size_that_transformers_chooses(model
     grids = [reference.processor_inputs([frames[0]], "")["image_grid_thw"][0, 1:] for frames in images]
     sizes = [tuple((14 * grid).tolist()) for grid in grids]
     assert sizes == [(252, 308), (252, 252)]
-    resized = [ops.resize(to(images, model.device)[camera], *size).to(torch.uint8) for camera, size in enumerate(sizes)]
+    resized = [
+        reference_ops.resize(to(images, model.device)[camera], *size).to(torch.uint8)
+        for camera, size in enumerate(sizes)
+    ]
     out = model(to(images, model.device), ["a", "Pick up"])
     for i, text in enumerate(["a", "Pick up"]):
         _, expected, _ = reference_run(reference, [frames[i] for frames in resized], text)

@@ -1,0 +1,37 @@
+"""How the kernels are launched."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+try:
+    from triton.language.extra.cuda import gdc_wait
+except ImportError:  # Triton before programmatic dependent launch
+    gdc_wait = None
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """Every program of a kernel calls this before it touches what an earlier kernel reads or writes."""
+    if EARLY:
+        gdc_wait()
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of every launch: `EARLY` for the kernel, the rest for Triton.
+
+    Since Hopper a kernel may be set up while the one before it still runs (CUDA's programmatic dependent launch). It
+    hides about 1 us of each launch: H200, 32 vision blocks over 768 tokens in a CUDA graph, 2.26 ms against 2.35 ms.
+    """
+    early = (
+        gdc_wait is not None
+        and device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

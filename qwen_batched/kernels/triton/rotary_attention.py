@@ -1,0 +1,189 @@
+"""Rotary embedding and attention within segments, from the packed qkv product. See `reference.rotary_attention`.
+
+Windows: one program per window and head. A window of up to 128 tokens fits into one tile, so its softmax needs no loop.
+A head of 80 is split into 64 + 16, where rounding up to 128 would waste 3/8 of the work. Longer segments go through
+PyTorch's attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qwen_batched.kernels.segments import Run
+from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.rotary import rotary
+
+MAX_WINDOW, MAX_HEAD = 128, 128
+LOG2_E = math.log2(math.e)
+# H200, bf16, 16 heads of 80, windows of 64: 16384 tokens with 2 warps 76 us, 8 warps 91 us, 1 warp 198 us (bytes alone
+# 40 us). Over 768 tokens the GPU is not full, and 8 warps save 1 us of 8 us. Several heads a program share the rotary
+# tables and are slower (108 us and more). 4 warps give wrong results or a fault on Hopper (Triton 3.6, tile 64 x 16).
+WARPS = 2
+FEW_PROGRAMS, WARPS_OF_FEW = 512, 8
+# H200, bf16, 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us. The others take what these refuse.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, token, seen, e, E: tl.constexpr):
+    """Cosine and signed sine for columns `e`: rotated[e] = x[e] * cos + x[partner of e] * sin."""
+    half: tl.constexpr = E // 2
+    mask = seen[:, None] & (e < E)[None, :]
+    index = token[:, None] * half + tl.where(e < half, e, e - half)[None, :]
+    cos = tl.load(cos_ptr + index, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + index, mask=mask, other=0.0)
+    return cos, tl.where(e < half, -1.0, 1.0)[None, :] * sin
+
+
+@triton.jit
+def _rotated(base_ptr, row, seen, e, cos, sin, E: tl.constexpr):
+    """Columns `e` of the rotated queries or keys of the tokens at `row`."""
+    half: tl.constexpr = E // 2
+    mask = seen[:, None] & (e < E)[None, :]
+    partner = tl.where(e < half, e + half, e - half)
+    x = tl.load(base_ptr + row[:, None] + e[None, :], mask=mask, other=0.0)
+    y = tl.load(base_ptr + row[:, None] + partner[None, :], mask=mask, other=0.0)
+    return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
+
+
+@triton.jit
+def _window_attention_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    table_ptr,
+    out_ptr,
+    tokens_per_image,
+    windows,
+    scale,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    E_HIGH: tl.constexpr,
+    E_LOW: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    head = tl.program_id(0) % N
+    window = (tl.program_id(0) // N) % windows
+    image = (tl.program_id(0) // N // windows).to(tl.int64)
+    start = tl.load(table_ptr + 2 * window)
+    length = tl.load(table_ptr + 2 * window + 1)
+    s = tl.arange(0, BLOCK_S)
+    seen = s < length
+    token = start + s
+    D: tl.constexpr = N * E
+    row = (image * tokens_per_image + token) * (3 * D) + head * E
+    high = tl.arange(0, E_HIGH)
+    cos, sin = _angles(cos_ptr, sin_ptr, token, seen, high, E)
+    if E_LOW > 0:
+        low = E_HIGH + tl.arange(0, E_LOW)
+        cos_low, sin_low = _angles(cos_ptr, sin_ptr, token, seen, low, E)
+    wait_for_inputs(EARLY)
+
+    k = _rotated(qkv_ptr + D, row, seen, high, cos, sin, E)
+    q = _rotated(qkv_ptr, row, seen, high, cos, sin, E)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if E_LOW > 0:
+        k = _rotated(qkv_ptr + D, row, seen, low, cos_low, sin_low, E)
+        q = _rotated(qkv_ptr, row, seen, low, cos_low, sin_low, E)
+        scores += tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+    total = tl.sum(weights, axis=1)[:, None]
+    out_row = (image * tokens_per_image + token) * D + head * E
+    for part in tl.static_range(2):
+        if part == 0 or E_LOW > 0:
+            e = tl.arange(0, E_HIGH) if part == 0 else E_HIGH + tl.arange(0, E_LOW)
+            mask = seen[:, None] & (e < E)[None, :]
+            v = tl.load(qkv_ptr + 2 * D + row[:, None] + e[None, :], mask=mask, other=0.0)
+            out = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) / total
+            tl.store(out_ptr + out_row[:, None] + e[None, :], out.to(v.dtype), mask=mask)
+
+
+def rotary_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], table: Tensor, num_heads: int
+) -> Tensor:
+    """(I, P, 3D) to (I, P, D): windows in one launch, longer segments through PyTorch's attention.
+
+    Args:
+        qkv: (I, P, 3D).
+        cos: (P, E / 2) float32.
+        sin: (P, E / 2) float32.
+        runs: The segments of an image.
+        table: Int32 (segments, 2), start and length of each.
+        num_heads: N.
+    """
+    qkv = qkv.contiguous()
+    head_dim = qkv.shape[-1] // 3 // num_heads
+    longest = max(run.length for run in runs)
+    if longest <= MAX_WINDOW and head_dim <= MAX_HEAD:
+        return _window_attention(qkv, cos, sin, table, longest, num_heads)
+    qk = rotary(qkv, cos, sin, num_heads)
+    return _dense_attention(*qk.chunk(2, dim=-1), qkv[..., -qkv.shape[-1] // 3 :], runs, num_heads)
+
+
+def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, longest: int, num_heads: int) -> Tensor:
+    images, tokens, width = qkv.shape
+    dim = width // 3
+    head_dim, windows = dim // num_heads, table.shape[0]
+    out = qkv.new_empty(images, tokens, dim)
+    if images == 0:
+        return out
+    high, low = _split(head_dim)
+    programs = num_heads * windows * images
+    _window_attention_kernel[(programs,)](
+        qkv,
+        cos,
+        sin,
+        table,
+        out,
+        tokens,
+        windows,
+        head_dim**-0.5 * LOG2_E,  # exp2 is what the hardware has
+        N=num_heads,
+        E=head_dim,
+        E_HIGH=high,
+        E_LOW=low,
+        BLOCK_S=max(16, triton.next_power_of_2(longest)),
+        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+        num_warps=WARPS_OF_FEW if programs <= FEW_PROGRAMS else WARPS,
+        **launch_options(qkv.device),
+    )
+    return out
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
+    """Attention over runs of equal segments, on the fastest of PyTorch's kernels that takes the shape."""
+    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+        outs = [_attend_run(q, k, v, run, num_heads) for run in runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Tensor:
+    parts = (
+        rearrange(x[:, run.start : run.stop], "i (g s) (n e) -> (i g) n s e", g=run.count, n=num_heads)
+        for x in (q, k, v)
+    )
+    return rearrange(F.scaled_dot_product_attention(*parts), "(i g) n s e -> i (g s) (n e)", g=run.count)
+
+
+def _split(head_dim: int) -> tuple[int, int]:
+    """The head as two powers of two of at least 16 (tensor cores' least), the second 0 where the first suffices."""
+    padded = max(16, triton.next_power_of_2(head_dim))
+    high = padded if padded == head_dim or padded == 16 else padded // 2
+    rest = head_dim - high
+    return high, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
