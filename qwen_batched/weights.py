@@ -110,7 +110,9 @@ def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[s
 
 def save_weights(module: nn.Module, folder: Path) -> None:
     """Writes the module's parameters under their own names, in shards of at most 5 GB."""
-    huggingface_hub.save_torch_state_dict(module.state_dict(), folder, max_shard_size="5GB")
+    # Where weights are packed, a tensor's rows may lie further apart than they are long.
+    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size="5GB")
     for file in folder.glob("*.safetensors"):
         # safetensors leaves them to the owner alone; they are as readable as the files beside them.
         file.chmod((folder / "config.json").stat().st_mode)

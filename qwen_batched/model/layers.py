@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched.kernels import ops
+from qwen_batched.model.packed import PackedParameters, can_be_packed, has_shape
+
+# H200, bf16, 16384 tokens, the vision MLP's first product: width 3456 396 us, 3424 440 us; tiles are 128 wide.
+WIDTH_MULTIPLE = 128
 
 
 class AddRMSNorm(nn.Module):
@@ -29,9 +36,38 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
         super().__init__()
+        self.dim, self.hidden_dim, self.bias = dim, hidden_dim, bias
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+        padded = -(-hidden_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        gate, up = slice(0, hidden_dim), slice(padded, padded + hidden_dim)
+        self._gate_up = PackedParameters((2 * padded, dim), [(gate,), (up,)])
+        self._gate_up_bias = PackedParameters((2 * padded,), [(gate,), (up,)])
+        self._down = PackedParameters((dim, padded), [(slice(None), gate)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not self._can_be_packed():
+            return down(ops.swiglu(gate(x), up(x)))
+        products = F.linear(x, self._gate_up.of(gate.weight, up.weight)).chunk(2, dim=-1)
+        # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
+        biases = self._gate_up_bias.of(gate.bias, up.bias).chunk(2) if self.bias else ()
+        # The padding stays zero: silu(0) * 0, times columns of zeros.
+        down_weight = down.weight if self._down.shape == down.weight.shape else self._down.of(down.weight)
+        return F.linear(ops.swiglu(*products, *biases), down_weight, down.bias)
+
+    def _can_be_packed(self) -> bool:
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        return (
+            can_be_packed(gate, up, down)
+            and has_shape(gate, self.dim, self.hidden_dim, self.bias)
+            and has_shape(up, self.dim, self.hidden_dim, self.bias)
+            and has_shape(down, self.hidden_dim, self.dim, self.bias)
+        )
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> SwiGLU:
+        """`.to()` and the like: the parameters leave the packed tensors, which must not stay behind on the GPU."""
+        for packed in (self._gate_up, self._gate_up_bias, self._down):
+            packed.clear()
+        return super()._apply(*arguments, **keywords)

@@ -1,0 +1,103 @@
+"""Parameters of several linear layers as parts of one padded tensor.
+
+The checkpoint's names and shapes stay: `gate_proj.weight` is a parameter like any other. The GPU gets one product where
+there were two, and rows that start at multiples of 16 bytes: with a width of 3420, products take 2.7 to 3.2 times as
+long (H200, bf16).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+Place = tuple[slice, ...]
+Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+
+class PackedParameters:
+    """A zero-padded tensor whose parts are the memory of parameters.
+
+    A parameter found elsewhere, at first use or since it was moved, is copied in and from then on lies in the tensor.
+    A copied or unpickled instance begins anew.
+    """
+
+    def __init__(self, shape: tuple[int, ...], places: Sequence[Place]) -> None:
+        """Takes the padded shape and each parameter's place in it."""
+        self.shape = shape
+        self.places = tuple(places)
+        self._packed: Tensor | None = None
+        self._layouts: list[Layout] = []
+        self._lock = threading.Lock()
+
+    def of(self, *parameters: nn.Parameter) -> Tensor:
+        """The padded tensor that holds `parameters`, one for each place."""
+        with self._lock:
+            if self._packed is None or list(map(_layout, parameters)) != self._layouts:
+                self._pack(parameters)
+            return self._packed
+
+    def clear(self) -> None:
+        """Lets go of the tensor; the parameters keep their memory as long as they need it."""
+        self._packed, self._layouts = None, []
+
+    def _pack(self, parameters: Sequence[nn.Parameter]) -> None:
+        first = parameters[0]
+        with torch.inference_mode(False), torch.no_grad():
+            packed = torch.zeros(self.shape, dtype=first.dtype, device=first.device)
+            for parameter, place in zip(parameters, self.places, strict=True):
+                packed[place].copy_(parameter)
+                # By way of DLPack the part gets a storage of its own. Parameters that share one look tied to what
+                # saves a state_dict (safetensors, accelerate), and all but one would be left out.
+                parameter.data = torch.from_dlpack(packed[place])
+        self._packed = packed
+        self._layouts = list(map(_layout, parameters))
+
+    def __reduce__(self) -> tuple[type[PackedParameters], tuple[tuple[int, ...], tuple[Place, ...]]]:
+        return PackedParameters, (self.shape, self.places)
+
+
+def can_be_packed(*layers: nn.Module) -> bool:
+    """Whether products with packed weights may stand in for the layers' own `forward`.
+
+    Not where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, where a gradient is
+    wanted, or while compiling. Nor on a CPU, which has nothing to gain from it.
+    """
+    if torch.compiler.is_compiling() or _has_any_global_hook() or not all(map(_is_plain, layers)):
+        return False
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    first = parameters[0]
+    return (
+        first.is_cuda
+        and all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters)
+        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
+        and len(set(map(id, parameters))) == len(parameters)
+    )
+
+
+def has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:
+    """Whether a layer still is what it was built as; another may have been put in its place."""
+    biases = layer.bias is None if not bias else layer.bias is not None and layer.bias.shape == (out_features,)
+    return biases and layer.weight.shape == (out_features, in_features)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return (
+        type(layer) is nn.Linear
+        and not any(hooks)
+        and "forward" not in vars(layer)
+        and all(type(weight) is nn.Parameter for weight in layer.parameters())
+    )
+
+
+def _layout(parameter: nn.Parameter) -> Layout:
+    return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype, parameter.device

@@ -1,0 +1,731 @@
+"""Packed weights: one product where there were two, and nobody can tell by the parameters."""
+
+import copy
+import gc
+import io
+import json
+import pickle
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
+
+from qwen_batched import QwenBatchedVL
+from qwen_batched.model.layers import SwiGLU
+from qwen_batched.model.packed import PackedParameters, can_be_packed
+from tests.support import assert_equal_to, photos
+
+# The packed product sums the same terms in another order.
+TOLERANCE = 1e-6
+FRAMES = photos(2, 2, 56, 84)
+# (dim, hidden_dim): the tiny model's, the smallest, a multiple of the padding, and one more.
+WIDTHS = [(80, 90), (8, 1), (16, 128), (16, 129), (1, 7)]
+
+
+@pytest.fixture
+def always_packed(monkeypatch):
+    """The CPU packs where a GPU would: `can_be_packed` takes its parameters for a GPU's."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+
+
+def make_mlp(dim=80, hidden_dim=90, bias=True, device="cpu", seed=0):
+    torch.manual_seed(seed)
+    return SwiGLU(dim, hidden_dim, bias=bias).requires_grad_(False).to(device)
+
+
+def plain(mlp, x):
+    """The MLP as its parameters say."""
+    return mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def inputs(dim=80, tokens=5, device="cpu"):
+    return torch.randn(tokens, dim, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def lies_in(parameter, packed):
+    """Whether a parameter's memory is inside another tensor's."""
+    first, end = packed.data_ptr(), packed.data_ptr() + packed.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    return first <= parameter.data_ptr() and parameter.data_ptr() + (last + 1) * parameter.itemsize <= end
+
+
+def is_packed(mlp):
+    """Whether all that can be packed lies in the packed tensors; False where nothing does."""
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    groups = [(mlp._gate_up, (gate.weight, up.weight))]
+    groups += [(mlp._gate_up_bias, (gate.bias, up.bias))] if mlp.bias else []
+    groups += [] if mlp._down.shape == down.weight.shape else [(mlp._down, (down.weight,))]
+    found = [
+        holder._packed is not None and lies_in(parameter, holder._packed)
+        for holder, parameters in groups
+        for parameter in parameters
+    ]
+    assert all(found) or not any(found), "packed in part"
+    return all(found)
+
+
+# --- PackedParameters ---
+
+
+def two_parameters():
+    return nn.Parameter(torch.randn(3, 4), requires_grad=False), nn.Parameter(torch.randn(2, 4), requires_grad=False)
+
+
+def make_packed():
+    return PackedParameters((10, 4), [(slice(0, 3),), (slice(5, 7),)])
+
+
+def test_parameters_stand_in_their_places_and_padding_is_zero():
+    first, second = two_parameters()
+    expected = torch.zeros(10, 4)
+    expected[0:3], expected[5:7] = first, second
+    assert torch.equal(make_packed().of(first, second), expected)
+
+
+def test_parameters_keep_their_identity_values_and_shapes_and_lie_in_the_packed_tensor():
+    parameters = two_parameters()
+    before = [parameter.clone() for parameter in parameters]
+    packed = make_packed().of(*parameters)
+    for parameter, value in zip(parameters, before, strict=True):
+        assert type(parameter) is nn.Parameter
+        assert torch.equal(parameter, value)
+        assert lies_in(parameter, packed)
+
+
+def test_every_parameter_has_a_storage_of_its_own():
+    """What saves a state_dict takes tensors of one storage for one tensor."""
+    parameters = two_parameters()
+    make_packed().of(*parameters)
+    for parameter in parameters:
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert parameter.untyped_storage().data_ptr() == parameter.data_ptr()
+        assert parameter.storage_offset() == 0
+        assert not parameter._is_view()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_parameters_outlive_what_packed_them(dtype):
+    parameters = [nn.Parameter(x.to(dtype), requires_grad=False) for x in two_parameters()]
+    before = [parameter.clone() for parameter in parameters]
+    holder = make_packed()
+    holder.of(*parameters)
+    del holder
+    gc.collect()
+    torch.randn(10_000)
+    assert all(map(torch.equal, parameters, before))
+
+
+def test_packing_happens_once():
+    parameters, holder = two_parameters(), make_packed()
+    packed = holder.of(*parameters)
+    assert holder.of(*parameters) is packed
+
+
+def test_padding_stays_zero_through_updates_in_place():
+    parameters, holder = two_parameters(), make_packed()
+    packed = holder.of(*parameters)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(7)
+            parameter.data.add_(1)
+    assert holder.of(*parameters) is packed
+    assert (packed[0:3] == 8).all()
+    assert (packed[5:7] == 8).all()
+    assert packed.sum() == 8 * (12 + 8)
+
+
+MOVES = {
+    "data": lambda parameter: setattr(parameter, "data", parameter.data.clone() + 1),
+    "dtype": lambda parameter: setattr(parameter, "data", parameter.data.double()),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_moved_parameter_is_packed_anew(name):
+    parameters, holder = two_parameters(), make_packed()
+    before = holder.of(*parameters)
+    for parameter in parameters:
+        MOVES[name](parameter)
+    values = [parameter.clone() for parameter in parameters]
+    after = holder.of(*parameters)
+    assert after is not before
+    assert after.dtype == values[0].dtype
+    assert torch.equal(after[0:3], values[0])
+    assert torch.equal(after[5:7], values[1])
+
+
+def test_another_parameter_in_the_place_of_one_is_packed():
+    (first, second), holder = two_parameters(), make_packed()
+    holder.of(first, second)
+    other = nn.Parameter(torch.randn(2, 4), requires_grad=False)
+    assert torch.equal(holder.of(first, other)[5:7], other)
+    assert torch.equal(holder.of(first, second)[5:7], second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:2],
+        lambda data: data.t(),
+        lambda data: data.view(torch.int32).view(torch.float32).as_strided((3, 3), (1, 3)),
+    ],
+    ids=["rows", "transposed", "strides"],
+)
+def test_another_view_of_the_same_memory_is_noticed(change):
+    """Same address, other numbers: not what was packed. An error will do."""
+    parameter = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+    holder = PackedParameters((4, 3), [(slice(0, 3),)])
+    holder.of(parameter)
+    parameter.data = change(parameter.data)
+    try:
+        packed = holder.of(parameter)
+    except (RuntimeError, ValueError):
+        return
+    assert torch.equal(packed[: len(parameter)], parameter)
+
+
+def test_a_copy_begins_anew():
+    parameters, holder = two_parameters(), make_packed()
+    packed = holder.of(*parameters)
+    for other in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
+        assert (other.shape, other.places) == (holder.shape, holder.places)
+        fresh = [nn.Parameter(parameter.clone(), requires_grad=False) for parameter in parameters]
+        assert torch.equal(other.of(*fresh), packed)
+        assert other.of(*fresh).data_ptr() != packed.data_ptr()
+
+
+def test_trap29_packing_in_inference_mode_leaves_ordinary_tensors(always_packed):
+    mlp, x = make_mlp(), inputs()
+    with torch.inference_mode():
+        mlp(x)
+    assert is_packed(mlp)
+    assert not any(parameter.is_inference() for parameter in mlp.parameters())
+    mlp.requires_grad_(True)
+    mlp(x).sum().backward()
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad)
+
+
+# --- SwiGLU ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dim", "hidden_dim"), WIDTHS)
+def test_the_packed_mlp_equals_the_plain_one(dim, hidden_dim, bias, always_packed, device):
+    mlp, x = make_mlp(dim, hidden_dim, bias, device), inputs(dim, device=device)
+    expected = plain(mlp, x)
+    assert not is_packed(mlp)
+    for _ in range(2):
+        assert_equal_to(mlp(x), expected, TOLERANCE)
+        assert is_packed(mlp)
+        assert_equal_to(plain(mlp, x), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(80,), (1, 80), (2, 3, 80), (0, 80)])
+def test_the_packed_mlp_takes_any_leading_dimensions(shape, always_packed):
+    mlp = make_mlp()
+    x = torch.randn(shape)
+    out = mlp(x)
+    assert out.shape == shape
+    assert is_packed(mlp)
+    if out.numel():
+        assert_equal_to(out, plain(mlp, x), TOLERANCE)
+
+
+def test_updates_in_place_are_seen(always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    mlp(x)
+    for parameter in mlp.parameters():
+        with torch.no_grad():
+            parameter.mul_(-1.5).add_(0.1)
+        assert is_packed(mlp)
+        assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+
+
+def test_one_moved_parameter_is_seen(always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    mlp(x)
+    for name in dict(mlp.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        parameter = getattr(mlp.get_submodule(owner), leaf)
+        parameter.data = parameter.data.clone() * 2
+        assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+        setattr(mlp.get_submodule(owner), leaf, nn.Parameter(parameter.clone() * -1, requires_grad=False))
+        assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["to", "assign", "load", "swap"])
+def test_moved_weights_are_seen(way, always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    mlp(x)
+    other = make_mlp(device=device, seed=1)
+    if way == "to":
+        mlp, x = mlp.to(torch.float64), x.double()
+    elif way == "assign":
+        mlp.load_state_dict(other.state_dict(), assign=True)
+    elif way == "load":
+        mlp.load_state_dict(other.state_dict())
+    else:
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    expected = plain(mlp, x)
+    if way in ("assign", "load"):
+        assert_equal_to(expected, plain(other, x), TOLERANCE)
+    for _ in range(2):
+        out = mlp(x)
+        assert out.dtype == x.dtype
+        assert_equal_to(out, expected, TOLERANCE)
+
+
+def test_parameters_shared_by_two_layers_stay_right(always_packed):
+    mlp, x = make_mlp(), inputs()
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    mlp(x)
+    with torch.no_grad():
+        mlp.gate_proj.weight.mul_(-2)
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+    first, second = make_mlp(seed=2), make_mlp(seed=3)
+    second.gate_proj.weight = first.gate_proj.weight
+    for _ in range(2):
+        for part in (first, second):
+            assert_equal_to(part(x), plain(part, x), TOLERANCE)
+        with torch.no_grad():
+            first.gate_proj.weight.mul_(-2)
+
+
+# --- what must not be packed ---
+
+
+class Adapter(nn.Module):
+    """A layer and a low-rank update, as LoRA makes them."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.layer = layer
+        self.a = nn.Linear(layer.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.b(self.a(x))
+
+
+NAMES = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrapped_layer_is_called(name, used, always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    before = mlp(x) if used else plain(mlp, x)
+    setattr(mlp, name, Adapter(getattr(mlp, name)).to(device).requires_grad_(False))
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+    assert not torch.allclose(mlp(x), before)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "with_kwargs"])
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_of_a_layer_run(name, kind, always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    before, calls = mlp(x), []
+    layer = getattr(mlp, name)
+    if kind == "forward":
+        hook = layer.register_forward_hook(lambda module, args, out: calls.append(1) or out * 2)
+    elif kind == "forward_pre":
+        hook = layer.register_forward_pre_hook(lambda module, args: (calls.append(1) or args[0] * 2,))
+    else:
+        hook = layer.register_forward_hook(
+            lambda module, args, kwargs, out: calls.append(1) or out * 2, with_kwargs=True
+        )
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+    assert len(calls) == 2
+    assert not torch.allclose(mlp(x), before)
+    hook.remove()
+    assert_equal_to(mlp(x), before, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backward_hooks_of_a_frozen_layer_run(name, always_packed):
+    mlp, x = make_mlp(), inputs().requires_grad_()
+    calls = []
+    getattr(mlp, name).register_full_backward_hook(lambda *args: calls.append(1) and None)
+    mlp(x).sum().backward()
+    assert calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forward_replaced_on_the_instance_is_called(name, always_packed):
+    """As accelerate does for layers that it moves between devices."""
+    mlp, x = make_mlp(), inputs()
+    mlp(x)
+    layer = getattr(mlp, name)
+    forward = layer.forward
+    layer.forward = lambda x: 3 * forward(x)
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_gained_or_lost_its_bias_is_itself(name, bias, always_packed):
+    mlp, x = make_mlp(bias=bias), inputs()
+    mlp(x)
+    old = getattr(mlp, name)
+    setattr(mlp, name, nn.Linear(old.in_features, old.out_features, bias=not bias).requires_grad_(False))
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["new", "sliced", "one row"])
+def test_a_pruned_mlp_is_itself(way, always_packed):
+    mlp, x = make_mlp(), inputs()
+    mlp(x)
+    kept = 1 if way == "one row" else 40
+    for name in NAMES:
+        layer = getattr(mlp, name)
+        index = (slice(None), slice(0, kept)) if name == "down_proj" else (slice(0, kept),)
+        for leaf in ("weight", "bias"):
+            if leaf == "bias" and name == "down_proj":
+                continue
+            part = getattr(layer, leaf).data[index[: getattr(layer, leaf).ndim]]
+            if way == "sliced":
+                getattr(layer, leaf).data = part
+            else:
+                setattr(layer, leaf, nn.Parameter(part.clone(), requires_grad=False))
+    expected = plain(mlp, x)
+    assert_equal_to(mlp(x), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_trap27_trainable_parameters_get_their_gradients(used, always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device)
+    if used:
+        mlp(x)
+    mlp.requires_grad_(True)
+    gradients = []
+    for run in (mlp, lambda x: plain(mlp, x)):
+        gradients.append(torch.autograd.grad(run(x).square().sum(), list(mlp.parameters())))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_equal_to(ours, theirs)
+    assert is_packed(mlp) == used
+
+
+@pytest.mark.parametrize("name", [name + "." + leaf for name in NAMES for leaf in ("weight", "bias")])
+def test_one_trainable_parameter_gets_its_gradient(name, always_packed):
+    mlp, x = make_mlp(), inputs()
+    mlp(x)
+    parameter = mlp.get_parameter(name).requires_grad_()
+    (ours,) = torch.autograd.grad(mlp(x).square().sum(), parameter)
+    (theirs,) = torch.autograd.grad(plain(mlp, x).square().sum(), parameter)
+    assert_equal_to(ours, theirs)
+
+
+def test_gradients_flow_through_frozen_packed_weights(always_packed, device):
+    mlp, x = make_mlp(device=device), inputs(device=device).requires_grad_()
+    (ours,) = torch.autograd.grad(mlp(x).square().sum(), x)
+    assert is_packed(mlp)
+    (theirs,) = torch.autograd.grad(plain(mlp, x).square().sum(), x)
+    assert_equal_to(ours, theirs)
+
+
+def test_training_after_inference_moves_the_packed_weights(always_packed, device):
+    mlp, x = make_mlp(device=device).requires_grad_(True), inputs(device=device)
+    with torch.no_grad():
+        before = mlp(x)
+    assert is_packed(mlp)
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.1)
+    mlp(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = mlp(x)
+        assert_equal_to(after, plain(mlp, x), TOLERANCE)
+    assert not torch.allclose(before, after)
+
+
+def test_a_compiled_mlp_is_not_packed(always_packed):
+    mlp, x = make_mlp(), inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    assert_equal_to(compiled(x), plain(mlp, x), TOLERANCE)
+    assert not is_packed(mlp)
+
+
+def test_functional_call_uses_what_it_is_given(always_packed):
+    mlp, x = make_mlp(), inputs()
+    mlp(x)
+    other = make_mlp(seed=1)
+    given = {name: value.clone() for name, value in other.state_dict().items()}
+    assert_equal_to(torch.func.functional_call(mlp, given, (x,)), plain(other, x), TOLERANCE)
+    assert not is_packed(other)
+    assert_equal_to(mlp(x), plain(make_mlp(), x), TOLERANCE)
+
+
+def test_can_be_packed_says_no_on_a_cpu():
+    mlp = make_mlp()
+    assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    mlp(inputs())
+    assert not is_packed(mlp)
+
+
+class LayerOfAnotherKind(nn.Linear):
+    """As quantised layers are."""
+
+
+class ParameterOfAnotherKind(nn.Parameter):
+    """As quantised and sharded parameters are."""
+
+
+def another_kind_of_layer(mlp):
+    mlp.up_proj = LayerOfAnotherKind(80, 90).requires_grad_(False)
+
+
+def another_kind_of_parameter(mlp):
+    mlp.up_proj.weight = ParameterOfAnotherKind(mlp.up_proj.weight.data, requires_grad=False)
+
+
+def tied(mlp):
+    mlp.up_proj.weight = mlp.gate_proj.weight
+
+
+def other_dtype(mlp):
+    mlp.up_proj.double()
+
+
+def trainable(mlp):
+    mlp.up_proj.bias.requires_grad_()
+
+
+def hooked(mlp):
+    mlp.down_proj.register_forward_hook(lambda module, args, out: None)
+
+
+def replaced_forward(mlp):
+    mlp.gate_proj.forward = mlp.gate_proj.forward
+
+
+OBSTACLES = [
+    another_kind_of_layer,
+    another_kind_of_parameter,
+    tied,
+    other_dtype,
+    trainable,
+    hooked,
+    replaced_forward,
+]
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)
+def test_can_be_packed_says_no_to_every_obstacle(obstacle, always_packed):
+    mlp = make_mlp()
+    assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    obstacle(mlp)
+    assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def test_can_be_packed_says_yes_to_trainable_parameters_without_grad_mode(always_packed):
+    mlp = make_mlp().requires_grad_(True)
+    parts = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    assert not can_be_packed(*parts)
+    with torch.no_grad():
+        assert can_be_packed(*parts)
+
+
+def test_can_be_packed_says_no_under_a_hook_of_all_modules(always_packed):
+    mlp = make_mlp()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    finally:
+        hook.remove()
+    assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+@pytest.mark.parametrize(("hidden_dim", "padded"), [(128, False), (129, True)])
+def test_the_down_projection_is_packed_where_it_needs_padding(hidden_dim, padded, always_packed):
+    mlp = make_mlp(16, hidden_dim)
+    before = mlp.down_proj.weight.data_ptr()
+    mlp(inputs(16))
+    assert (mlp._down._packed is not None) == padded
+    assert (mlp.down_proj.weight.data_ptr() != before) == padded
+
+
+@pytest.mark.gpu
+def test_can_be_packed_says_yes_on_a_gpu_and_no_to_a_mix():
+    mlp = make_mlp(device="cuda")
+    parts = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    assert can_be_packed(*parts)
+    mlp.up_proj.half()
+    assert not can_be_packed(*parts)
+    mlp.up_proj.float().cpu()
+    assert not can_be_packed(*parts)
+
+
+# --- the model ---
+
+
+@pytest.fixture
+def packed_model(load, device, always_packed):
+    """A model of one's own that has run packed."""
+    model = load(device=device).requires_grad_(False)
+    with torch.no_grad():
+        model(FRAMES.to(device), ["Go.", "Stop."])
+    assert all(is_packed(block.mlp) for block in (*model.visual.blocks, *model.model.layers))
+    return model
+
+
+def encoded(model):
+    batch = model.processor(FRAMES.to(model.device), dtype=model.dtype)
+    with torch.no_grad():
+        return model.visual(**batch)
+
+
+def test_names_shapes_and_values_of_the_parameters_are_the_checkpoints(packed_model, load):
+    ours, expected = packed_model.state_dict(), load().state_dict()
+    assert list(ours) == list(expected)
+    for name, value in expected.items():
+        assert ours[name].shape == value.shape
+        assert torch.equal(ours[name].cpu(), value), name
+    assert [name for name, _ in packed_model.named_parameters()] == list(expected)
+    assert sum(p.numel() for p in packed_model.parameters()) == sum(x.numel() for x in expected.values())
+
+
+def test_saving_writes_bitwise_what_was_loaded(packed_model, checkpoint, tmp_path):
+    packed_model.save_pretrained(tmp_path)
+    written = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
+    original = {k: v for file in checkpoint.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert written.keys() == original.keys()
+    for name, value in original.items():
+        assert written[name].is_contiguous()
+        assert torch.equal(written[name], value), name
+    files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert files <= 1.01 * sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+
+
+def test_saving_in_shards_is_as_without_packing(packed_model, load, tmp_path, monkeypatch):
+    """Tensors that share a storage go into one shard; packed parameters must not look like that."""
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(
+        huggingface_hub,
+        "save_torch_state_dict",
+        lambda *args, **options: save(*args, **options | {"max_shard_size": 200_000}),
+    )
+    packed_model.save_pretrained(tmp_path / "packed")
+    load().save_pretrained(tmp_path / "plain")
+    packed, plain = (
+        json.loads((tmp_path / n / "model.safetensors.index.json").read_text()) for n in ("packed", "plain")
+    )
+    assert len(set(plain["weight_map"].values())) > 2
+    again = QwenBatchedVL.from_pretrained(tmp_path / "packed", device="cpu")
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, packed_model.state_dict()[name].cpu()), name
+    assert packed == plain
+
+
+def assert_holds(file, state):
+    loaded = load_file(file)
+    assert loaded.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(loaded[name], value), name
+
+
+def test_safetensors_takes_a_packed_state_dict(packed_model, load, tmp_path):
+    """It refuses tensors that share memory."""
+    state = {name: value.contiguous() for name, value in packed_model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    assert_holds(tmp_path / "model.safetensors", load().state_dict())
+
+
+def test_safetensors_takes_a_packed_model(packed_model, load, tmp_path):
+    """Of tensors that share memory it would write one alone."""
+    save_model(packed_model, str(tmp_path / "model.safetensors"))
+    assert_holds(tmp_path / "model.safetensors", load().state_dict())
+
+
+def test_load_state_dict_after_packing_is_seen(packed_model, load, device):
+    other = load(device=device).requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.mul_(0.9)
+    for assign in (False, True):
+        packed_model.load_state_dict(load(device=device).state_dict())
+        missing, unexpected = packed_model.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+        assert not missing
+        assert not unexpected
+        packed_model.requires_grad_(False)
+        assert_equal_to(encoded(packed_model), encoded(other), TOLERANCE)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(_saved(model), weights_only=False),
+}
+
+
+def _saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_a_packed_model_is_independent(name, packed_model):
+    before = encoded(packed_model)
+    other = COPIES[name](packed_model)
+    assert torch.equal(encoded(other), before)
+    for parameter in other.parameters():
+        parameter.mul_(0.5)
+    changed = encoded(other)
+    assert not torch.allclose(changed, before)
+    assert torch.equal(encoded(packed_model), before)
+    for parameter in packed_model.parameters():
+        parameter.zero_()
+    assert torch.equal(encoded(other), changed)
+    for block in other.visual.blocks:
+        assert is_packed(block.mlp)
+
+
+def test_a_saved_state_dict_of_a_packed_model_loads(packed_model, load):
+    loaded = torch.load(_saved(packed_model.state_dict()), map_location="cpu")
+    fresh = load()
+    for parameter in fresh.parameters():
+        parameter.data.zero_()
+    fresh.load_state_dict(loaded)
+    for name, value in load().state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_casting_a_packed_model_equals_casting_a_fresh_one(packed_model, load, dtype, device):
+    packed_model.to(dtype)
+    fresh = load(device=device).requires_grad_(False).to(dtype)
+    for (name, ours), theirs in zip(packed_model.state_dict().items(), fresh.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(encoded(packed_model), encoded(fresh))
+
+
+@pytest.mark.gpu
+def test_moving_a_packed_model_to_the_host_frees_the_gpu(load):
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model = load(device="cuda").requires_grad_(False)
+    weights = torch.cuda.memory_allocated() - before
+    encoded(model)
+    model.to("cpu")
+    assert torch.cuda.memory_allocated() - before < weights / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(80, 90), (1280, 3420)])
+def test_the_real_path_on_a_gpu_packs_and_equals_the_plain_mlp(dim, hidden_dim, dtype):
+    mlp, x = make_mlp(dim, hidden_dim, device="cuda").to(dtype), inputs(dim, 64, "cuda").to(dtype)
+    exact = plain(copy.deepcopy(mlp).double(), x.double())
+    expected = plain(mlp, x)
+    with torch.no_grad():
+        out = mlp(x)
+    assert is_packed(mlp)
+    if dtype == torch.float32:
+        assert_equal_to(out, exact)
+    else:
+        assert (out - exact).norm() <= 2 * (expected - exact).norm()
