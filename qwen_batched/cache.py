@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+_held: ContextVar[list[object] | None] = ContextVar("qwen_batched_held_values", default=None)
+
+
+@contextlib.contextmanager
+def hold_values() -> Iterator[list[object]]:
+    """Collects what caches give out inside the `with` block, for those who need it longer than a cache may keep it."""
+    values: list[object] = []
+    token = _held.set(values)
+    try:
+        yield values
+    finally:
+        _held.reset(token)
 
 
 class LRUCache:
@@ -27,6 +41,13 @@ class LRUCache:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value under `key`, from `make()` where it is not known."""
+        value = self._find_or_make(key, make)
+        held = _held.get()
+        if held is not None:
+            held.append(value)
+        return value
+
+    def _find_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,18 @@ from torch import Tensor, nn
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Sampling, generate_tokens, last_tokens
-from qwen_batched.model.inputs import Resize, check_batch, check_batch_names, check_norm, resolve_layers
+from qwen_batched.model.inputs import (
+    Resize,
+    check_batch,
+    check_batch_names,
+    check_chunk_size,
+    check_norm,
+    resolve_layers,
+)
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers
 
 Features = Tensor | list[Tensor]
@@ -56,6 +65,7 @@ class QwenBatchedVL(nn.Module):
         self.has_lm_head = lm_head
         separate_head = lm_head and not config.tie_word_embeddings
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
+        self._graphs = CudaGraphs()
 
     @classmethod
     def from_pretrained(
@@ -197,8 +207,13 @@ class QwenBatchedVL(nn.Module):
         layers: Sequence[int] | None = None,
         camera_mask: Tensor | None = None,
         resize: Resize = "hf",
+        chunk_size: int | None = None,
+        cuda_graph: bool = True,
     ) -> Features | list[Features]:
         """Image features without the decoder.
+
+        On a GPU, with gradients off, the second call of a shape is captured as a CUDA graph that later calls replay.
+        Results are the same, and never overwritten by a later call.
 
         Args:
             images: As for `forward`.
@@ -206,6 +221,9 @@ class QwenBatchedVL(nn.Module):
                 (0 the first block, -1 the last): these blocks' outputs; later blocks are not run.
             camera_mask: As for `forward`; an absent camera's features are zero.
             resize: As for `forward`.
+            chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
+                passes need less memory. Results do not depend on it.
+            cuda_graph: False never captures and never replays.
 
         Returns:
             (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
@@ -213,13 +231,43 @@ class QwenBatchedVL(nn.Module):
 
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
+            torch.OutOfMemoryError: The batch does not fit; the model stays usable.
         """
         if layers is not None:
             resolve_layers(layers, self.config.vision.depth)
+        check_chunk_size(chunk_size)
         if images is None:
             raise TypeError("encode_images needs images, got None")
-        batch = self.processor(images, None, camera_mask, resize=resize, device=self.device, dtype=self.dtype)
-        return self.visual(**batch, layers=layers)
+        device, dtype = self.device, self.dtype
+        groups, _ = self.processor.check_images(images, camera_mask, resize, device)
+        masks = () if camera_mask is None else (self.processor.mask_on_device(camera_mask, device),)
+
+        def encode(*inputs: Tensor) -> Features | list[Features]:
+            frames, mask = (inputs[:-1], inputs[-1]) if masks else (inputs, None)
+            images = frames[0] if one_size else frames
+            batch = self.processor(images, None, mask, resize=resize, device=device, dtype=dtype)
+            return self.visual(**batch, layers=layers, chunk_size=chunk_size)
+
+        one_size = isinstance(images, Tensor)
+        inputs = (*((images,) if one_size else images), *masks)
+        try:
+            if not cuda_graph or device.type != "cuda":
+                return encode(*inputs)
+            key = (repr((one_size, layers, resize, chunk_size)), len(masks), dtype, self.processor.image)
+            return self._graphs.run(self.visual, key, encode, *inputs, device=device)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Raised out here, where nothing holds on to what the failed call had on the GPU.
+        sizes = ", ".join(str(tuple(group.shape)) for group in groups)
+        raise torch.OutOfMemoryError(
+            f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
+            f"(images per pass) needs less. {reason}"
+        )
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
+        """`.to()` and the like: the graphs' memory must not stay behind."""
+        self._graphs.clear()
+        return super()._apply(*arguments, **keywords)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Logits (..., vocabulary) of hidden states (..., D) after the final norm.

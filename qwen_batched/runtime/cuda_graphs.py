@@ -1,0 +1,249 @@
+"""Calls as CUDA graphs: the first of a kind runs, the second is captured, later ones are replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from qwen_batched.cache import hold_values
+from qwen_batched.kernels import ops
+from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
+
+Outputs = Tensor | list["Outputs"]
+MAX_GRAPHS = 32
+STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in turn
+
+
+class CudaGraphs:
+    """At most `max_graphs` captured calls of one module, the least recently used giving way.
+
+    A call is captured only where nothing would be lost (see `is_capturable`) and replayed only while the module is as
+    it was. Results are copies. A copied or unpickled instance begins anew.
+    """
+
+    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
+        self.max_graphs = max_graphs
+        # By key: None where a call has run, its graph where it was captured, False where it could not be.
+        self._calls: OrderedDict[Hashable, CapturedCall | bool | None] = OrderedDict()
+        self._snapshot: ModuleSnapshot | None = None
+        self._arena: Arena | None = None
+        self._lock = threading.RLock()
+
+    def run(
+        self, module: nn.Module, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor, device: torch.device
+    ) -> Outputs:
+        """`function(*inputs)`, by a graph where there is one.
+
+        Args:
+            module: Whose parameters `function` reads.
+            key: All else that shapes what `function` does, but the shapes and dtypes of `inputs`.
+            function: Takes tensors and returns a tensor or nested lists of them. It must not wait for the device.
+            inputs: On `device`, or on the host.
+            device: Where the work is done.
+        """
+        if not _graphs_serve(inputs):
+            return function(*inputs)
+        key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
+        with self._lock:
+            call = self._calls.get(key)
+            if call is None and key in self._calls and self._still_matches(module):
+                call = self._capture(key, function, inputs, device)
+            if call:
+                outputs = call.replay(inputs)
+                if self._still_matches(module):  # asked while the GPU is at work
+                    self._calls.move_to_end(key)
+                    return outputs
+        outputs = function(*inputs)
+        self._remember(module, key)
+        return outputs
+
+    def clear(self) -> None:
+        """Forgets all calls, and lets go of their memory."""
+        with self._lock:
+            self._forget()
+            self._arena = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:
+        return CudaGraphs, (self.max_graphs,)
+
+    def _still_matches(self, module: nn.Module) -> bool:
+        """Whether the graphs are still true; they are dropped where not."""
+        if self._snapshot is not None and self._snapshot.matches(module):
+            return True
+        self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self._snapshot = None
+        self._drop(len(self._calls))
+
+    def _remember(self, module: nn.Module, key: Hashable) -> None:
+        """A call has run, weights are packed and kernels compiled: from now on it may be captured."""
+        with self._lock:
+            if not self._still_matches(module):
+                if not is_capturable(module):
+                    return
+                self._snapshot = ModuleSnapshot(module)
+            self._calls.setdefault(key)
+            self._calls.move_to_end(key)
+            self._drop(len(self._calls) - self.max_graphs)
+
+    def _capture(
+        self, key: Hashable, function: Callable[..., Outputs], inputs: Sequence[Tensor], device: torch.device
+    ) -> CapturedCall | bool:
+        try:
+            self._arena = Arena.of(device)
+            self._calls[key] = CapturedCall(function, inputs, self._arena)
+        except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
+            self._calls[key] = False
+            warnings.warn(f"no CUDA graph for this shape, it runs without: {error}", RuntimeWarning, stacklevel=4)
+        return self._calls[key]
+
+    def _drop(self, count: int) -> None:
+        """Drops the `count` least recently used calls."""
+        dropped = [self._calls.popitem(last=False)[1] for _ in range(count)]
+        for call in dropped:
+            if call:
+                call.wait()
+
+
+class CapturedCall:
+    """A call as a CUDA graph, with the memory that it reads and writes."""
+
+    def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], arena: Arena) -> None:
+        """Captures `function(*inputs)`; it is not run. Raises `RuntimeError` where that cannot be done."""
+        self.arena = arena
+        # Outside inference mode: a graph captured within it is replayed outside it too.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
+            # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
+            with hold_values() as self.tables, arena.capture() as self.graph:
+                self.outputs = function(*self.inputs)
+
+    def replay(self, inputs: Sequence[Tensor]) -> Outputs:
+        """The outputs for `inputs`, as copies."""
+        with self.arena.in_turn():
+            for buffer, value in zip(self.inputs, inputs, strict=True):
+                buffer.copy_(value, non_blocking=True)
+            self.graph.replay()
+            return _copies(self.outputs)
+
+    def wait(self) -> None:
+        """Returns when the device is through with the last replay."""
+        self.arena.wait()
+
+
+class Arena:
+    """Where all graphs of a device are captured: one memory pool, and a stream of its own.
+
+    The pool is shared, since graphs run one after the other. cuBLAS keeps a workspace for each stream, and graphs go on
+    using the one that they were captured with. So it must lie in the pool: the stream is nobody else's, and nothing
+    runs on it but captures.
+    """
+
+    _living: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
+    _used_streams: ClassVar[set[tuple[torch.device, int]]] = set()
+    _immortal: ClassVar[list[Arena]] = []
+    _lock = threading.Lock()
+    _one_capture = threading.Lock()  # PyTorch allows one at a time in a process
+
+    @classmethod
+    def of(cls, device: torch.device) -> Arena:
+        """The arena of `device`. It lives as long as anything captured there."""
+        with cls._lock:
+            arena = cls._living.get(device)
+            if arena is None:
+                arena = cls._living[device] = cls(device)
+            return arena
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._turn = threading.Lock()
+        self._last_use = torch.cuda.Event()
+        self._stream = self._unused_stream()
+        # A graph of its own keeps the pool when all others have gone.
+        self._pool = None
+        with torch.inference_mode(False), torch.no_grad(), self.capture() as self._anchor:
+            torch.zeros(1, device=device)
+        self._pool = self._anchor.pool()
+        self._used_streams.add((device, self._stream.cuda_stream))
+        if sum(used == device for used, _ in self._used_streams) == STREAMS_OF_A_PRIORITY:
+            self._immortal.append(self)  # there is no stream for another
+
+    def _unused_stream(self) -> torch.cuda.Stream:
+        """A stream whose workspace does not lie in the pool of an arena that is gone."""
+        streams = (torch.cuda.Stream(self.device, priority=-1) for _ in range(STREAMS_OF_A_PRIORITY))
+        return next(stream for stream in streams if (self.device, stream.cuda_stream) not in self._used_streams)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """Captures what is done inside the `with` block."""
+        with torch.cuda.stream(self._stream):
+            # Room for what a capture begins with: PyTorch 2.11 aborts the process where there is none.
+            spare = torch.empty(1, device=self.device)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            self._one_capture,
+            self._turn,
+            # torch.cuda.graph would leave its stream the current one where the end of a capture fails.
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            yield graph
+        del spare
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One replay after the other, on whatever streams and from whatever threads."""
+        with self._turn, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._last_use)
+            try:
+                yield
+            finally:
+                self._last_use.record(stream)
+
+    def wait(self) -> None:
+        """Returns when the device is through with all replays."""
+        self._last_use.synchronize()
+
+
+def _graphs_serve(inputs: Sequence[Tensor]) -> bool:
+    """Whether a call now could come from a graph: plain tensors, no derivative, no cast, no capture of one's own."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cuda")
+        or torch.cuda.is_current_stream_capturing()
+        or _has_any_global_hook()
+        or any(type(x) is not Tensor for x in inputs)
+    )
+
+
+def _numerics() -> tuple[Hashable, ...]:
+    """Settings outside a call's arguments that choose its kernels."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        ops.backend(),
+        matmul.allow_tf32,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _copies(outputs: Outputs) -> Outputs:
+    return outputs.clone() if isinstance(outputs, Tensor) else [_copies(output) for output in outputs]

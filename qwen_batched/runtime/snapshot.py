@@ -1,0 +1,80 @@
+"""What a captured call takes for granted of a module: its tree, its code, and where its tensors are."""
+
+from __future__ import annotations
+
+from operator import is_
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
+
+
+class ModuleSnapshot:
+    """A module as it was.
+
+    Values of parameters may change in place; a graph reads them anew. Anything else may not: children, parameters,
+    buffers, hooks, attributes (the mode, a norm's epsilon, a replaced `forward`), or where tensors are and how they
+    are laid out.
+    The snapshot keeps the memory of the tensors, so that a graph captured with it never reads what is someone else's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        # Each dict beside a copy of it. Values that are the same object are equal without being looked into.
+        self._dicts = [(part, dict(part)) for child in module.modules() for part in _dicts(child)]
+        tensor_dicts = [part for child in module.modules() for part in (child._parameters, child._buffers) if part]
+        self._tensors = [(part, tuple(part.values())) for part in tensor_dicts]
+        self._flat = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
+        self._layouts = _layouts(self._flat)
+        self._memory = [tensor.detach() for tensor in self._flat]
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is still as it was."""
+        return (
+            module is self._module
+            and all(now == before for now, before in self._dicts)
+            and all(len(now) == len(before) and all(map(is_, now.values(), before)) for now, before in self._tensors)
+            and _layouts(self._flat) == self._layouts
+        )
+
+
+def is_capturable(module: nn.Module) -> bool:
+    """Whether a graph would leave nothing out: no hooks, and only code and parameters that are known to be plain.
+
+    A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call.
+    """
+    return not _has_any_global_hook() and all(map(_is_plain, module.modules()))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module).__module__.startswith(OWN_CODE)
+        and not any(_hooks(module))
+        and "forward" not in vars(module)
+        and module._compiled_call_impl is None
+        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+    )
+
+
+def _dicts(module: nn.Module) -> tuple[dict, ...]:
+    return vars(module), module._modules, *_hooks(module)
+
+
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def _layouts(tensors: list[Tensor]) -> tuple[list, ...]:
+    """Address, shape, strides and dtype of each."""
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.size, tensors)),
+        list(map(Tensor.stride, tensors)),
+        [tensor.dtype for tensor in tensors],
+    )

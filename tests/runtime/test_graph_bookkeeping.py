@@ -1,0 +1,247 @@
+"""When a call is run, captured and replayed, and what is forgotten: on a CPU, with graphs that only pretend."""
+
+import contextlib
+import copy
+import pickle
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_batched.runtime import cuda_graphs
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
+from tests.support import photos
+
+
+class FakeArena:
+    """In place of an arena of a GPU: captures nothing but the call itself."""
+
+    def __init__(self, log):
+        self.device, self.log = torch.device("cpu"), log
+
+    @contextlib.contextmanager
+    def capture(self):
+        if self.log.error is not None:
+            raise self.log.error
+        self.log.captured += 1
+        self.log.capturing = True
+        yield types.SimpleNamespace()
+        self.log.capturing = False
+
+    def in_turn(self):
+        return contextlib.nullcontext()
+
+    def wait(self):
+        self.log.waited += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """CudaGraphs without CUDA: a replay runs the function again, on the same buffers, into the same outputs."""
+    log = types.SimpleNamespace(captured=0, replayed=0, waited=0, error=None, capturing=False)
+
+    class FakeCall(cuda_graphs.CapturedCall):
+        def __init__(self, function, inputs, arena):
+            super().__init__(function, inputs, arena)
+
+            def replay():
+                log.replayed += 1
+                self.outputs.copy_(function(*self.inputs))
+
+            self.graph.replay = replay
+
+    monkeypatch.setattr(cuda_graphs, "CapturedCall", FakeCall)
+    monkeypatch.setattr(cuda_graphs.Arena, "of", lambda device: FakeArena(log))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return log
+
+
+def run(graphs, module, key, function, *inputs):
+    with torch.no_grad():
+        return graphs.run(module, key, function, *inputs, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(3, 3).requires_grad_(False)
+
+
+def test_the_first_call_runs_the_second_is_captured_the_rest_replay(fake, linear):
+    graphs = CudaGraphs()
+    for index in range(5):
+        x = torch.full((2, 3), float(index))
+        assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+        assert fake.captured == (index > 0)
+        assert fake.replayed == index
+    assert len(graphs) == 1
+
+
+def test_trap25_results_are_copies(fake, linear):
+    graphs = CudaGraphs()
+    x = [torch.full((2, 3), float(index)) for index in range(6)]
+    results = [run(graphs, linear, "key", linear, value) for value in x]
+    for result, value in zip(results, x, strict=True):
+        assert torch.equal(result, linear(value))
+    results[-1].zero_()
+    assert torch.equal(run(graphs, linear, "key", linear, x[3]), linear(x[3]))
+
+
+def test_inputs_are_not_written_to(fake, linear):
+    graphs = CudaGraphs()
+    x = [torch.full((2, 3), float(index)) for index in range(4)]
+    for value in x:
+        run(graphs, linear, "key", linear, value)
+    assert [float(value[0, 0]) for value in x] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: (("key", "other"), x),
+        lambda x: ("key", x[:1]),
+        lambda x: ("key", x.view(3, 2)),
+        lambda x: ("key", x.double()),
+    ],
+    ids=["key", "batch", "shape", "dtype"],
+)
+def test_trap26_another_key_shape_or_dtype_is_another_graph(fake, change):
+    graphs, module = CudaGraphs(), nn.Identity()
+    x = torch.randn(2, 3)
+    for _ in range(3):
+        run(graphs, module, "key", lambda x: x * 2, x)
+    key, y = change(x)
+    assert torch.equal(run(graphs, module, key, lambda x: x * 3, y), y * 3)
+    assert len(graphs) == 2
+
+
+def test_the_matmul_precision_is_part_of_the_key(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            run(graphs, linear, "key", linear, x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(graphs) == 2
+
+
+def test_the_least_recently_used_graph_gives_way(fake, linear):
+    graphs = CudaGraphs(max_graphs=2)
+    a, b, c = (torch.randn(size, 3) for size in (1, 2, 4))
+    for x in (a, a, b, b, a, c, c):
+        assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    assert len(graphs) == 2
+    captured = fake.captured
+    run(graphs, linear, "key", linear, a)
+    assert fake.captured == captured, "a was used after b"
+    run(graphs, linear, "key", linear, b)
+    assert fake.captured == captured, "b had given way, so that its first call runs"
+
+
+def test_inputs_of_other_strides_give_right_results(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(3, 3)
+    for value in (x, x, x.t(), x[:, :1].expand(3, 3), torch.randn(6, 6)[::2, ::2]):
+        assert torch.equal(run(graphs, linear, "key", linear, value), linear(value))
+
+
+def test_many_shapes_stay_bounded(fake, linear):
+    graphs = CudaGraphs(max_graphs=3)
+    for size in [*range(1, 20), *range(1, 20)]:
+        run(graphs, linear, "key", linear, torch.randn(size, 3))
+        assert len(graphs) <= 3
+
+
+MOVES = {
+    "data": lambda linear: setattr(linear.weight, "data", linear.weight.data.clone() * 2),
+    "parameter": lambda linear: setattr(linear, "weight", nn.Parameter(torch.ones(3, 3), requires_grad=False)),
+    "hook": lambda linear: linear.register_forward_hook(lambda module, args, out: out * 2),
+}
+
+
+@pytest.mark.parametrize("calls_before", [1, 2, 3])
+@pytest.mark.parametrize("name", MOVES)
+def test_trap26_after_a_change_the_first_call_runs_before_anything_is_captured(fake, linear, name, calls_before):
+    """Weights are packed and kernels compiled in a call that runs; in a capture they must not be."""
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    for _ in range(calls_before):
+        run(graphs, linear, "key", linear, x)
+    MOVES[name](linear)
+    inside = []
+    captured = fake.captured
+    function = lambda x: inside.append(fake.capturing) or linear(x)  # noqa: E731
+    assert torch.equal(run(graphs, linear, "key", function, x), linear(x))
+    assert inside == [False]
+    assert fake.captured == captured
+
+
+def test_trap26_after_a_change_another_shapes_second_call_is_not_captured(fake, linear):
+    graphs, x, y = CudaGraphs(), torch.randn(2, 3), torch.randn(4, 3)
+    for value in (x, x, x, y):
+        run(graphs, linear, "key", linear, value)
+    linear.weight.data = linear.weight.data.clone() * 2
+    captured = fake.captured
+    assert torch.equal(run(graphs, linear, "key", linear, y), linear(y))
+    assert fake.captured == captured
+
+
+def test_a_first_call_that_failed_is_repeated_before_anything_is_captured(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+
+    def fails(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(graphs, linear, "key", fails, x)
+    assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    assert fake.captured == 0
+
+
+def test_running_out_of_memory_in_the_capture_falls_back_with_one_warning(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    fake.error = torch.OutOfMemoryError("CUDA out of memory")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    assert len(caught) == 1
+    assert "memory" in str(caught[0].message)
+
+
+def test_trap29_a_graph_captured_in_inference_mode_runs_outside_it(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    with torch.inference_mode():
+        for _ in range(3):
+            run(graphs, linear, "key", lambda x: x * 2, x)
+    with torch.no_grad():
+        out = run(graphs, linear, "key", lambda x: x * 2, x)
+    assert torch.equal(out, x * 2)
+    assert not out.is_inference()
+
+
+def test_a_copy_begins_anew(fake, linear):
+    graphs = CudaGraphs(max_graphs=5)
+    for _ in range(3):
+        run(graphs, linear, "key", linear, torch.randn(2, 3))
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert (len(other), other.max_graphs) == (0, 5)
+
+
+def test_clear_drops_everything(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    for _ in range(3):
+        run(graphs, linear, "key", linear, x)
+    graphs.clear()
+    assert len(graphs) == 0
+    assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+
+
+def test_a_model_on_the_cpu_makes_no_graph(load):
+    model = load()
+    with torch.no_grad():
+        for _ in range(3):
+            model.encode_images(photos(1, 1, 28, 28))
+    assert len(model._graphs) == 0
