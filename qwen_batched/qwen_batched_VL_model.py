@@ -239,7 +239,7 @@ class QwenBatchedVL(nn.Module):
         if images is None:
             raise TypeError("encode_images needs images, got None")
         device, dtype = self.device, self.dtype
-        groups, _ = self.processor.check_images(images, camera_mask, resize, device)
+        self.processor.check_images(images, camera_mask, resize, device)
         masks = () if camera_mask is None else (self.processor.mask_on_device(camera_mask, device),)
 
         def encode(*inputs: Tensor) -> Features | list[Features]:
@@ -258,7 +258,7 @@ class QwenBatchedVL(nn.Module):
         except torch.OutOfMemoryError as error:
             reason = str(error)
         # Raised out here, where nothing holds on to what the failed call had on the GPU.
-        sizes = ", ".join(str(tuple(group.shape)) for group in groups)
+        sizes = ", ".join(str(tuple(frames.shape)) for frames in inputs[: len(inputs) - len(masks)])
         raise torch.OutOfMemoryError(
             f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
             f"(images per pass) needs less. {reason}"

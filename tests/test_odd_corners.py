@@ -100,8 +100,8 @@ def test_generation_settings_that_are_not_supported_are_refused(tmp_path):
 
 def test_more_new_tokens_than_fit_are_refused_before_a_frame_is_touched(model, monkeypatch):
     touched = []
-    resize = ops.resize
-    monkeypatch.setattr(ops, "resize", lambda *arguments: touched.append(1) or resize(*arguments))
+    frames_to_patches = ops.frames_to_patches
+    monkeypatch.setattr(ops, "frames_to_patches", lambda *a, **k: touched.append(1) or frames_to_patches(*a, **k))
     images = photos(2, 1, 56, 56).to(model.device)
     with pytest.raises(ValueError, match="max_new_tokens=5000"):
         model.generate(images, TEXTS, max_new_tokens=5000)

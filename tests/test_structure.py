@@ -17,6 +17,8 @@ LAYERS = (
     ("cache", "config", "outputs", "kernels"),
     ("checkpoint",),
     ("weights",),
+    ("model.packed", "runtime.snapshot"),
+    ("runtime", "runtime.cuda_graphs"),
     ("model.geometry", "model.kv_cache", "model.layers", "model.prompt", "model.sequence"),
     ("model.inputs",),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
@@ -27,7 +29,7 @@ LAYERS = (
 )
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")
-REEXPORTS = ("", "model")  # the packages' own __init__.py
+REEXPORTS = ("", "model", "runtime")  # the packages' own __init__.py
 
 MAX_LINES = 450
 MAX_LINES_EXCEPT = {"testing.py": "the checkpoint writer, one thing from config to tokenizer"}
@@ -165,16 +167,18 @@ FORWARD_PATH = (
     "model.kv_cache",
     "model.layers",
     "model.modeling_qwen2_5_vl_batched",
+    "model.packed",
     "model.prompt",
     "model.sequence",
     "model.tensor_processor",
     "qwen_batched_VL_model",
+    *(name for name in SOURCES if name.startswith("runtime")),
 )
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 # (module, function, what): why it may.
 ALLOWED_READS = {
     ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
-    ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
+    ("model.tensor_processor", "mask_on_device", "tolist"): "a mask that is on the host",
     ("generation", "_up_to_end", "tolist"): "new tokens are handed to the caller",
     ("generation", "generate_tokens", "bool"): "decoding ends when every sample has; made fast by a later issue",
     ("qwen_batched_VL_model", "generate", "tolist"): "new tokens become text",

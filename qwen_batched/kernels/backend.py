@@ -38,6 +38,7 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace a context variable
 def backend() -> str:
     """The backend chosen, "auto" where none was."""
     return _backend.get()

@@ -36,7 +36,7 @@ _library = torch.library.Library("qwen_batched", "DEF")
 
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.add_rms_norm`."""
-    if _only_the_reference_serves(update, residual, weight):
+    if _only_the_reference_serves(update, residual, parameters=(weight,)):
         return reference.add_rms_norm(update, residual, weight, eps)
     if residual is None:
         return torch.ops.qwen_batched.rms_norm(update, weight, eps), update
@@ -45,7 +45,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 
 def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
     """See `reference.swiglu`."""
-    if _only_the_reference_serves(gate, up, gate_bias, up_bias):
+    if _only_the_reference_serves(gate, up, parameters=(gate_bias, up_bias)):
         return reference.swiglu(gate, up, gate_bias, up_bias)
     return torch.ops.qwen_batched.swiglu(gate, up, gate_bias, up_bias)
 
@@ -87,20 +87,21 @@ def frames_to_patches(
     return torch.ops.qwen_batched.frames_to_patches(frames, height, width, *tables, *how)
 
 
-def _only_the_reference_serves(*tensors: Tensor | None) -> bool:
+def _only_the_reference_serves(*activations: Tensor | None, parameters: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether the kernels cannot: they have no derivative, compute in float32, and take one dtype of activations.
 
     Raises:
         RuntimeError: Triton was asked for all the same.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
+    given = [tensor for tensor in (*activations, *parameters) if tensor is not None]
+    dtypes = {tensor.dtype for tensor in activations if tensor is not None}
     reason = None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         reason = "its kernels have no backward: call them under torch.no_grad()"
     elif any(tensor.dtype == torch.float64 for tensor in given):
         reason = "its kernels compute in float32, and there is a float64 input"
-    elif len(given) > 1 and given[0].dtype != given[1].dtype:
-        reason = f"its kernels take inputs of one dtype, got {given[0].dtype} and {given[1].dtype}"
+    elif len(dtypes) > 1:
+        reason = f"its kernels take inputs of one dtype, got {' and '.join(sorted(map(str, dtypes)))}"
     elif not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
         reason = "its kernels have no forward-mode derivative"
     if reason is None:

@@ -42,9 +42,10 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
         padded = -(-hidden_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         gate, up = slice(0, hidden_dim), slice(padded, padded + hidden_dim)
-        self._gate_up = PackedParameters((2 * padded, dim), [(gate,), (up,)])
-        self._gate_up_bias = PackedParameters((2 * padded,), [(gate,), (up,)])
-        self._down = PackedParameters((dim, padded), [(slice(None), gate)])
+        self._gate_up = PackedParameters(2 * padded, [gate, up])
+        self._gate_up_bias = PackedParameters(2 * padded, [gate, up])
+        # Columns are padded, which lie together only when they are rows.
+        self._down = PackedParameters(padded, [gate], transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
@@ -54,7 +55,7 @@ class SwiGLU(nn.Module):
         # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
         biases = self._gate_up_bias.of(gate.bias, up.bias).chunk(2) if self.bias else ()
         # The padding stays zero: silu(0) * 0, times columns of zeros.
-        down_weight = down.weight if self._down.shape == down.weight.shape else self._down.of(down.weight)
+        down_weight = down.weight if self._down.rows == self.hidden_dim else self._down.of(down.weight)
         return F.linear(ops.swiglu(*products, *biases), down_weight, down.bias)
 
     def _can_be_packed(self) -> bool:

@@ -14,50 +14,53 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-Place = tuple[slice, ...]
 Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
 class PackedParameters:
-    """A zero-padded tensor whose parts are the memory of parameters.
+    """A zero-padded tensor whose rows are the memory of parameters.
 
     A parameter found elsewhere, at first use or since it was moved, is copied in and from then on lies in the tensor.
     A copied or unpickled instance begins anew.
     """
 
-    def __init__(self, shape: tuple[int, ...], places: Sequence[Place]) -> None:
-        """Takes the padded shape and each parameter's place in it."""
-        self.shape = shape
+    def __init__(self, rows: int, places: Sequence[slice], transposed: bool = False) -> None:
+        """Takes how many rows there are and which of them each parameter has, or its transpose."""
+        self.rows = rows
         self.places = tuple(places)
+        self.transposed = transposed
         self._packed: Tensor | None = None
         self._layouts: list[Layout] = []
         self._lock = threading.Lock()
 
     def of(self, *parameters: nn.Parameter) -> Tensor:
-        """The padded tensor that holds `parameters`, one for each place."""
+        """The padded tensor that holds `parameters`, one for each place; transposed as they are."""
         with self._lock:
             if self._packed is None or list(map(_layout, parameters)) != self._layouts:
                 self._pack(parameters)
-            return self._packed
+            return self._turn(self._packed)
 
     def clear(self) -> None:
         """Lets go of the tensor; the parameters keep their memory as long as they need it."""
         self._packed, self._layouts = None, []
 
     def _pack(self, parameters: Sequence[nn.Parameter]) -> None:
-        first = parameters[0]
         with torch.inference_mode(False), torch.no_grad():
-            packed = torch.zeros(self.shape, dtype=first.dtype, device=first.device)
-            for parameter, place in zip(parameters, self.places, strict=True):
-                packed[place].copy_(parameter)
+            values = [self._turn(parameter) for parameter in parameters]
+            packed = values[0].new_zeros(self.rows, *values[0].shape[1:])
+            for parameter, value, place in zip(parameters, values, self.places, strict=True):
+                packed[place].copy_(value)
                 # By way of DLPack the part gets a storage of its own. Parameters that share one look tied to what
                 # saves a state_dict (safetensors, accelerate), and all but one would be left out.
-                parameter.data = torch.from_dlpack(packed[place])
+                parameter.data = self._turn(torch.from_dlpack(packed[place]))
         self._packed = packed
         self._layouts = list(map(_layout, parameters))
 
-    def __reduce__(self) -> tuple[type[PackedParameters], tuple[tuple[int, ...], tuple[Place, ...]]]:
-        return PackedParameters, (self.shape, self.places)
+    def _turn(self, x: Tensor) -> Tensor:
+        return x.t() if self.transposed else x
+
+    def __reduce__(self) -> tuple[type[PackedParameters], tuple[int, tuple[slice, ...], bool]]:
+        return PackedParameters, (self.rows, self.places, self.transposed)
 
 
 def can_be_packed(*layers: nn.Module) -> bool:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_batched.kernels import ops
-from qwen_batched.kernels.segments import Run
+from qwen_batched.kernels import ops, reference
+from qwen_batched.kernels.segments import Run, Segments
 from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise, photo, relative_error
 
 # Float64 sums of a few thousand terms in another order.
@@ -202,7 +202,7 @@ def attention_inputs(runs, images=2, num_heads=3, size=8, dtype=torch.float64):
 def test_rotary_attention_equals_its_formula_in_every_segment(runs, images, num_heads, size, dtype, tolerance):
     qkv, cos, sin, *rest = attention_inputs(runs, images, num_heads, size, dtype)
     cos, sin = cos.to(dtype), sin.to(dtype)
-    out = ops.rotary_attention(qkv, cos, sin, *rest)
+    out = ops.rotary_attention(qkv, cos, sin, Segments.of(rest[0], qkv.device), rest[1])
     assert out.dtype == dtype
     assert_equal_to(out, segment_attention_formula(qkv, cos, sin, *rest), tolerance)
 
@@ -210,7 +210,7 @@ def test_rotary_attention_equals_its_formula_in_every_segment(runs, images, num_
 def test_rotary_attention_in_bfloat16_is_as_exact_as_the_plain_expression():
     qkv, cos, sin, runs, num_heads = attention_inputs(RUNS[3], dtype=torch.bfloat16)
     cos, sin = cos.float(), sin.float()
-    ours = ops.rotary_attention(qkv, cos, sin, runs, num_heads)
+    ours = ops.rotary_attention(qkv, cos, sin, Segments.of(runs, qkv.device), num_heads)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     first, second = cos.bfloat16(), sin.bfloat16()
     q, k = (
@@ -331,7 +331,7 @@ RESIZES = [
 @pytest.mark.parametrize(("before", "after"), RESIZES, ids=str)
 def test_resize_of_floating_frames_equals_its_formula(before, after, dtype, tolerance):
     frames = torch.rand(2, 3, *before, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = ops.resize(frames, *after)
+    out = reference.resize(frames, *after)
     assert out.dtype == dtype
     assert_equal_to(out, resize_formula(frames, *after), tolerance)
 
@@ -339,7 +339,7 @@ def test_resize_of_floating_frames_equals_its_formula(before, after, dtype, tole
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_resize_of_half_precision_frames_computes_in_float32(dtype):
     frames = torch.rand(1, 3, 37, 53, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = ops.resize(frames, 28, 84)
+    out = reference.resize(frames, 28, 84)
     assert out.dtype == torch.float32
     assert_equal_to(out, resize_formula(frames, 28, 84))
 
@@ -348,7 +348,7 @@ def test_resize_of_half_precision_frames_computes_in_float32(dtype):
 @pytest.mark.parametrize("content", ["photo", "noise"])
 def test_resize_of_uint8_frames_on_the_cpu_is_pillows(before, after, content):
     frame = photo(*before) if content == "photo" else noise(1, 1, *before)[0, 0]
-    out = ops.resize(frame[None], *after)
+    out = reference.resize(frame[None], *after)
     pillow = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(after[::-1], Image.Resampling.BICUBIC)
     apart = (out[0] - torch.from_numpy(np.array(pillow)).permute(2, 0, 1)).abs()
     assert out.dtype == torch.float32
@@ -360,7 +360,7 @@ def test_resize_of_uint8_frames_on_the_cpu_is_pillows(before, after, content):
 @pytest.mark.parametrize(("before", "after"), RESIZES, ids=str)
 def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after):
     frames = noise(1, 2, *before)[0]
-    out = ops.resize(frames.cuda(), *after)
+    out = reference.resize(frames.cuda(), *after)
     expected = resize_formula(frames, *after).round().clamp(0, 255)
     apart = (out.cpu() - expected).abs()
     assert apart.max() <= 1
@@ -371,7 +371,7 @@ def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after):
 def test_resize_to_the_same_size_changes_nothing(dtype):
     frames = noise(1, 2, 28, 56)[0].to(dtype)
     assert torch.equal(
-        ops.resize(frames, 28, 56), frames.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        reference.resize(frames, 28, 56), frames.to(torch.float64 if dtype == torch.float64 else torch.float32)
     )
 
 
@@ -379,7 +379,7 @@ def test_resize_to_the_same_size_changes_nothing(dtype):
 def test_resize_leaves_the_frames_as_they_were(dtype):
     frames = noise(1, 2, 37, 53)[0].to(dtype)
     before = frames.clone()
-    ops.resize(frames, 28, 84).zero_()
+    reference.resize(frames, 28, 84).zero_()
     assert torch.equal(frames, before)
 
 
@@ -397,6 +397,6 @@ def patchify_inputs(images, h, w, patch_size, merge, dtype):
 @pytest.mark.parametrize(("patch_size", "merge", "repeat"), [(14, 2, 2), (3, 3, 1), (5, 1, 3)])
 def test_patchify_equals_its_formula(h, w, patch_size, merge, repeat, dtype, tolerance):
     inputs = patchify_inputs(2, h, w, patch_size, merge, dtype)
-    out = ops.patchify(*inputs, repeat)
+    out = reference.patchify(*inputs, repeat)
     assert out.shape == (2, h * w * merge**2, 3 * repeat * patch_size**2)
     assert_equal_to(out, patchify_formula(*inputs, repeat), tolerance)

@@ -5,13 +5,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
 from qwen_batched.config import VisionConfig
-from qwen_batched.model.geometry import make_vision_plan, smart_resize
+from qwen_batched.model import geometry
+from qwen_batched.model.geometry import make_vision_plan, resize_axis, smart_resize, split_into_passes
+from tests.support import assert_equal_to
 
 if Version(transformers.__version__).release >= (5,):
     # The other module of this name needs torchvision.
@@ -106,7 +109,7 @@ def test_the_most_extreme_sizes_are_resized_as_in_transformers(size):
 
 def segments(plan, cell_patches):
     """Each window's cells, raster indices in the order in which the plan has them."""
-    for run in plan.windows:
+    for run in plan.windows.runs:
         for start in range(run.start, run.stop, run.length):
             assert start % cell_patches == 0 and run.length % cell_patches == 0
             yield plan.window_order[start // cell_patches : (start + run.length) // cell_patches].tolist()
@@ -130,10 +133,10 @@ def test_at_most_four_runs_tile_the_tokens(h, w, geometry):
     config = config_of(*geometry)
     plan = make_vision_plan(config, h, w, CPU)
     patches = h * w * config.cell_patches
-    assert 1 <= len(plan.windows) <= 4
-    assert [run.start for run in plan.windows] == [0, *(run.stop for run in plan.windows[:-1])]
-    assert plan.windows[-1].stop == patches
-    assert [(run.start, run.count, run.length) for run in plan.image] == [(0, 1, patches)]
+    assert 1 <= len(plan.windows.runs) <= 4
+    assert [run.start for run in plan.windows.runs] == [0, *(run.stop for run in plan.windows.runs[:-1])]
+    assert plan.windows.runs[-1].stop == patches
+    assert [(run.start, run.count, run.length) for run in plan.image.runs] == [(0, 1, patches)]
 
 
 @settings(max_examples=120, deadline=None)
@@ -156,7 +159,7 @@ def test_trap01_every_segment_is_one_window_partial_ones_included(h, w, geometry
     [(8, 8, [64]), (4, 4, [64]), (4, 12, [64]), (8, 9, [64, 16]), (9, 8, [64, 16]), (9, 11, [64, 48, 16, 12])],
 )
 def test_trap02_grids_divisible_by_four_cells_have_no_empty_window(h, w, lengths):
-    runs = make_vision_plan(VisionConfig(), h, w, CPU).windows
+    runs = make_vision_plan(VisionConfig(), h, w, CPU).windows.runs
     assert [run.length for run in runs] == lengths
     assert all(run.count > 0 for run in runs)
 
@@ -219,3 +222,98 @@ def test_a_plan_stands_on_the_device_asked_for(device):
     plan = make_vision_plan(VisionConfig(), 5, 6, torch.device(device))
     for name in ("window_order", "raster_order", "cos", "sin"):
         assert getattr(plan, name).device.type == device
+
+
+# --- resize tables ---
+
+
+def keys_weights(source, target):
+    """(target, source) float64: Keys' cubic with a = -0.5, widened by the reduction, normalised at the borders."""
+    stretch = max(source / target, 1.0)
+    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * source / target
+    x = ((torch.arange(source) + 0.5 - centres[:, None]) / stretch).abs()
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def as_matrix(starts, weights, source):
+    """(target, source): what a table does."""
+    taps, target = weights.shape
+    matrix = torch.zeros(target, source, dtype=torch.float64, device=weights.device)
+    pixels = starts.long() + torch.arange(taps, device=weights.device)[:, None]
+    return matrix.scatter_add_(1, pixels.t(), weights.double().t())
+
+
+resized_sides = st.integers(1, 90)
+
+
+@settings(max_examples=150, deadline=None)
+@given(source=resized_sides, target=resized_sides)
+def test_a_resize_table_is_pytorchs_antialiased_bicubic_resize(source, target):
+    starts, weights = resize_axis(source, target, CPU)
+    taps = weights.shape[0]
+    assert (starts.dtype, starts.shape) == (torch.int32, (target,))
+    assert (weights.dtype, weights.shape[1]) == (torch.float32, target)
+    assert weights.is_contiguous()
+    assert 1 <= taps <= min(source, 4 * max(1, math.ceil(source / target)) + 1)
+    assert starts.min() >= 0
+    assert starts.max() + taps <= source
+    matrix = as_matrix(starts, weights, source)
+    pixels = torch.rand(1, 1, 3, source, generator=torch.Generator().manual_seed(0))
+    theirs = F.interpolate(pixels, size=(3, target), mode="bicubic", antialias=True, align_corners=False)
+    assert_equal_to(pixels[0, 0].double() @ matrix.t(), theirs[0, 0], 1e-6)
+    columns = F.interpolate(pixels.mT, size=(target, 3), mode="bicubic", antialias=True, align_corners=False)
+    assert_equal_to(pixels[0, 0].double() @ matrix.t(), columns[0, 0].mT, 1e-6)
+    assert_equal_to(matrix, keys_weights(source, target), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(480, 448), (640, 476), (53, 28), (28, 84), (3840, 224), (1, 28), (7, 7)]
+)
+def test_a_resize_table_is_right_at_camera_sizes(source, target, device):
+    starts, weights = resize_axis(source, target, torch.device(device))
+    assert starts.device.type == weights.device.type == device
+    matrix = as_matrix(starts, weights, source)
+    pixels = torch.rand(1, 1, 3, source, generator=torch.Generator().manual_seed(0)).to(device)
+    theirs = F.interpolate(pixels, size=(3, target), mode="bicubic", antialias=True, align_corners=False)
+    assert_equal_to(pixels[0, 0].double() @ matrix.t(), theirs[0, 0], 1e-6)
+    # PyTorch computes positions in float32: one of up to `source` is off by up to 2**-24 of it.
+    assert_equal_to(matrix, keys_weights(source, target), max(1e-5, source * 2**-23))
+
+
+# --- passes ---
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 400)), min_size=1, max_size=4),
+    chunk_size=st.none() | st.integers(1, 60),
+    limit=st.sampled_from([1, 100, 1000, 10**6]),
+)
+def test_passes_hold_every_image_once_in_order_and_are_bounded(sizes, chunk_size, limit):
+    counts, patches = zip(*sizes, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry, "PATCHES_PER_PASS", limit)
+        passes = split_into_passes(counts, patches, chunk_size)
+    images = [
+        [(size, image) for size, part in rows.items() for image in range(part.start, part.stop)] for rows in passes
+    ]
+    assert [image for rows in images for image in rows] == [
+        (size, image) for size, count in enumerate(counts) for image in range(count)
+    ]
+    assert all(images)
+    if chunk_size is not None:
+        assert max(map(len, images)) <= chunk_size
+        assert len(images) == -(-sum(counts) // chunk_size)
+        assert max(map(len, images)) - min(map(len, images)) <= 1
+        return
+    total = sum(count * each for count, each in sizes)
+    number = -(-total // limit)
+    assert len(images) <= number
+    assert all(sum(patches[size] for size, _ in rows) < total / number + max(patches) for rows in images)
+
+
+def test_no_images_make_no_pass():
+    assert split_into_passes([], [], None) == []
+    assert split_into_passes([0, 0], [4, 8], 3) == []

@@ -56,7 +56,7 @@ def is_packed(mlp):
     gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
     groups = [(mlp._gate_up, (gate.weight, up.weight))]
     groups += [(mlp._gate_up_bias, (gate.bias, up.bias))] if mlp.bias else []
-    groups += [] if mlp._down.shape == down.weight.shape else [(mlp._down, (down.weight,))]
+    groups += [] if mlp._down.rows == mlp.hidden_dim else [(mlp._down, (down.weight,))]
     found = [
         holder._packed is not None and lies_in(parameter, holder._packed)
         for holder, parameters in groups
@@ -74,7 +74,7 @@ def two_parameters():
 
 
 def make_packed():
-    return PackedParameters((10, 4), [(slice(0, 3),), (slice(5, 7),)])
+    return PackedParameters(10, [slice(0, 3), slice(5, 7)])
 
 
 def test_parameters_stand_in_their_places_and_padding_is_zero():
@@ -176,7 +176,7 @@ def test_another_parameter_in_the_place_of_one_is_packed():
 def test_another_view_of_the_same_memory_is_noticed(change):
     """Same address, other numbers: not what was packed. An error will do."""
     parameter = nn.Parameter(torch.randn(3, 3), requires_grad=False)
-    holder = PackedParameters((4, 3), [(slice(0, 3),)])
+    holder = PackedParameters(4, [slice(0, 3)])
     holder.of(parameter)
     parameter.data = change(parameter.data)
     try:
@@ -190,7 +190,7 @@ def test_a_copy_begins_anew():
     parameters, holder = two_parameters(), make_packed()
     packed = holder.of(*parameters)
     for other in (copy.deepcopy(holder), pickle.loads(pickle.dumps(holder))):
-        assert (other.shape, other.places) == (holder.shape, holder.places)
+        assert (other.rows, other.places, other.transposed) == (holder.rows, holder.places, holder.transposed)
         fresh = [nn.Parameter(parameter.clone(), requires_grad=False) for parameter in parameters]
         assert torch.equal(other.of(*fresh), packed)
         assert other.of(*fresh).data_ptr() != packed.data_ptr()
@@ -538,6 +538,17 @@ def test_can_be_packed_says_no_under_a_hook_of_all_modules(always_packed):
     finally:
         hook.remove()
     assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def test_transposed_parameters_pad_their_columns():
+    parameter = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+    before, holder = parameter.detach().clone(), PackedParameters(6, [slice(0, 4)], transposed=True)
+    packed = holder.of(parameter)
+    assert torch.equal(packed, nn.functional.pad(before, (0, 2)))
+    assert torch.equal(parameter, before)
+    assert lies_in(parameter, packed.t())
+    parameter.mul_(2)
+    assert torch.equal(holder.of(parameter), nn.functional.pad(2 * before, (0, 2)))
 
 
 @pytest.mark.parametrize(("hidden_dim", "padded"), [(128, False), (129, True)])

@@ -24,10 +24,10 @@ from qwen_batched.kernels.triton.rotary import rotary
 MAX_WINDOW, MAX_HEAD = 128, 128
 LOG2_E = math.log2(math.e)
 # H200, bf16, 16 heads of 80, windows of 64: 16384 tokens with 2 warps 76 us, 8 warps 91 us, 1 warp 198 us (bytes alone
-# 40 us). Over 768 tokens the GPU is not full, and 8 warps save 1 us of 8 us. Several heads a program share the rotary
-# tables and are slower (108 us and more). 4 warps give wrong results or a fault on Hopper (Triton 3.6, tile 64 x 16).
+# 40 us). Several heads a program share the rotary tables and are slower (108 us and more). 4 or 8 warps make Triton 3.6
+# use Hopper's wgmma, which faults or gives wrong results here (4: head 80; 8: head 96); 2 keep to the matrix
+# instructions of every GPU.
 WARPS = 2
-FEW_PROGRAMS, WARPS_OF_FEW = 512, 8
 # H200, bf16, 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us. The others take what these refuse.
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -144,8 +144,7 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
     if images == 0:
         return out
     high, low = _split(head_dim)
-    programs = num_heads * windows * images
-    _window_attention_kernel[(programs,)](
+    _window_attention_kernel[(num_heads * windows * images,)](
         qkv,
         cos,
         sin,
@@ -160,7 +159,7 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
         E_LOW=low,
         BLOCK_S=max(16, triton.next_power_of_2(longest)),
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=WARPS_OF_FEW if programs <= FEW_PROGRAMS else WARPS,
+        num_warps=WARPS,
         **launch_options(qkv.device),
     )
     return out
