@@ -223,7 +223,8 @@ class QwenBatchedVL(nn.Module):
             resize: As for `forward`.
             chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
                 passes need less memory. Results do not depend on it.
-            cuda_graph: False never captures and never replays.
+            cuda_graph: False never captures and never replays. Nor are graphs made of a model with hooks, wrapped
+                layers or a processor of another class.
 
         Returns:
             (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
@@ -251,12 +252,14 @@ class QwenBatchedVL(nn.Module):
         one_size = isinstance(images, Tensor)
         inputs = (*((images,) if one_size else images), *masks)
         try:
-            if not cuda_graph or device.type != "cuda":
+            if not cuda_graph or device.type != "cuda" or type(self.processor) is not TensorProcessor:
                 return encode(*inputs)
-            key = (repr((one_size, layers, resize, chunk_size)), len(masks), dtype, self.processor.image)
+            arguments = repr((one_size, len(masks), layers, resize, chunk_size))
+            key = (arguments, dtype, self.processor, self.processor.image)
             return self._graphs.run(self.visual, key, encode, *inputs, device=device)
         except torch.OutOfMemoryError as error:
             reason = str(error)
+        self._graphs.clear()
         # Raised out here, where nothing holds on to what the failed call had on the GPU.
         sizes = ", ".join(str(tuple(frames.shape)) for frames in inputs[: len(inputs) - len(masks)])
         raise torch.OutOfMemoryError(

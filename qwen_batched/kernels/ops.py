@@ -111,7 +111,7 @@ def _only_the_reference_serves(*activations: Tensor | None, parameters: tuple[Te
 
 
 def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..., object]], None]:
-    """Defines the operator `schema` with one implementation for CPU and CUDA."""
+    """Defines the operator `schema` with one implementation for all devices."""
     name = schema.partition("(")[0]
     _library.define(schema)
 
@@ -121,7 +121,7 @@ def _register(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..
             with torch.cuda.device(x.device):  # Triton launches on the current device, whatever its inputs are on
                 return function(x, *rest)
 
-        _library.impl(name, function, "CPU")
+        _library.impl(name, function, "CompositeExplicitAutograd")
         _library.impl(name, on_its_device, "CUDA")
         torch.library.register_fake(f"qwen_batched::{name}", fake, lib=_library)
 

@@ -19,6 +19,7 @@ from qwen_batched.config import VisionConfig
 from qwen_batched.kernels.segments import Run, Segments
 
 MAX_ASPECT_RATIO = 200
+MAX_REDUCTION_ON_GPU = 64
 # H200, bf16: products over 16384 rows take 0.85 to 0.96 of the time per row of those over 65536, and memory is bounded.
 PATCHES_PER_PASS = 16384
 
@@ -83,8 +84,10 @@ def resize_axis(source: int, target: int, device: torch.device) -> tuple[Tensor,
         Int32 (target,), the first source pixel of each target pixel, and float32 (taps, target), the weights of the
         source pixels from there. All of them exist: a kernel needs no mask.
     """
-    identity = torch.eye(source, device=device)[None, None]
-    weights = F.interpolate(identity, size=(source, target), mode="bicubic", antialias=True)[0, 0]
+    # PyTorch's GPU kernel has no room for the weights of a stronger reduction.
+    where = device if source <= MAX_REDUCTION_ON_GPU * target else torch.device("cpu")
+    identity = torch.eye(source, device=where)[None, None]
+    weights = F.interpolate(identity, size=(source, target), mode="bicubic", antialias=True)[0, 0].to(device)
     used = (weights != 0).to(torch.uint8)
     starts = used.argmax(dim=0)
     taps = int((source - used.flip(0).argmax(dim=0) - starts).max())

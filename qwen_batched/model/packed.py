@@ -8,6 +8,7 @@ long (H200, bf16).
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -31,18 +32,26 @@ class PackedParameters:
         self.transposed = transposed
         self._packed: Tensor | None = None
         self._layouts: list[Layout] = []
+        self._owners: list[weakref.ref[nn.Parameter]] = []
         self._lock = threading.Lock()
 
     def of(self, *parameters: nn.Parameter) -> Tensor:
         """The padded tensor that holds `parameters`, one for each place; transposed as they are."""
         with self._lock:
-            if self._packed is None or list(map(_layout, parameters)) != self._layouts:
+            if not self.holds(*parameters):
                 self._pack(parameters)
             return self._turn(self._packed)
 
-    def clear(self) -> None:
-        """Lets go of the tensor; the parameters keep their memory as long as they need it."""
-        self._packed, self._layouts = None, []
+    def holds(self, *parameters: nn.Parameter) -> bool:
+        """Whether `parameters` lie in the tensor already."""
+        return self._packed is not None and list(map(_layout, parameters)) == self._layouts
+
+    def forget_if_left(self) -> None:
+        """Lets go of the tensor where a parameter has left it."""
+        with self._lock:
+            parameters = [owner() for owner in self._owners]
+            if any(parameter is None for parameter in parameters) or not self.holds(*parameters):
+                self._packed, self._layouts, self._owners = None, [], []
 
     def _pack(self, parameters: Sequence[nn.Parameter]) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -53,8 +62,11 @@ class PackedParameters:
                 # By way of DLPack the part gets a storage of its own. Parameters that share one look tied to what
                 # saves a state_dict (safetensors, accelerate), and all but one would be left out.
                 parameter.data = self._turn(torch.from_dlpack(packed[place]))
+        if packed.is_cuda:  # other streams may still read the memory that is let go, and must see the copies
+            torch.cuda.synchronize(packed.device)
         self._packed = packed
         self._layouts = list(map(_layout, parameters))
+        self._owners = list(map(weakref.ref, parameters))
 
     def _turn(self, x: Tensor) -> Tensor:
         return x.t() if self.transposed else x
@@ -72,6 +84,8 @@ def can_be_packed(*layers: nn.Module) -> bool:
     if torch.compiler.is_compiling() or _has_any_global_hook() or not all(map(_is_plain, layers)):
         return False
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    if not parameters:  # replicas of nn.DataParallel have none
+        return False
     first = parameters[0]
     return (
         first.is_cuda

@@ -27,7 +27,7 @@ from qwen_batched.weights import resolve_device
 
 Grid = tuple[int, int]  # height and width of an image in merged cells
 MAX_CACHED_TEXTS = 4096
-MAX_CACHED_TABLES = 256
+MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 
 
 class TensorProcessor:
@@ -56,6 +56,7 @@ class TensorProcessor:
         self.padding_side = padding_side
         self._token_ids = LRUCache(MAX_CACHED_TEXTS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
+        self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
 
     @classmethod
     def from_pretrained(
@@ -302,7 +303,7 @@ class TensorProcessor:
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        return self._tables.get(("mask", rows, device), lambda: camera_mask.to(device)).clone()
+        return self._masks.get((rows, device), lambda: camera_mask.to(device)).clone()
 
     def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Window order and raster order of the cells of an image."""

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import hold_values
@@ -21,6 +22,7 @@ from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 Outputs = Tensor | list["Outputs"]
 MAX_GRAPHS = 32
 STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in turn
+NAMED_PRECISIONS = torch.__version__ >= "2.9"  # since then, reading the old setting raises where the new one was used
 
 
 class CudaGraphs:
@@ -86,8 +88,8 @@ class CudaGraphs:
         return False
 
     def _forget(self) -> None:
-        self._snapshot = None
         self._drop(len(self._calls))
+        self._snapshot = None  # the last to go: it keeps what running graphs read
 
     def _remember(self, module: nn.Module, key: Hashable) -> None:
         """A call has run, weights are packed and kernels compiled: from now on it may be captured."""
@@ -149,8 +151,8 @@ class Arena:
     """Where all graphs of a device are captured: one memory pool, and a stream of its own.
 
     The pool is shared, since graphs run one after the other. cuBLAS keeps a workspace for each stream, and graphs go on
-    using the one that they were captured with. So it must lie in the pool: the stream is nobody else's, and nothing
-    runs on it but captures.
+    using the one that they were captured with. So it must lie in the pool: nothing of ours runs on the stream but
+    captures, and of the streams of high priority, which PyTorch hands out in turn, each serves one arena only.
     """
 
     _living: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
@@ -184,8 +186,10 @@ class Arena:
 
     def _unused_stream(self) -> torch.cuda.Stream:
         """A stream whose workspace does not lie in the pool of an arena that is gone."""
-        streams = (torch.cuda.Stream(self.device, priority=-1) for _ in range(STREAMS_OF_A_PRIORITY))
-        return next(stream for stream in streams if (self.device, stream.cuda_stream) not in self._used_streams)
+        while True:
+            stream = torch.cuda.Stream(self.device, priority=-1)
+            if (self.device, stream.cuda_stream) not in self._used_streams:
+                return stream
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -228,7 +232,8 @@ def _graphs_serve(inputs: Sequence[Tensor]) -> bool:
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
         or _has_any_global_hook()
-        or any(type(x) is not Tensor for x in inputs)
+        or torch._C._functorch.maybe_current_level() is not None  # torch.func.vmap and the like
+        or any(type(x) is not Tensor or forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     )
 
 
@@ -237,11 +242,11 @@ def _numerics() -> tuple[Hashable, ...]:
     matmul = torch.backends.cuda.matmul
     return (
         ops.backend(),
-        matmul.allow_tf32,
+        (torch.backends.fp32_precision, matmul.fp32_precision) if NAMED_PRECISIONS else matmul.allow_tf32,
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
-        torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
     )
 
 

@@ -21,6 +21,7 @@ class ModuleSnapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._types = [(child, type(child)) for child in module.modules()]
         # Each dict beside a copy of it. Values that are the same object are equal without being looked into.
         self._dicts = [(part, dict(part)) for child in module.modules() for part in _dicts(child)]
         tensor_dicts = [part for child in module.modules() for part in (child._parameters, child._buffers) if part]
@@ -33,7 +34,8 @@ class ModuleSnapshot:
         """Whether `module` is still as it was."""
         return (
             module is self._module
-            and all(now == before for now, before in self._dicts)
+            and all(type(child) is before for child, before in self._types)
+            and all(_equal(now, before) for now, before in self._dicts)
             and all(len(now) == len(before) and all(map(is_, now.values(), before)) for now, before in self._tensors)
             and _layouts(self._flat) == self._layouts
         )
@@ -53,8 +55,16 @@ def _is_plain(module: nn.Module) -> bool:
         and not any(_hooks(module))
         and "forward" not in vars(module)
         and module._compiled_call_impl is None
+        and not any(isinstance(value, Tensor) for value in vars(module).values())
         and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
     )
+
+
+def _equal(now: dict, before: dict) -> bool:
+    try:
+        return now == before
+    except Exception:  # a value of the user's that cannot be compared with what stood there before
+        return False
 
 
 def _dicts(module: nn.Module) -> tuple[dict, ...]:

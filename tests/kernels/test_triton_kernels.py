@@ -274,7 +274,7 @@ def test_trap9_window_attention_equals_the_reference_at_any_head_size(num_heads,
     check_windows((5, 7), num_heads, size, where)
 
 
-@pytest.mark.parametrize("window_size", [28, 56, 84, 140])
+@pytest.mark.parametrize("window_size", [28, 56, 84])
 def test_trap6_window_attention_equals_the_reference_at_other_window_sizes(window_size, where):
     check_windows((7, 6), 1, 40, where, window_size=window_size)
 
@@ -284,10 +284,10 @@ def test_trap6_window_attention_equals_the_reference_at_other_patch_sizes(patch_
     check_windows((5, 4), 2, 40, where, patch_size=patch_size, spatial_merge_size=merge)
 
 
-@pytest.mark.parametrize(("window_size", "num_heads", "size"), [(168, 2, 40), (224, 1, 80)])
+@pytest.mark.parametrize(("window_size", "num_heads", "size"), [(140, 1, 40), (168, 2, 40), (224, 1, 80)])
 def test_windows_longer_than_a_tile_equal_the_reference(window_size, num_heads, size, where):
     plan = check_windows((6, 9), num_heads, size, where, window_size=window_size)
-    assert max(run.length for run in plan.windows.runs) > 128
+    assert max(run.length for run in plan.windows.runs) > 64
 
 
 @pytest.mark.parametrize(
@@ -315,9 +315,9 @@ def test_window_attention_equals_the_reference_beyond_the_largest_head(size, whe
         (Run(0, 1, 1),),
         (Run(0, 3, 1), Run(3, 1, 2)),
         (Run(0, 2, 17), Run(34, 3, 5), Run(49, 1, 63)),
-        (Run(0, 1, 65), Run(65, 1, 128)),
-        (Run(0, 1, 129), Run(129, 1, 2)),
-        (Run(0, 2, 128),),
+        (Run(0, 1, 33), Run(33, 1, 64)),
+        (Run(0, 1, 65), Run(65, 1, 2)),
+        (Run(0, 2, 64),),
     ],
     ids=str,
 )
@@ -335,7 +335,7 @@ def test_attention_equals_the_reference_at_the_real_shape(grid, whole_image, dty
     check_windows(grid, 16, 80, ("cuda", dtype), images=8, whole_image=whole_image)
 
 
-@pytest.mark.parametrize(("length", "images"), [(12, 2), (130, 1)])
+@pytest.mark.parametrize(("length", "images"), [(12, 2), (70, 1)])
 def test_attention_takes_inputs_of_any_strides(length, images, where):
     segments = Segments.of((Run(0, 1, length),), torch.device(where[0]))
     cos, sin = rope_tables(length, 16, where[0])
@@ -346,7 +346,7 @@ def test_attention_takes_inputs_of_any_strides(length, images, where):
     check_attention(qkv, cos, sin, segments, num_heads=2)
 
 
-@pytest.mark.parametrize("length", [12, 140])
+@pytest.mark.parametrize("length", [12, 70])
 def test_attention_of_no_images_is_empty(length, where):
     segments = Segments.of((Run(0, 1, length),), torch.device(where[0]))
     cos, sin = rope_tables(length, 16, where[0])

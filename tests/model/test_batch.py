@@ -411,7 +411,8 @@ def test_trap29_tables_made_under_inference_mode_serve_training(load, device):
     with torch.inference_mode():
         expected = model(images, TEXTS[:2]).last_hidden_state.clone()
     out = model(images, TEXTS[:2]).last_hidden_state
-    assert torch.equal(out, expected)
+    # Training runs on the references, inference on the kernels where there is a GPU.
+    assert_equal_to(out, expected)
     out.square().mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

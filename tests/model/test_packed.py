@@ -28,6 +28,7 @@ WIDTHS = [(80, 90), (8, 1), (16, 128), (16, 129), (1, 7)]
 def always_packed(monkeypatch):
     """The CPU packs where a GPU would: `can_be_packed` takes its parameters for a GPU's."""
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def make_mlp(dim=80, hidden_dim=90, bias=True, device="cpu", seed=0):
@@ -538,6 +539,43 @@ def test_can_be_packed_says_no_under_a_hook_of_all_modules(always_packed):
     finally:
         hook.remove()
     assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def test_trap26_nothing_is_packed_inside_somebodys_capture(always_packed, monkeypatch):
+    """Copies in a capture are only recorded: parameters would lie in memory that has no values."""
+    mlp, x = make_mlp(), inputs()
+    expected = plain(mlp, x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert_equal_to(mlp(x), expected)
+    assert not is_packed(mlp)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    mlp(x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert is_packed(mlp)
+    assert_equal_to(mlp(x), expected)
+
+
+def test_a_move_that_moves_nothing_leaves_the_parameters_packed(always_packed):
+    mlp, x = make_mlp(), inputs()
+    mlp(x)
+    addresses = [parameter.data_ptr() for parameter in mlp.parameters()]
+    mlp.to("cpu").float()
+    assert is_packed(mlp)
+    assert [parameter.data_ptr() for parameter in mlp.parameters()] == addresses
+    mlp.to(torch.bfloat16)
+    assert mlp._gate_up._packed is None
+    assert mlp._gate_up_bias._packed is None
+    assert mlp._down._packed is None
+
+
+def test_a_replica_whose_weights_are_plain_attributes_is_not_packed(always_packed):
+    """As nn.DataParallel makes them."""
+    mlp, x = make_mlp(), inputs()
+    for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        for name, value in list(layer._parameters.items()):
+            del layer._parameters[name]
+            setattr(layer, name, value.detach())
+    assert_equal_to(mlp(x), plain(mlp, x))
 
 
 def test_transposed_parameters_pad_their_columns():

@@ -200,6 +200,19 @@ def test_trap26_the_backend_is_part_of_the_key(own, monkeypatch):
         encode(own, frames(56, 84))
 
 
+def test_trap26_a_capture_of_the_users_own_packs_nothing(own):
+    images = frames(56, 84)
+    expected = own.requires_grad_(True).encode_images(images).detach()  # plans, kernels and tables, but nothing packed
+    own.requires_grad_(False)
+    values = {name: value.clone() for name, value in own.visual.state_dict().items()}
+    torch.cuda.synchronize()
+    with contextlib.suppress(RuntimeError), torch.no_grad(), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        own.encode_images(images)
+    for name, value in own.visual.state_dict().items():
+        assert torch.equal(value, values[name]), name
+    assert_equal_to(eager(own, images), expected)
+
+
 @pytest.mark.parametrize("name", ["assign", "data", "host and back"])
 def test_trap26_a_capture_packs_nothing(own, name):
     """Packed inside a capture, the weights would be filled at each replay, from memory that others use by then."""

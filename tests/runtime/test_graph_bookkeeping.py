@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from qwen_batched.runtime import cuda_graphs
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
@@ -127,6 +128,30 @@ def test_the_matmul_precision_is_part_of_the_key(fake, linear):
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(graphs) == 2
+
+
+@pytest.mark.skipif(not cuda_graphs.NAMED_PRECISIONS, reason="needs the precision settings of PyTorch 2.9")
+def test_precisions_set_by_their_new_names_are_part_of_the_key(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            run(graphs, linear, "key", linear, x)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(graphs) == 2
+
+
+def test_calls_that_a_graph_would_answer_wrongly_are_run(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(4, 2, 3)
+    for value in x:
+        run(graphs, linear, "key", linear, value)
+    mapped = torch.func.vmap(lambda value: run(graphs, linear, "key", linear, value))(x)
+    assert torch.allclose(mapped, linear(x))
+    with forward_ad.dual_level():
+        out = run(graphs, linear, "key", linear, forward_ad.make_dual(x[0], torch.ones_like(x[0])))
+        assert forward_ad.unpack_dual(out).tangent is not None
 
 
 def test_the_least_recently_used_graph_gives_way(fake, linear):

@@ -3,6 +3,7 @@
 import copy
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,6 +74,9 @@ CHANGED = {
     "replaced forward": replace_forward,
     "same address, other strides": swap_within,
     "training": lambda module: module.train(not module.training),
+    "another class": lambda module: setattr(module[0], "__class__", Special),
+    "epsilon": lambda module: setattr(module[2], "eps", 1e-3),
+    "a tensor as attribute": lambda module: setattr(module[0], "kept", torch.ones(3)),
 }
 
 
@@ -115,14 +119,31 @@ NOT_PLAIN = {
     "replaced forward": replace_forward,
     "wrapped": lambda module: module.__setitem__(0, Scaled(module[0])),
     "compiled": lambda module: module[0].compile(),
+    "a layer of the user's": lambda module: setattr(module[0], "__class__", Special),
+    "a tensor as attribute": lambda module: setattr(module[0], "kept", torch.ones(3)),
     "parametrized": lambda module: nn.utils.parametrizations.orthogonal(module[0]),
     "pruned": lambda module: prune.random_unstructured(module[0], "weight", 0.5),
-    "another kind of parameter": lambda module: setattr(module[0], "weight", Special(module[0].weight.detach())),
+    "another kind of parameter": lambda module: setattr(
+        module[0], "weight", SpecialParameter(module[0].weight.detach())
+    ),
 }
 
 
-class Special(nn.Parameter):
+class SpecialParameter(nn.Parameter):
     """As of a quantised or sharded layer."""
+
+
+class Special(nn.Linear):
+    """A layer of the user's."""
+
+
+def test_values_that_cannot_be_compared_do_not_match():
+    module = make_module()
+    module.anything = np.ones(3)
+    snapshot = ModuleSnapshot(module)
+    assert snapshot.matches(module)
+    module.anything = np.zeros(3)
+    assert not snapshot.matches(module)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -30,8 +30,8 @@ def _add_rms_norm_kernel(
     offsets = tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_D)
     mask = column < D
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     wait_for_inputs(EARLY)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(update_ptr + offsets, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)

@@ -45,8 +45,8 @@ def _resize_width_kernel(
     row = tl.arange(0, ROWS)[:, None]
     x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (first_row + row < rows) & (x < width_out)[None, :]
-    start = tl.load(starts_ptr + x, mask=x < width_out, other=0)
     wait_for_inputs(EARLY)
+    start = tl.load(starts_ptr + x, mask=x < width_out, other=0)
     pixels = frames_ptr + first_row * width_in + (row * width_in + start[None, :])
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     weights = weights_ptr + x[None, :]
@@ -84,6 +84,7 @@ def _resize_height_and_cut_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    wait_for_inputs(EARLY)
     place = tl.program_id(0) % cells
     image = (tl.program_id(0) // cells).to(tl.int64)
     cell = tl.load(order_ptr + place).to(tl.int32)
@@ -98,7 +99,6 @@ def _resize_height_and_cut_kernel(
     out = (image * cells + place) * (MERGE * MERGE * values) + patch * values + index % area
     if RESIZE:
         start = tl.load(starts_ptr + y, mask=inside, other=0)
-    wait_for_inputs(EARLY)
     for channel in tl.static_range(3):
         plane = pixels_ptr + (image * 3 + channel) * height_in * width
         if RESIZE:
@@ -115,7 +115,7 @@ def _resize_height_and_cut_kernel(
                 value = tl.minimum(tl.maximum((value + 12582912.0) - 12582912.0, 0.0), 255.0)
         else:
             value = tl.load(plane + y * width + x, mask=inside, other=0).to(tl.float32)
-        value = (value * scale - tl.load(mean_ptr + channel)) / tl.load(std_ptr + channel)
+        value = tl.div_rn(value * scale - tl.load(mean_ptr + channel), tl.load(std_ptr + channel))
         for copy in tl.static_range(REPEAT):
             offset = (channel * REPEAT + copy) * area
             tl.store(out_ptr + out + offset, value.to(out_ptr.dtype.element_ty), mask=inside)
@@ -156,6 +156,8 @@ def frames_to_patches(
     images, _, height_in, _ = frames.shape
     cells = window_order.numel()
     out = torch.empty(images, cells * merge**2, 3 * repeat * patch_size**2, dtype=dtype, device=frames.device)
+    if out.numel() == 0:
+        return out
     pixels = frames if columns is None else _at_new_width(frames, *columns)
     # Without a resize, stand-ins that the kernel does not read.
     starts, weights = rows if rows is not None else (window_order, mean)

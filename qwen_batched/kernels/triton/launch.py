@@ -16,7 +16,10 @@ except ImportError:  # Triton before programmatic dependent launch
 
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
-    """Every program of a kernel calls this before it touches what an earlier kernel reads or writes."""
+    """Every program of a kernel calls this before it touches what an earlier kernel may have written or still reads.
+
+    Before it, a kernel may read the tables of a plan alone: they are copied from the host, not made by kernels.
+    """
     if EARLY:
         gdc_wait()
 

@@ -1,6 +1,6 @@
 """Rotary embedding and attention within segments, from the packed qkv product. See `reference.rotary_attention`.
 
-Windows: one program per window and head. A window of up to 128 tokens fits into one tile, so its softmax needs no loop.
+Windows: one program per window and head. A window of up to 64 tokens fits into one tile, so its softmax needs no loop.
 A head of 80 is split into 64 + 16, where rounding up to 128 would waste 3/8 of the work. Longer segments go through
 PyTorch's attention.
 """
@@ -15,26 +15,21 @@ import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.kernels.segments import Run
 from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
 from qwen_batched.kernels.triton.rotary import rotary
 
-MAX_WINDOW, MAX_HEAD = 128, 128
+# A tile of 128 tokens in float32 takes minutes to compile with 2 warps; no published config has such windows.
+MAX_WINDOW, MAX_HEAD = 64, 128
 LOG2_E = math.log2(math.e)
 # H200, bf16, 16 heads of 80, windows of 64: 16384 tokens with 2 warps 76 us, 8 warps 91 us, 1 warp 198 us (bytes alone
 # 40 us). Several heads a program share the rotary tables and are slower (108 us and more). 4 or 8 warps make Triton 3.6
 # use Hopper's wgmma, which faults or gives wrong results here (4: head 80; 8: head 96); 2 keep to the matrix
 # instructions of every GPU.
 WARPS = 2
-# H200, bf16, 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us. The others take what these refuse.
-FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Float32 has no matrix instruction of its own precision; with 2 warps its unrolled products compile for 8 s.
+WARPS_OF_FLOAT32 = 8
 
 
 @triton.jit
@@ -159,25 +154,36 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
         E_LOW=low,
         BLOCK_S=max(16, triton.next_power_of_2(longest)),
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=WARPS,
+        num_warps=WARPS_OF_FLOAT32 if qkv.dtype == torch.float32 else WARPS,
         **launch_options(qkv.device),
     )
     return out
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
-    """Attention over runs of equal segments, on the fastest of PyTorch's kernels that takes the shape."""
-    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
-        outs = [_attend_run(q, k, v, run, num_heads) for run in runs]
+    """Attention over runs of equal segments."""
+    outs = [_attend_run(q, k, v, run, num_heads) for run in runs]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Tensor:
-    parts = (
+    q, k, v = (
         rearrange(x[:, run.start : run.stop], "i (g s) (n e) -> (i g) n s e", g=run.count, n=num_heads)
         for x in (q, k, v)
     )
-    return rearrange(F.scaled_dot_product_attention(*parts), "(i g) n s e -> i (g s) (n e)", g=run.count)
+    return rearrange(_fastest_attention(q, k, v), "(i g) n s e -> i (g s) (n e)", g=run.count)
+
+
+def _fastest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """cuDNN's attention where it takes the shape, else what PyTorch chooses.
+
+    H200, bf16, 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us. It is called by its own name:
+    `sdpa_kernel` would change the choice of every thread.
+    """
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    if torch.backends.cuda.can_use_cudnn_attention(params):
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=False)[0]
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _split(head_dim: int) -> tuple[int, int]:

@@ -31,16 +31,13 @@ def _swiglu_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < F
-    if HAS_BIAS:
-        gate_bias = tl.load(gate_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        up_bias = tl.load(up_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     wait_for_inputs(EARLY)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0)
     up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     x = gate.to(tl.float32)
     if HAS_BIAS:
-        x += gate_bias
-        up += up_bias
+        x += tl.load(gate_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        up += tl.load(up_bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * F + column, (x / (1.0 + tl.exp(-x)) * up).to(gate.dtype), mask=mask)
 
 
