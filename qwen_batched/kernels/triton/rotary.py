@@ -47,8 +47,6 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     images, tokens, width = qkv.shape
     dim = width // 3
     out = torch.empty(images, tokens, 2 * dim, dtype=qkv.dtype, device=qkv.device)
-    if out.numel() == 0:
-        return out
     block = min(BLOCK, triton.next_power_of_2(dim))
     _rotary_kernel[(images * tokens, triton.cdiv(dim, block))](
         qkv,

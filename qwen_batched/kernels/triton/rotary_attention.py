@@ -122,6 +122,8 @@ def rotary_attention(
         table: Int32 (segments, 2), start and length of each.
         num_heads: N.
     """
+    if qkv.numel() == 0:
+        return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     qkv = qkv.contiguous()
     head_dim = qkv.shape[-1] // 3 // num_heads
     longest = max(run.length for run in runs)
@@ -136,8 +138,6 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
     dim = width // 3
     head_dim, windows = dim // num_heads, table.shape[0]
     out = qkv.new_empty(images, tokens, dim)
-    if images == 0:
-        return out
     high, low = _split(head_dim)
     _window_attention_kernel[(num_heads * windows * images,)](
         qkv,
