@@ -1,16 +1,20 @@
-"""Prompt embeddings -> new tokens: the decode loop and the choice of each token."""
+"""Prompt embeddings -> new tokens: the choice of each token, the state between two tokens, and the loop over them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qwen_batched.config import GenerationConfig
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
+
+# A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
+STEPS_BETWEEN_LOOKS = 8
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class Sampling:
                 f"{self.temperature}, {self.top_k}, {self.top_p}"
             )
 
-    def generator(self, device: torch.device) -> torch.Generator | None:
-        """The source of randomness; None for PyTorch's own."""
-        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
-
-    def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One token (B,) from float32 logits (B, vocabulary)."""
+    def uniforms(self, batch: int, steps: int, device: torch.device) -> Tensor | None:
+        """A float64 number in [0, 1) for each token to draw, (batch, steps); None where none is drawn."""
         if self.temperature == 0:
+            return None
+        generator = None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
+        return torch.rand(batch, steps, generator=generator, device=device, dtype=torch.float64)
+
+    def choose(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
+        """One token (B,) from float32 logits (B, vocabulary); `uniform` (B,) says where in the distribution."""
+        if uniform is None:
             return logits.argmax(dim=-1)
         ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
         # From the likeliest down, in float64: whatever the temperature, that one stays 0 and nothing becomes NaN.
@@ -63,8 +70,97 @@ class Sampling:
             unlikely = likelier >= self.top_p
             unlikely[:, 0] = False  # the likeliest token always stays
             ordered = ordered.masked_fill(unlikely, -torch.inf)
-        drawn = torch.multinomial(ordered.softmax(dim=-1), num_samples=1, generator=generator)
-        return tokens.gather(1, drawn)[:, 0]
+        probabilities = ordered.double().softmax(dim=-1)
+        cumulative = probabilities.cumsum(dim=-1)
+        place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
+        last = (probabilities > 0).sum(dim=-1) - 1  # the product may round up to the whole
+        return tokens.gather(1, torch.minimum(place, last)[:, None])[:, 0]
+
+
+class Decoding:
+    """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back.
+
+    Attributes:
+        tokens: Int64 (B, max_new_tokens), filled from the left; a sample goes on after its end token.
+        count: How many columns are filled.
+    """
+
+    def __init__(
+        self,
+        decoder: BatchedDecoder,
+        head: Callable[[Tensor], Tensor],
+        inputs_embeds: Tensor,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        repetition_penalty: float,
+    ) -> None:
+        """Runs the prompts and chooses the first token of each; arguments as of `generate_tokens`."""
+        batch, length = input_ids.shape
+        text, device = decoder.config, input_ids.device
+        self._decoder, self._head, self._sampling, self._penalty = decoder, head, sampling, repetition_penalty
+        self._cache = KVCache(
+            text.num_hidden_layers,
+            batch,
+            length + max_new_tokens,
+            text.num_key_value_heads,
+            text.head_dim,
+            inputs_embeds,
+        )
+        self._positions_B = position_ids.amax(dim=(0, 2))
+        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
+        self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
+        self.count = 0
+        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache)[0]
+        logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
+        self._seen_BW: Tensor | None = None
+        if repetition_penalty != 1:
+            counts_BW = torch.zeros_like(logits_BW).scatter_add_(1, input_ids, attention_mask.float())
+            self._seen_BW = counts_BW > 0
+        self._append(logits_BW)
+
+    def step(self) -> None:
+        """One more token for each sample."""
+        token_B1 = self.tokens.index_select(1, self._column - 1)
+        hidden_BD = self._decoder.step(
+            self._decoder.embed_tokens(token_B1), self._positions_B[None, :, None].expand(3, -1, 1), self._cache
+        )
+        self._append(self._logits(hidden_BD))
+
+    def _logits(self, hidden_BD: Tensor) -> Tensor:
+        return self._head(hidden_BD).float()
+
+    def _append(self, logits_BW: Tensor) -> None:
+        if self._seen_BW is not None:
+            logits_BW = _penalise(logits_BW, self._seen_BW, self._penalty)
+        uniform_B = None if self._uniforms_BN is None else self._uniforms_BN.index_select(1, self._column)[:, 0]
+        token_B1 = self._sampling.choose(logits_BW, uniform_B)[:, None]
+        self.tokens.index_copy_(1, self._column, token_B1)
+        if self._seen_BW is not None:
+            self._seen_BW.scatter_(1, token_B1, True)
+        self._column += 1
+        self._positions_B += 1
+        self.count += 1
+
+
+class HostCopy:
+    """A stretch of a batch's tokens on their way to the host."""
+
+    def __init__(self, tokens_BN: Tensor) -> None:
+        self._tokens_BN = tokens_BN.to("cpu", non_blocking=True)
+        self._arrival = torch.cuda.Event() if tokens_BN.is_cuda else None
+        if self._arrival is not None:
+            self._arrival.record()
+
+    def rows(self) -> list[list[int]]:
+        """The tokens of each sample; waits until they are here."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._tokens_BN.tolist()
 
 
 @torch.no_grad()
@@ -79,7 +175,9 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     config: GenerationConfig,
-) -> list[Tensor]:
+    stream: Callable[[list[list[int]]], None] | None = None,
+    progress: bool = False,
+) -> tuple[list[Tensor], list[list[int]]]:
     """The new tokens of each sample, up to and including its end token.
 
     Args:
@@ -92,40 +190,55 @@ def generate_tokens(
         max_new_tokens: At least 1.
         sampling: How tokens are chosen.
         config: The checkpoint's end tokens and repetition penalty.
+        stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
+        progress: Shows a bar on stderr.
 
     Returns:
-        B int64 vectors on the decoder's device.
+        B int64 vectors on the decoder's device, and the same as lists.
     """
-    batch, length = input_ids.shape
-    text = decoder.config
-    cache = KVCache(
-        text.num_hidden_layers, batch, length + max_new_tokens, text.num_key_value_heads, text.head_dim, inputs_embeds
+    decoding = Decoding(
+        decoder,
+        head,
+        inputs_embeds,
+        input_ids,
+        position_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        repetition_penalty=config.repetition_penalty,
     )
-    end_tokens = torch.tensor(config.eos_token_ids, dtype=torch.int64, device=input_ids.device)
-    generator = sampling.generator(input_ids.device)
-    hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=cache)[0]
-    hidden_BD = last_tokens(hidden_BSD, attention_mask)
-    positions_B = position_ids.amax(dim=(0, 2)) + 1
-    done_B = torch.zeros_like(positions_B, dtype=torch.bool)
-    counts_BW: Tensor | None = None
-    tokens: list[Tensor] = []
-    for step in range(max_new_tokens):
-        logits_BW = head(hidden_BD).float()
-        if config.repetition_penalty != 1:
-            if counts_BW is None:
-                counts_BW = torch.zeros_like(logits_BW).scatter_add_(1, input_ids, attention_mask.float())
-            else:
-                counts_BW.scatter_add_(1, tokens[-1][:, None], torch.ones_like(logits_BW[:, :1]))
-            logits_BW = _penalise(logits_BW, counts_BW > 0, config.repetition_penalty)
-        tokens.append(sampling.choose(logits_BW, generator))
-        done_B = done_B | torch.isin(tokens[-1], end_tokens)
-        if step + 1 == max_new_tokens or bool(done_B.all()):
-            break
-        hidden_BD = decoder.step(
-            decoder.embed_tokens(tokens[-1])[:, None], positions_B[None, :, None].expand(3, -1, 1), cache
-        )
-        positions_B = positions_B + 1
-    return _up_to_end(torch.stack(tokens, dim=1), end_tokens)
+    rows: list[list[int]] = [[] for _ in range(len(input_ids))]
+    with tqdm(total=max_new_tokens, desc="tokens", disable=not progress) as bar:
+        for new in _stretches(decoding, max_new_tokens):
+            fresh = [_until_end(row, old, config.eos_token_ids) for row, old in zip(new, rows, strict=True)]
+            for row, old in zip(fresh, rows, strict=True):
+                old += row
+            bar.update(len(new[0]))
+            if stream is not None:
+                stream(fresh)
+            if all(row[-1] in config.eos_token_ids for row in rows):
+                break
+    return [decoding.tokens[index, : len(row)] for index, row in enumerate(rows)], rows
+
+
+def _stretches(decoding: Decoding, max_new_tokens: int) -> Iterator[list[list[int]]]:
+    """Tokens as they reach the host, some steps at a time; the GPU is already at the next stretch meanwhile."""
+    on_gpu = decoding.tokens.is_cuda
+    steps = STEPS_BETWEEN_LOOKS if on_gpu else 1
+    waiting, start = None, 0
+    while True:
+        if decoding.count - start == steps or decoding.count == max_new_tokens:
+            copy = HostCopy(decoding.tokens[:, start : decoding.count])
+            start = decoding.count
+            if waiting is not None:
+                yield waiting.rows()
+            waiting = copy
+            if not on_gpu or decoding.count == max_new_tokens:
+                yield waiting.rows()
+                waiting = None
+        if decoding.count == max_new_tokens:
+            return
+        decoding.step()
 
 
 def last_tokens(x_BSD: Tensor, attention_mask: Tensor) -> Tensor:
@@ -139,7 +252,9 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _up_to_end(tokens_BS: Tensor, end_tokens: Tensor) -> list[Tensor]:
-    is_end = torch.isin(tokens_BS, end_tokens)
-    lengths = (is_end.cumsum(dim=1) - is_end.long() == 0).sum(dim=1).tolist()
-    return [row[:length] for row, length in zip(tokens_BS, lengths, strict=True)]
+def _until_end(new: list[int], old: list[int], end_tokens: Collection[int]) -> list[int]:
+    """`new` up to and including its first end token; nothing where `old` already has one."""
+    if old and old[-1] in end_tokens:
+        return []
+    end = next((index for index, token in enumerate(new) if token in end_tokens), len(new) - 1)
+    return new[: end + 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +295,8 @@ class QwenBatchedVL(nn.Module):
         camera_mask: Tensor | None = None,
         template: str = "chat",
         resize: Resize = "hf",
+        stream: Callable[[list[str]], None] | None = None,
+        progress: bool = False,
     ) -> GenerateOutput:
         """New text for each sample.
 
@@ -312,6 +314,9 @@ class QwenBatchedVL(nn.Module):
             camera_mask: As for `forward`.
             template: As for `forward`.
             resize: As for `forward`.
+            stream: Takes new text as it comes, one string for each sample, "" where there is none; joined, a sample's
+                are its text. Called for each token on a CPU and for every few on a GPU.
+            progress: Shows a progress bar on stderr.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or prompt and new tokens together exceed the
@@ -321,10 +326,14 @@ class QwenBatchedVL(nn.Module):
         sampling = Sampling(temperature, top_k, top_p, seed)
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
+        if stream is not None and not callable(stream):
+            raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
         batch = self._prepare(images, texts, camera_mask, template, resize, {}, max_new_tokens)
         with torch.no_grad():
             inputs_embeds, _ = self._embed(batch)
-        tokens = generate_tokens(
+        prompts = self.processor.prompts
+        text_stream = prompts.stream(len(texts))
+        tokens, rows = generate_tokens(
             self.model,
             self.logits,
             inputs_embeds,
@@ -334,12 +343,15 @@ class QwenBatchedVL(nn.Module):
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             config=self.generation_config,
+            stream=None if stream is None else lambda new: stream(text_stream.pieces(new)),
+            progress=progress,
         )
-        ended = [int(ids[-1]) in self.generation_config.eos_token_ids for ids in tokens]
+        if stream is not None:
+            stream(text_stream.rest())
         return GenerateOutput(
-            texts=[self.processor.prompts.decode(ids.tolist()) for ids in tokens],
+            texts=[prompts.decode(row) for row in rows],
             token_ids=tokens,
-            finish_reasons=["eos" if end else "length" for end in ended],
+            finish_reasons=["eos" if row[-1] in self.generation_config.eos_token_ids else "length" for row in rows],
         )
 
     def _prepare(

@@ -179,10 +179,7 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select
 ALLOWED_READS = {
     ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
     ("model.tensor_processor", "mask_on_device", "tolist"): "a mask that is on the host",
-    ("generation", "_up_to_end", "tolist"): "new tokens are handed to the caller",
-    ("generation", "generate_tokens", "bool"): "decoding ends when every sample has; made fast by a later issue",
-    ("qwen_batched_VL_model", "generate", "tolist"): "new tokens become text",
-    ("qwen_batched_VL_model", "generate", "int"): "new tokens become a reason to stop",
+    ("generation", "rows", "tolist"): "new tokens that have reached the host",
 }
 CASTS = {"int", "float", "bool"}
 

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens decoded so far, in buffers of a size fixed at the start."""
+"""Keys and values of the tokens decoded so far, in buffers whose size and place are fixed at the start."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class KVCache:
 
     def end_prompt(self, lengths: Tensor) -> None:
         """The prompt, of `lengths` (B,) tokens, is stored in every block."""
-        self.lengths = lengths
+        self.lengths.copy_(lengths)
         self.visible = self._slots <= self.lengths[:, None]
 
     def end_token(self) -> None:
         """One more token is stored in every block."""
-        self.end_prompt(self.lengths + 1)
+        self.lengths += 1
+        torch.le(self._slots, self.lengths[:, None], out=self.visible)

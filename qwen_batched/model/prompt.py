@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from qwen_batched.cache import LRUCache
@@ -80,6 +82,10 @@ class PromptEncoder:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def stream(self, batch: int) -> TextStream:
+        """Decodes the tokens of `batch` samples as they come."""
+        return TextStream(self, batch)
+
     def _layout(self, template: str, cameras: int) -> tuple[int | str, ...]:
         """The layout cut at its special tokens: ids, and strings of which one holds `TEXT_MARK`."""
         self.check_template(template)
@@ -109,6 +115,31 @@ class PromptEncoder:
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the checkpoint's chat template fails: {type(error).__name__}: {error}") from error
+
+
+class TextStream:
+    """The text of generated tokens, piece by piece: a character comes when all its tokens are there."""
+
+    def __init__(self, prompts: PromptEncoder, batch: int) -> None:
+        self._prompts = prompts
+        self._decoders = [DecodeStream(skip_special_tokens=True) for _ in range(batch)]
+        self._ids: list[list[int]] = [[] for _ in range(batch)]
+        self._sent = [""] * batch
+
+    def pieces(self, new: Sequence[Sequence[int]]) -> list[str]:
+        """The text that is complete with the `new` tokens of each sample."""
+        pieces = []
+        for index, (row, decoder) in enumerate(zip(new, self._decoders, strict=True)):
+            parts = [decoder.step(self._prompts.tokenizer.backend_tokenizer, token) for token in row]
+            pieces.append("".join(part for part in parts if part is not None))
+            self._ids[index] += row
+            self._sent[index] += pieces[-1]
+        return pieces
+
+    def rest(self) -> list[str]:
+        """What no further token will complete: broken characters, as `PromptEncoder.decode` shows them."""
+        texts = map(self._prompts.decode, self._ids)
+        return [text[len(sent) :] for text, sent in zip(texts, self._sent, strict=True)]
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

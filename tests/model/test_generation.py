@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.generation import STEPS_BETWEEN_LOOKS, Sampling
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
@@ -187,7 +192,8 @@ def test_generation_stops_early_once_every_sample_has_ended(tmp_path, device, ex
     out = model.generate(frames().to(device), TEXTS, max_new_tokens=NEW_TOKENS)
     assert tokens(out) == [ids[:1] for ids in expected[True]]
     assert out.finish_reasons == ["eos"] * 4
-    assert len(steps) == 1
+    # A GPU is one stretch ahead of the host.
+    assert len(steps) == (1 if device == "cpu" else 2 * STEPS_BETWEEN_LOOKS)
 
 
 def test_an_end_token_as_the_last_allowed_token_is_an_end(tmp_path, device, expected):
@@ -219,7 +225,87 @@ def test_texts_are_the_decoded_tokens_without_special_tokens(tmp_path, device):
         assert text == tokenizer.decode([index for index in ids if index not in special])
 
 
+# --- as it comes ---
+
+
+@pytest.mark.parametrize("special_token_start", [480, None])
+def test_streamed_pieces_are_the_texts(tmp_path, device, special_token_start):
+    """With ids from 480 the random model's favourites are special tokens and halves of characters."""
+    options = {} if special_token_start is None else {"special_token_start": special_token_start}
+    model = QwenBatchedVL.from_pretrained(write(tmp_path, NO_END, **options), device=device)
+    images = frames().to(device)
+    expected = model.generate(images, TEXTS, max_new_tokens=NEW_TOKENS)
+    calls = []
+    out = model.generate(images, TEXTS, max_new_tokens=NEW_TOKENS, stream=calls.append)
+    assert tokens(out) == tokens(expected)
+    assert all(isinstance(pieces, list) and len(pieces) == len(TEXTS) for pieces in calls)
+    assert ["".join(pieces) for pieces in zip(*calls, strict=True)] == out.texts == expected.texts
+    assert len(calls) >= NEW_TOKENS / STEPS_BETWEEN_LOOKS, "text must come as it is made, not at the end"
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_streamed_pieces_of_any_tokens_are_their_text(model, data):
+    prompts = model.processor.prompts
+    ids = data.draw(st.lists(st.integers(0, len(prompts.tokenizer) - 1), max_size=30))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
+    stream, text = prompts.stream(1), ""
+    for start, stop in itertools.pairwise([0, *cuts, len(ids)]):
+        text += stream.pieces([ids[start:stop]])[0]
+    assert text + stream.rest()[0] == prompts.decode(ids)
+
+
+def test_a_stream_gets_nothing_after_a_samples_end(tmp_path, device, expected):
+    ends, cut = stop_tokens(expected[True])
+    model = QwenBatchedVL.from_pretrained(write(tmp_path, {"eos_token_id": ends}), device=device)
+    pieces = []
+    out = model.generate(frames().to(device), TEXTS, max_new_tokens=NEW_TOKENS, stream=pieces.append)
+    assert tokens(out) == cut
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == out.texts
+
+
+def test_an_error_in_the_stream_reaches_the_caller_and_leaves_the_model_usable(model):
+    def fails(pieces):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        model.generate(None, ["a"], max_new_tokens=4, stream=fails)
+    assert len(model.generate(None, ["a"], max_new_tokens=4).token_ids[0]) <= 4
+
+
+def test_a_progress_bar_comes_on_request_only(model, capsys):
+    model.generate(None, ["a"], max_new_tokens=3)
+    assert capsys.readouterr().err == ""
+    model.generate(None, ["a"], max_new_tokens=3, progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_tokens_are_looked_at_every_few_steps_and_never_waited_for(load):
+    model = load(device="cuda").requires_grad_(False)
+    model.generation_config = dataclasses.replace(model.generation_config, eos_token_ids=(10**6,))
+    model.generate(None, ["a"], max_new_tokens=4 * STEPS_BETWEEN_LOOKS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.generate(None, ["a"], max_new_tokens=4 * STEPS_BETWEEN_LOOKS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # --- draws ---
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.4}], ids=str)
+def test_every_number_below_1_draws_a_token_that_may_be_drawn(uniform, options):
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 500:] = -torch.inf
+    chosen = Sampling(temperature=0.7, **options).choose(logits, torch.full((64,), uniform, dtype=torch.float64))
+    assert (chosen < 500).all()
+    if uniform == 0:
+        assert torch.equal(chosen, logits.argmax(-1))
+    if options.get("top_k"):
+        assert (logits.gather(1, chosen[:, None]) >= logits.topk(3).values[:, -1:]).all()
 
 
 def test_top_k_1_a_tiny_top_p_and_a_tiny_temperature_equal_greedy(model, expected):
@@ -344,6 +430,7 @@ def test_the_chi_square_test_tells_a_wrong_distribution(model):
         {"top_p": 1.1},
         {"top_p": float("nan")},
         {"seed": "a"},
+        {"stream": "print"},
     ],
     ids=str,
 )
