@@ -93,6 +93,7 @@ class Decoding:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor,
+        token_index: Tensor,
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -115,7 +116,7 @@ class Decoding:
         self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
         self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
         self.count = 0
-        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache)[0]
+        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, token_index=token_index)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
         self._seen_BW: Tensor | None = None
         if repetition_penalty != 1:
@@ -125,9 +126,9 @@ class Decoding:
 
     def step(self) -> None:
         """One more token for each sample."""
-        token_B1 = self.tokens.index_select(1, self._column - 1)
+        token_B = self.tokens.index_select(1, self._column - 1)[:, 0]
         hidden_BD = self._decoder.step(
-            self._decoder.embed_tokens(token_B1), self._positions_B[None, :, None].expand(3, -1, 1), self._cache
+            self._decoder.embed_tokens(token_B), self._positions_B.expand(3, -1), self._cache
         )
         self._append(self._logits(hidden_BD))
 
@@ -171,6 +172,7 @@ def generate_tokens(
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor,
+    token_index: Tensor,
     *,
     max_new_tokens: int,
     sampling: Sampling,
@@ -187,6 +189,7 @@ def generate_tokens(
         input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
         position_ids: Int64 (3, B, S).
         attention_mask: Bool (B, S).
+        token_index: Int64 (T,), see `BatchedDecoder.forward`.
         max_new_tokens: At least 1.
         sampling: How tokens are chosen.
         config: The checkpoint's end tokens and repetition penalty.
@@ -203,6 +206,7 @@ def generate_tokens(
         input_ids,
         position_ids,
         attention_mask,
+        token_index,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         repetition_penalty=config.repetition_penalty,

@@ -184,7 +184,9 @@ class QwenBatchedVL(nn.Module):
         if logits is not None:
             wanted = [*wanted, self.config.text.num_hidden_layers]
         attention_mask = batch["attention_mask"]
-        hidden_states = self.model(inputs_embeds, batch["position_ids"], attention_mask, wanted, norm)
+        hidden_states = self.model(
+            inputs_embeds, batch["position_ids"], attention_mask, wanted, norm, token_index=batch["token_index"]
+        )
         scores = None
         if logits is not None:
             last = hidden_states.pop()
@@ -340,6 +342,7 @@ class QwenBatchedVL(nn.Module):
             batch["input_ids"],
             batch["position_ids"],
             batch["attention_mask"],
+            batch["token_index"],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             config=self.generation_config,

@@ -81,8 +81,8 @@ def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Ten
 
 
 def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries (B, S, N, E) and keys (B, S, K, E) by the tables (B, S, E / 2) of `mrope_tables`."""
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    """Rotates queries (..., N, E) and keys (..., K, E) by the tables (..., E / 2) of `mrope_tables`."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
@@ -93,12 +93,12 @@ def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ..
     width.
 
     Args:
-        position_ids: (3, B, S) integers: temporal, height, width.
+        position_ids: (3, ...) integers: temporal, height, width.
         inv_freq: (E / 2,) float32.
         sections: How many frequencies each axis takes; their sum is E / 2.
 
     Returns:
-        cos and sin, each (B, S, E / 2) float32.
+        cos and sin, each (..., E / 2) float32.
     """
     axes = zip(position_ids.to(inv_freq.dtype), inv_freq.split(sections), strict=True)
     angles = torch.cat([positions[..., None] * freqs for positions, freqs in axes], dim=-1)

@@ -132,7 +132,9 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
 
 
-def check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor) -> None:
+def check_decoder_inputs(
+    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None
+) -> None:
     """Raises `ValueError` where the decoder's inputs do not fit together."""
     if inputs_embeds.ndim != 3:
         raise ValueError(f"inputs_embeds must be (B, S, D), got {_shape(inputs_embeds)}")
@@ -144,11 +146,21 @@ def check_decoder_inputs(inputs_embeds: Tensor, position_ids: Tensor, attention_
         )
     if attention_mask.dtype != torch.bool:
         raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
+    if token_index is not None:
+        _check_token_index(token_index, batch * length)
+
+
+def _check_token_index(token_index: object, places: int) -> None:
+    fits = isinstance(token_index, Tensor) and token_index.dtype == torch.int64 and token_index.ndim == 1
+    if not fits or not 0 < token_index.numel() <= places:
+        raise ValueError(
+            f"token_index must be torch.int64 (T,) with 1 to {places} tokens, got {_describe_tensor(token_index)}"
+        )
 
 
 def check_batch_names(names: Collection[str]) -> None:
     """Raises `TypeError` where there are names that no processor's batch has."""
-    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "camera_present"})
+    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "token_index", "camera_present"})
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
 
@@ -157,7 +169,7 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
     """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
     check_batch_names(batch)
     has_images = "pixel_values" in batch
-    expected = (*TEXT_NAMES, *IMAGE_NAMES) if has_images else TEXT_NAMES
+    expected = (*TEXT_NAMES, "token_index", *(IMAGE_NAMES if has_images else ()))
     missing = [name for name in expected if name not in batch]
     stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
     if missing or stray:
@@ -168,6 +180,7 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
     for name in TEXT_NAMES:
         shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
+    _check_token_index(batch["token_index"], input_ids.numel())
     if has_images:
         cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
         if "camera_present" in batch:

@@ -23,6 +23,7 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
+from qwen_batched.model.attention_rows import AttentionRows, back_to_back
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
 from qwen_batched.model.inputs import (
     check_camera_mask,
@@ -270,8 +271,9 @@ class PatchMerger(nn.Module):
 class BatchedDecoder(nn.Module):
     """The language model: causal grouped-query attention with multimodal rope.
 
-    Inside, every sample's tokens stand first and padding last. Causal attention then never sees padding, and needs no
-    mask; whichever side the caller pads on, the same numbers come out.
+    Inside, the tokens of all samples stand back to back, so that padding costs nothing. For attention alone each
+    sample gets a row, its tokens first and padding last: causal attention then never sees padding, and needs no mask;
+    whichever side the caller pads on, the same numbers come out.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -314,6 +316,7 @@ class BatchedDecoder(nn.Module):
         layers: Sequence[int] = (-1,),
         norm: str = "post",
         cache: KVCache | None = None,
+        token_index: Tensor | None = None,
     ) -> list[Tensor]:
         """Hidden states of the `layers` asked for; blocks above the highest are not run.
 
@@ -324,6 +327,8 @@ class BatchedDecoder(nn.Module):
             layers: 0 is `inputs_embeds`, k the output of block k, the number of blocks (or -1) the last output.
             norm: "post" applies the final norm to the last output, "pre" leaves it out.
             cache: Takes the keys and values of the tokens.
+            token_index: (T,), T no less than the tokens that are not padding. Its shape alone is looked at: it says how
+                many there are without reading the mask back, so that padding can be left out. None computes it too.
 
         Returns:
             One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
@@ -333,23 +338,25 @@ class BatchedDecoder(nn.Module):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
-        check_decoder_inputs(inputs_embeds, position_ids, attention_mask)
-        order_BS = torch.argsort((~attention_mask).to(torch.uint8), dim=1, stable=True)
-        back_BS = torch.argsort(order_BS, dim=1)
-        x_BSD = _reorder(inputs_embeds, order_BS)
-        rope = self._rope(position_ids.gather(2, order_BS.expand(3, -1, -1)))
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, token_index)
+        tokens = attention_mask.numel() if token_index is None else token_index.numel()
+        places_T, rows = back_to_back(attention_mask, tokens)
+        x_TD = inputs_embeds.flatten(0, 1).index_select(0, places_T)
+        rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
 
-        hidden_states = self._run_blocks(x_BSD, rope, wanted, norm, cache)
+        hidden_states = self._run_blocks(x_TD, rope, rows, wanted, norm, cache)
         if cache is not None:
             cache.end_prompt(attention_mask.sum(dim=1))
-        return [_reorder(x_BSD, back_BS) for x_BSD in hidden_states]
+        shape = inputs_embeds.shape
+        return [x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, places_T, x_TD).view(shape) for x_TD in hidden_states]
 
     def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """Last hidden states (B, D) of the token (B, 1, D) at positions (3, B, 1) that follows those in `cache`."""
-        rope = self._rope(position_ids)
-        hidden_states = self._run_blocks(inputs_embeds, rope, [self.config.num_hidden_layers], "post", cache)
+        """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
+        rows = AttentionRows(len(inputs_embeds), 1)
+        last = self.config.num_hidden_layers
+        hidden_states = self._run_blocks(inputs_embeds, self._rope(position_ids), rows, [last], "post", cache)
         cache.end_token()
-        return hidden_states[0][:, 0]
+        return hidden_states[0]
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         device = position_ids.device
@@ -359,13 +366,19 @@ class BatchedDecoder(nn.Module):
         return ops.mrope_tables(position_ids, inv_freq, self.config.mrope_section)
 
     def _run_blocks(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], wanted: list[int], norm: str, cache: KVCache | None
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows: AttentionRows,
+        wanted: list[int],
+        norm: str,
+        cache: KVCache | None,
     ) -> list[Tensor]:
         last = self.config.num_hidden_layers
-        update, residual = x_BSD, None
-        outputs = {0: x_BSD}
+        update, residual = x_TD, None
+        outputs = {0: x_TD}
         for index, block in enumerate(self.layers[: max(wanted)], start=1):
-            update, residual = block(update, residual, rope, cache)
+            update, residual = block(update, residual, rope, rows, cache)
             if index in wanted and index < last:
                 outputs[index] = residual + update
         if last in wanted:
@@ -385,11 +398,16 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(
-        self, update_BSD: Tensor, residual_BSD: Tensor | None, rope: tuple[Tensor, Tensor], cache: KVCache | None
+        self,
+        update_TD: Tensor,
+        residual_TD: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        rows: AttentionRows,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Tensor]:
-        x_BSD, residual_BSD = self.input_layernorm(update_BSD, residual_BSD)
-        x_BSD, residual_BSD = self.post_attention_layernorm(self.self_attn(x_BSD, rope, cache), residual_BSD)
-        return self.mlp(x_BSD), residual_BSD
+        x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, rope, rows, cache), residual_TD)
+        return self.mlp(x_TD), residual_TD
 
 
 class DecoderAttention(nn.Module):
@@ -405,18 +423,15 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_dim)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        q_BSNE, k_BSKE, v_BSKE = (
-            projection(x_BSD).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], rows: AttentionRows, cache: KVCache | None) -> Tensor:
+        q_TNE, k_TKE, v_TKE = (
+            projection(x_TD).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BSNE, k_BSKE = ops.mrope(q_BSNE, k_BSKE, *rope)
+        q_TNE, k_TKE = ops.mrope(q_TNE, k_TKE, *rope)
+        q_BSNE, k_BSKE, v_BSKE = map(rows.fill, (q_TNE, k_TKE, v_TKE))
         visible = None
         if cache is not None:
             k_BSKE, v_BSKE = cache.update(self.index, k_BSKE, v_BSKE)
             visible = cache.visible
-        return self.o_proj(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible))
-
-
-def _reorder(x_BSD: Tensor, order_BS: Tensor) -> Tensor:
-    return x_BSD.gather(1, order_BS[..., None].expand(-1, -1, x_BSD.shape[-1]))
+        return self.o_proj(rows.take(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible)))

@@ -26,6 +26,8 @@ class Sequences:
         camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
         feature_index: Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token
             stands for, -1 elsewhere.
+        token_index: Int64 (T,), the places b * S + s of the tokens that are not padding, in ascending order; where only
+            the device knows how many there are, T = B * S and padding follows.
     """
 
     input_ids: Tensor
@@ -33,6 +35,7 @@ class Sequences:
     position_ids: Tensor
     camera_ids: Tensor
     feature_index: Tensor
+    token_index: Tensor
 
 
 def expand_prompts(
@@ -43,6 +46,7 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
+    tokens: int | None,
     padding_side: str,
 ) -> Sequences:
     """Gives each image token of the prompts as many places as its camera's image has cells.
@@ -58,6 +62,7 @@ def expand_prompts(
         image_token_id: The token that stands for an image.
         pad_token_id: Fills `input_ids` on padding.
         length: S, no less than the longest sequence.
+        tokens: T, how many tokens all sequences have; None where only the device knows.
         padding_side: "left" or "right".
     """
     batch, cameras = prompts.shape[0], grids.shape[0]
@@ -90,6 +95,7 @@ def expand_prompts(
         position_ids=positions.masked_fill(~mask_BS, 0),
         camera_ids=camera_BS.masked_fill(~is_image_BS, NO_TOKEN),
         feature_index=(first_feature[camera_BS] + cell_BS).masked_fill(~is_image_BS, NO_TOKEN),
+        token_index=torch.argsort((~mask_BS).flatten().to(torch.uint8), stable=True)[:tokens],
     )
 
 

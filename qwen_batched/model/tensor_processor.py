@@ -234,8 +234,8 @@ class TensorProcessor:
         grids: tuple[Grid, ...],
         camera_mask: Tensor | None,
         device: torch.device,
-    ) -> tuple[Tensor, int]:
-        """Prompts as `expand_prompts` takes them, and the length that holds them all when expanded."""
+    ) -> tuple[Tensor, int, int | None]:
+        """Prompts as `expand_prompts` takes them, the length that holds them all when expanded, and their tokens."""
         cells = [h * w for h, w in grids]
         if camera_mask is None or camera_mask.device.type == "cpu":
             present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
@@ -244,11 +244,8 @@ class TensorProcessor:
             lengths = [len(row) + span for row, span in zip(rows, spans, strict=True)]
             if min(lengths) == 0:
                 raise ValueError(f"a prompt must have at least one token, got none for sample {lengths.index(0)}")
-            length = max(lengths)
-            prompts = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN)
-        else:
-            prompts, length = self._prompts_by_device_mask(texts, template, cells, camera_mask)
-        return prompts, length
+            return pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN), max(lengths), sum(lengths)
+        return (*self._prompts_by_device_mask(texts, template, cells, camera_mask), None)
 
     def _check_length(self, length: int, max_new_tokens: int) -> None:
         limit = self.config.text.max_position_embeddings
@@ -273,7 +270,13 @@ class TensorProcessor:
         return options.gather(1, chosen)[:, 0], length
 
     def _sequences(
-        self, prompts: Tensor, length: int, grids: tuple[Grid, ...], camera_mask: Tensor | None, device: torch.device
+        self,
+        prompts: Tensor,
+        length: int,
+        tokens: int | None,
+        grids: tuple[Grid, ...],
+        camera_mask: Tensor | None,
+        device: torch.device,
     ) -> Sequences:
         table = self._tables.get(
             ("grids", grids, device),
@@ -286,6 +289,7 @@ class TensorProcessor:
             image_token_id=self.config.image_token_id,
             pad_token_id=self.prompts.pad_token_id,
             length=length,
+            tokens=tokens,
             padding_side=self.padding_side,
         )
 

@@ -82,6 +82,7 @@ def expand(case, image_token_id, device="cpu", length=None):
         image_token_id=image_token_id,
         pad_token_id=PAD,
         length=max(map(len, slow_expansion(case))) + case["slack"] if length is None else length,
+        tokens=sum(map(len, slow_expansion(case))),
         padding_side=case["side"],
     )
 
@@ -91,6 +92,7 @@ def expand(case, image_token_id, device="cpu", length=None):
 def test_trap14_sequences_equal_a_slow_expansion(device, case):
     out = expand(case, image_token_id=5, device=device)
     length = out.input_ids.shape[1]
+    assert out.token_index.tolist() == [i for i, real in enumerate(out.attention_mask.flatten().tolist()) if real]
     for i, tokens in enumerate(slow_expansion(case)):
         padding = [(PAD, -1, -1, (0, 0, 0))] * (length - len(tokens))
         here = [False] * len(padding), [True] * len(tokens)
@@ -188,7 +190,10 @@ def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
         host = processor(images, TEXTS, mask, template=template)
         cells = [h * w for h, w in sizes]
         prompts, length = processor._prompts_by_device_mask(TEXTS, template, cells, mask)
-        by_device = vars(processor._sequences(prompts, length, tuple(sizes), mask, mask.device))
+        by_device = vars(processor._sequences(prompts, length, None, tuple(sizes), mask, mask.device))
+        tokens = int(host["attention_mask"].sum())
+        assert by_device["token_index"].shape == (4 * length,)
+        assert by_device["attention_mask"].flatten()[by_device["token_index"][:tokens]].all()
         assert_same_tokens(by_device, host)
         # Any mask must fit: the length is that of the longest text with every camera.
         everyone = processor(images, TEXTS, template=template)
