@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from qwen_batched.generation import Sampling, generate_tokens, last_tokens
 from qwen_batched.model.inputs import (
     Resize,
     check_batch,
-    check_batch_names,
+    check_batch_alone,
     check_chunk_size,
     check_norm,
     resolve_layers,
 )
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
-from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.model.sequence import place_features
+from qwen_batched.model.tensor_processor import Request, TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers
@@ -65,7 +66,8 @@ class QwenBatchedVL(nn.Module):
         self.has_lm_head = lm_head
         separate_head = lm_head and not config.tie_word_embeddings
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
-        self._graphs = CudaGraphs()
+        # Apart, since image features alone stay true whatever happens to the decoder.
+        self._vision_graphs, self._graphs = CudaGraphs(), CudaGraphs()
 
     @classmethod
     def from_pretrained(
@@ -156,9 +158,13 @@ class QwenBatchedVL(nn.Module):
         logits: str | None = None,
         template: str = "chat",
         resize: Resize = "hf",
+        cuda_graph: bool = True,
         **batch: Tensor | list[Tensor],
     ) -> VLOutput:
         """Hidden states of a batch.
+
+        On a GPU, with gradients off, the second call of a shape is captured as one CUDA graph, which later calls
+        replay; `capture` does so ahead of time. Results are the same, and never overwritten by a later call.
 
         Args:
             images: (B, V, 3, H, W), RGB, on the model's device or the host; uint8 means 0..255, a floating dtype 0..1.
@@ -173,13 +179,51 @@ class QwenBatchedVL(nn.Module):
             template: "chat", "plain", or a layout with `{images}` and `{text}`.
             resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
                 already have a size that the model takes.
+            cuda_graph: False never captures and never replays. Nor are graphs made for a prepared batch, or of a model
+                with hooks, wrapped layers or a processor of another class.
             **batch: In place of images and texts, what `processor(images, texts, ...)` returned.
 
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
         """
         wanted = self._check_outputs(layers, norm, logits)
-        batch = self._prepare(images, texts, camera_mask, template, resize, batch)
+        if batch:
+            check_batch_alone(batch, images, texts, camera_mask, template, resize)
+            check_batch(batch, self.config.vision.patch_dim, self.config.vision.cell_patches)
+            batch = {name: _to_device(value, self.device) for name, value in batch.items()}
+            return VLOutput(*self._run(batch, wanted, norm, logits))
+        texts, device = _given(texts), self.device
+        request = self.processor.request(images, texts, camera_mask, template=template, resize=resize, device=device)
+
+        def run(*tensors: Tensor) -> list[object]:
+            batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
+            return self._run(batch, wanted, norm, logits)
+
+        if not self._graphs_may_serve(cuda_graph):
+            return VLOutput(*run(*request.tensors))
+        modules = [self.visual, self.model, *([] if self.lm_head is None else [self.lm_head])]
+        key = ("forward", tuple(wanted), norm, logits, *self._key(request))
+        return VLOutput(*self._graphs.run(modules, key, run, *request.tensors, device=device))
+
+    def capture(self, images: Tensor | Sequence[Tensor] | None, texts: Sequence[str], **arguments: Any) -> None:
+        """Makes the CUDA graph of a call's shape ahead of time, so that the first real call replays it.
+
+        Args:
+            images: As for `forward`, of the shape and dtype that will come; their values do not matter.
+            texts: As for `forward`, of the length in tokens that will come.
+            **arguments: Those of `forward`.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described. Nothing was done.
+        """
+        with torch.no_grad():
+            for _ in range(2):  # the first compiles kernels and packs weights
+                self(images, texts, **arguments)
+
+    def _run(
+        self, batch: dict[str, Tensor | list[Tensor]], wanted: list[int], norm: str, logits: str | None
+    ) -> list[object]:
+        """The fields of `VLOutput`, in its order."""
         inputs_embeds, features = self._embed(batch)
         if logits is not None:
             wanted = [*wanted, self.config.text.num_hidden_layers]
@@ -192,16 +236,16 @@ class QwenBatchedVL(nn.Module):
             last = hidden_states.pop()
             last = last if norm == "post" else self.model.norm(last)[0]
             scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
-        return VLOutput(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            image_mask=batch["feature_index"] >= 0,
-            camera_ids=batch["camera_ids"],
-            position_ids=batch["position_ids"],
-            input_ids=batch["input_ids"],
-            image_features=features,
-            logits=scores,
-        )
+        return [
+            hidden_states,
+            attention_mask,
+            batch["feature_index"] >= 0,
+            batch["camera_ids"],
+            batch["position_ids"],
+            batch["input_ids"],
+            features,
+            scores,
+        ]
 
     def encode_images(
         self,
@@ -241,37 +285,43 @@ class QwenBatchedVL(nn.Module):
         check_chunk_size(chunk_size)
         if images is None:
             raise TypeError("encode_images needs images, got None")
-        device, dtype = self.device, self.dtype
-        self.processor.check_images(images, camera_mask, resize, device)
-        masks = () if camera_mask is None else (self.processor.mask_on_device(camera_mask, device),)
+        request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
 
-        def encode(*inputs: Tensor) -> Features | list[Features]:
-            frames, mask = (inputs[:-1], inputs[-1]) if masks else (inputs, None)
-            images = frames[0] if one_size else frames
-            batch = self.processor(images, None, mask, resize=resize, device=device, dtype=dtype)
+        def run(*tensors: Tensor) -> Features | list[Features]:
+            batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
             return self.visual(**batch, layers=layers, chunk_size=chunk_size)
 
-        one_size = isinstance(images, Tensor)
-        inputs = (*((images,) if one_size else images), *masks)
         try:
-            if not cuda_graph or device.type != "cuda" or type(self.processor) is not TensorProcessor:
-                return encode(*inputs)
-            arguments = repr((one_size, len(masks), layers, resize, chunk_size))
-            key = (arguments, dtype, self.processor, self.processor.image)
-            return self._graphs.run(self.visual, key, encode, *inputs, device=device)
+            if not self._graphs_may_serve(cuda_graph):
+                return run(*request.tensors)
+            key = (repr((layers, chunk_size)), *self._key(request))
+            return self._vision_graphs.run([self.visual], key, run, *request.tensors, device=self.device)
         except torch.OutOfMemoryError as error:
             reason = str(error)
-        self._graphs.clear()
+        self._clear_graphs()
         # Raised out here, where nothing holds on to what the failed call had on the GPU.
-        sizes = ", ".join(str(tuple(frames.shape)) for frames in inputs[: len(inputs) - len(masks)])
+        sizes = ", ".join(str(tuple(frames.shape)) for frames in ([images] if isinstance(images, Tensor) else images))
         raise torch.OutOfMemoryError(
             f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
             f"(images per pass) needs less. {reason}"
         )
 
+    def _graphs_may_serve(self, wanted: bool) -> bool:
+        # A processor of another class may decide in Python what it does, at every call.
+        return wanted and self.device.type == "cuda" and type(self.processor) is TensorProcessor
+
+    def _key(self, request: Request) -> tuple[Hashable, ...]:
+        """What shapes a call besides its arguments and tensors."""
+        processor = self.processor
+        return *request.key, self.dtype, processor, processor.image, processor.padding_side
+
+    def _clear_graphs(self) -> None:
+        self._vision_graphs.clear()
+        self._graphs.clear()
+
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
-        self._graphs.clear()
+        self._clear_graphs()
         return super()._apply(*arguments, **keywords)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -330,7 +380,16 @@ class QwenBatchedVL(nn.Module):
             raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
-        batch = self._prepare(images, texts, camera_mask, template, resize, {}, max_new_tokens)
+        request = self.processor.request(
+            images,
+            _given(texts),
+            camera_mask,
+            template=template,
+            resize=resize,
+            device=self.device,
+            max_new_tokens=max_new_tokens,
+        )
+        batch = self.processor.batch(request, self.dtype)
         with torch.no_grad():
             inputs_embeds, _ = self._embed(batch)
         prompts = self.processor.prompts
@@ -357,50 +416,13 @@ class QwenBatchedVL(nn.Module):
             finish_reasons=["eos" if row[-1] in self.generation_config.eos_token_ids else "length" for row in rows],
         )
 
-    def _prepare(
-        self,
-        images: Tensor | Sequence[Tensor] | None,
-        texts: Sequence[str] | None,
-        camera_mask: Tensor | None,
-        template: str,
-        resize: Resize,
-        batch: dict[str, Tensor | list[Tensor]],
-        max_new_tokens: int = 0,
-    ) -> dict[str, Tensor | list[Tensor]]:
-        """The processor's batch, made here or given."""
-        if not batch:
-            if texts is None:
-                raise TypeError("texts must be a list of str, got None")
-            return self.processor(
-                images,
-                texts,
-                camera_mask,
-                template=template,
-                resize=resize,
-                device=self.device,
-                dtype=self.dtype,
-                max_new_tokens=max_new_tokens,
-            )
-        check_batch_names(batch)
-        if images is not None or texts is not None:
-            raise ValueError("give either images and texts or a processor's batch, got both")
-        if camera_mask is not None or template != "chat" or resize != "hf":
-            raise ValueError("camera_mask, template and resize shape a batch when the processor makes it, not later")
-        vision = self.config.vision
-        check_batch(batch, vision.patch_dim, vision.cell_patches)
-        return {name: _to_device(value, self.device) for name, value in batch.items()}
-
     def _embed(self, batch: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, Features | None]:
         """Input embeddings (B, S, D) with each image token's feature in its place, and the features."""
         if "pixel_values" not in batch:
             return self.model.embed_tokens(batch["input_ids"]), None
         features = self.visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
-        by_camera = [features.flatten(1, 3)] if isinstance(features, Tensor) else [x.flatten(1, 2) for x in features]
-        features_BMD = torch.cat(by_camera, dim=1)
         embeds_BSD = self.model.embed_tokens(batch["input_ids"])
-        index_BS1 = batch["feature_index"][..., None]
-        placed_BSD = features_BMD.gather(1, index_BS1.clamp(min=0).expand(-1, -1, features_BMD.shape[-1]))
-        return torch.where(index_BS1 >= 0, placed_BSD.to(embeds_BSD.dtype), embeds_BSD), features
+        return place_features(embeds_BSD, features, batch["feature_index"]), features
 
     def _check_outputs(self, layers: Sequence[int], norm: str, logits: str | None) -> list[int]:
         """`layers` as indices from 0, where what is asked for can be given."""
@@ -414,6 +436,12 @@ class QwenBatchedVL(nn.Module):
     def _check_lm_head(self) -> None:
         if not self.has_lm_head:
             raise ValueError("logits and generation need the output projection: load with lm_head=True")
+
+
+def _given(texts: Sequence[str] | None) -> Sequence[str]:
+    if texts is None:
+        raise TypeError("texts must be a list of str, got None")
+    return texts
 
 
 def _to_device(value: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:

@@ -179,7 +179,7 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select
 # (module, function, what): why it may.
 ALLOWED_READS = {
     ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
-    ("model.tensor_processor", "mask_on_device", "tolist"): "a mask that is on the host",
+    ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
     ("generation", "rows", "tolist"): "new tokens that have reached the host",
 }
 CASTS = {"int", "float", "bool"}

@@ -165,6 +165,17 @@ def check_batch_names(names: Collection[str]) -> None:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
 
 
+def check_batch_alone(
+    batch: Collection[str], images: object, texts: object, camera_mask: object, template: str, resize: Resize
+) -> None:
+    """Raises `TypeError` or `ValueError` where a processor's batch comes with what shapes one when it is made."""
+    check_batch_names(batch)
+    if images is not None or texts is not None:
+        raise ValueError("give either images and texts or a processor's batch, got both")
+    if camera_mask is not None or template != "chat" or resize != "hf":
+        raise ValueError("camera_mask, template and resize shape a batch when the processor makes it, not later")
+
+
 def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) -> None:
     """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
     check_batch_names(batch)

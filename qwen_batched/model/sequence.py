@@ -108,3 +108,18 @@ def _camera_of_token(is_image_BU: Tensor, camera_mask: Tensor | None, batch: int
     # .long() first: on CUDA, PyTorch 2.11 leaves the cumulative sum of a single bool a bool.
     image_BU = (is_image_BU.long().cumsum(1) - 1).masked_fill(~is_image_BU, cameras)
     return order.gather(1, image_BU)
+
+
+def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:
+    """The embeddings with each image token's feature in its place.
+
+    Args:
+        embeds_BSD: Token embeddings.
+        features: (B, V, h, w, D), or V tensors (B, h, w, D).
+        feature_index: (B, S), see `Sequences`.
+    """
+    by_camera = [features.flatten(1, 3)] if isinstance(features, Tensor) else [x.flatten(1, 2) for x in features]
+    features_BMD = torch.cat(by_camera, dim=1)
+    index_BS1 = feature_index[..., None]
+    placed_BSD = features_BMD.gather(1, index_BS1.clamp(min=0).expand(-1, -1, features_BMD.shape[-1]))
+    return torch.where(index_BS1 >= 0, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)

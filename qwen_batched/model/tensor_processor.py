@@ -6,8 +6,8 @@ texts -> token ids -> sequences with a place for each image cell (B, S), rope po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,49 @@ from qwen_batched.weights import resolve_device
 Grid = tuple[int, int]  # height and width of an image in merged cells
 MAX_CACHED_TEXTS = 4096
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A checked call: its tensors, and all that the host knows of them.
+
+    Attributes:
+        frames: (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text
+            alone.
+        camera_mask: Bool (B, V) on `device`, False where a camera is absent; None where none is.
+        prompts: Int64 (B, U) on `device`, as `expand_prompts` takes them; None for images alone.
+        grids: Height and width of each camera's image in merged cells.
+        length: S of the sequences.
+        tokens: How many tokens they have in all; None where only the device knows.
+        device: Where the batch goes.
+    """
+
+    frames: tuple[Tensor, ...]
+    camera_mask: Tensor | None
+    prompts: Tensor | None
+    grids: tuple[Grid, ...]
+    length: int
+    tokens: int | None
+    device: torch.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors that differ from call to call."""
+        return tuple(x for x in (*self.frames, self.camera_mask, self.prompts) if x is not None)
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """All else that shapes the batch."""
+        present = self.camera_mask is not None, self.prompts is not None
+        return len(self.frames), *present, self.grids, self.length, self.tokens, self.device
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Request:
+        """The same request for other `tensors` of the same shapes."""
+        rest = list(tensors)
+        frames = tuple(rest.pop(0) for _ in self.frames)
+        mask = None if self.camera_mask is None else rest.pop(0)
+        prompts = None if self.prompts is None else rest.pop(0)
+        return replace(self, frames=frames, camera_mask=mask, prompts=prompts)
 
 
 class TensorProcessor:
@@ -125,31 +168,64 @@ class TensorProcessor:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
                 model's maximum.
         """
-        groups, device = self.check_images(images, camera_mask, resize, device)
-        batch_size = groups[0].shape[0] if groups else None
+        request = self.request(
+            images,
+            texts,
+            camera_mask,
+            template=template,
+            resize=resize,
+            device=device,
+            max_new_tokens=max_new_tokens,
+        )
+        return self.batch(request, dtype)
+
+    def request(
+        self,
+        images: Tensor | Sequence[Tensor] | None,
+        texts: Sequence[str] | None = None,
+        camera_mask: Tensor | None = None,
+        *,
+        template: str = "chat",
+        resize: Resize = "hf",
+        device: torch.device | None = None,
+        max_new_tokens: int = 0,
+    ) -> Request:
+        """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
+        groups, device = self._check_images(images, camera_mask, resize, device)
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
         if texts is not None:
-            check_texts(texts, batch_size)
+            check_texts(texts, groups[0].shape[0] if groups else None)
             self.prompts.check_template(template)
         sizes = [self._target_size(group, resize) for group in groups or () for _ in range(group.shape[1])]
         factor = self.config.vision.cell_size
         grids = tuple((height // factor, width // factor) for height, width in sizes)
-        prompts = None if texts is None else self._prompts(texts, template, grids, camera_mask, device)
-        if prompts is not None:
-            self._check_length(prompts[1], max_new_tokens)
+        prompts, length, tokens = None, 0, None
+        if texts is not None:
+            prompts, length, tokens = self._prompts(texts, template, grids, camera_mask, device)
+            self._check_length(length, max_new_tokens)
+        return Request(
+            frames=tuple(groups or ()),
+            camera_mask=self._mask_on_device(camera_mask, device),
+            prompts=prompts,
+            grids=grids,
+            length=length,
+            tokens=tokens,
+            device=device,
+        )
 
+    def batch(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
+        """The batch of a request, computed on its device without a look at any value."""
         batch: dict[str, Tensor | list[Tensor]] = {}
-        camera_mask = self.mask_on_device(camera_mask, device)
-        if groups is not None:
-            batch.update(self._pixels(groups, grids, camera_mask, device, dtype))
-        if camera_mask is not None:
-            batch["camera_present"] = camera_mask
-        if prompts is not None:
-            batch.update(vars(self._sequences(*prompts, grids, camera_mask, device)))
+        if request.frames:
+            batch.update(self._pixels(request, dtype))
+        if request.camera_mask is not None:
+            batch["camera_present"] = request.camera_mask
+        if request.prompts is not None:
+            batch.update(vars(self._sequences(request)))
         return batch
 
-    def check_images(
+    def _check_images(
         self,
         images: Tensor | Sequence[Tensor] | None,
         camera_mask: Tensor | None,
@@ -183,22 +259,17 @@ class TensorProcessor:
             return smart_resize(height, width, factor, self.image.min_pixels, self.image.max_pixels)
         return tuple(resize)
 
-    def _pixels(
-        self,
-        groups: list[Tensor],
-        grids: tuple[Grid, ...],
-        camera_mask: Tensor | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> dict[str, Tensor | list[Tensor]]:
+    def _pixels(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
         """`pixel_values` and `raster_order`."""
         patches, camera = [], 0
-        for group in groups:
-            mask = None if camera_mask is None else camera_mask[:, camera : camera + group.shape[1]]
-            patches.append(self._patches(group.to(device, non_blocking=True), grids[camera], mask, dtype))
-            camera += group.shape[1]
-        orders = [self._patch_order(grid, device)[1] for grid in grids]
-        if len(set(grids)) == 1:
+        for frames in request.frames:
+            cameras = slice(camera, camera + frames.shape[1])
+            mask = None if request.camera_mask is None else request.camera_mask[:, cameras]
+            frames = frames.to(request.device, non_blocking=True)
+            patches.append(self._patches(frames, request.grids[camera], mask, dtype))
+            camera = cameras.stop
+        orders = [self._patch_order(grid, request.device)[1] for grid in request.grids]
+        if len(set(request.grids)) == 1:
             pixel_values = patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
             return {"pixel_values": pixel_values, "raster_order": torch.stack(orders)}
         return {
@@ -269,27 +340,20 @@ class TensorProcessor:
         chosen = camera_mask.sum(dim=1)[:, None, None].expand(-1, 1, options.shape[-1])
         return options.gather(1, chosen)[:, 0], length
 
-    def _sequences(
-        self,
-        prompts: Tensor,
-        length: int,
-        tokens: int | None,
-        grids: tuple[Grid, ...],
-        camera_mask: Tensor | None,
-        device: torch.device,
-    ) -> Sequences:
+    def _sequences(self, request: Request) -> Sequences:
+        grids, device = request.grids, request.device
         table = self._tables.get(
             ("grids", grids, device),
             lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device),
         )
         return expand_prompts(
-            prompts,
+            request.prompts,
             table,
-            camera_mask,
+            request.camera_mask,
             image_token_id=self.config.image_token_id,
             pad_token_id=self.prompts.pad_token_id,
-            length=length,
-            tokens=tokens,
+            length=request.length,
+            tokens=request.tokens,
             padding_side=self.padding_side,
         )
 
@@ -302,7 +366,7 @@ class TensorProcessor:
 
         return self._token_ids.get((text, template, cameras, device), make)
 
-    def mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
         if camera_mask is None or camera_mask.device == device:
             return camera_mask

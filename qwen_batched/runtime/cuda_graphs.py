@@ -19,17 +19,17 @@ from qwen_batched.cache import hold_values
 from qwen_batched.kernels import ops
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
-Outputs = Tensor | list["Outputs"]
+Outputs = Tensor | list["Outputs"] | None
 MAX_GRAPHS = 32
 STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in turn
 NAMED_PRECISIONS = torch.__version__ >= "2.9"  # since then, reading the old setting raises where the new one was used
 
 
 class CudaGraphs:
-    """At most `max_graphs` captured calls of one module, the least recently used giving way.
+    """At most `max_graphs` captured calls of the same modules, the least recently used giving way.
 
-    A call is captured only where nothing would be lost (see `is_capturable`) and replayed only while the module is as
-    it was. Results are copies. A copied or unpickled instance begins anew.
+    A call is captured only where nothing would be lost (see `is_capturable`) and replayed only while the modules are as
+    they were. Results are copies. A copied or unpickled instance begins anew.
     """
 
     def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
@@ -41,14 +41,20 @@ class CudaGraphs:
         self._lock = threading.RLock()
 
     def run(
-        self, module: nn.Module, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor, device: torch.device
+        self,
+        modules: Sequence[nn.Module],
+        key: Hashable,
+        function: Callable[..., Outputs],
+        *inputs: Tensor,
+        device: torch.device,
     ) -> Outputs:
         """`function(*inputs)`, by a graph where there is one.
 
         Args:
-            module: Whose parameters `function` reads.
+            modules: Whose parameters `function` reads.
             key: All else that shapes what `function` does, but the shapes and dtypes of `inputs`.
-            function: Takes tensors and returns a tensor or nested lists of them. It must not wait for the device.
+            function: Takes tensors and returns a tensor, None, or nested lists of them. It must not wait for the
+                device.
             inputs: On `device`, or on the host.
             device: Where the work is done.
         """
@@ -57,15 +63,15 @@ class CudaGraphs:
         key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
         with self._lock:
             call = self._calls.get(key)
-            if call is None and key in self._calls and self._still_matches(module):
+            if call is None and key in self._calls and self._still_matches(modules):
                 call = self._capture(key, function, inputs, device)
             if call:
                 outputs = call.replay(inputs)
-                if self._still_matches(module):  # asked while the GPU is at work
+                if self._still_matches(modules):  # asked while the GPU is at work
                     self._calls.move_to_end(key)
                     return outputs
         outputs = function(*inputs)
-        self._remember(module, key)
+        self._remember(modules, key)
         return outputs
 
     def clear(self) -> None:
@@ -80,9 +86,9 @@ class CudaGraphs:
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:
         return CudaGraphs, (self.max_graphs,)
 
-    def _still_matches(self, module: nn.Module) -> bool:
+    def _still_matches(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the graphs are still true; they are dropped where not."""
-        if self._snapshot is not None and self._snapshot.matches(module):
+        if self._snapshot is not None and self._snapshot.matches(*modules):
             return True
         self._forget()
         return False
@@ -91,13 +97,13 @@ class CudaGraphs:
         self._drop(len(self._calls))
         self._snapshot = None  # the last to go: it keeps what running graphs read
 
-    def _remember(self, module: nn.Module, key: Hashable) -> None:
+    def _remember(self, modules: Sequence[nn.Module], key: Hashable) -> None:
         """A call has run, weights are packed and kernels compiled: from now on it may be captured."""
         with self._lock:
-            if not self._still_matches(module):
-                if not is_capturable(module):
+            if not self._still_matches(modules):
+                if not is_capturable(*modules):
                     return
-                self._snapshot = ModuleSnapshot(module)
+                self._snapshot = ModuleSnapshot(*modules)
             self._calls.setdefault(key)
             self._calls.move_to_end(key)
             self._drop(len(self._calls) - self.max_graphs)
@@ -251,4 +257,6 @@ def _numerics() -> tuple[Hashable, ...]:
 
 
 def _copies(outputs: Outputs) -> Outputs:
+    if outputs is None:
+        return None
     return outputs.clone() if isinstance(outputs, Tensor) else [_copies(output) for output in outputs]

@@ -11,7 +11,7 @@ OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
 
 
 class ModuleSnapshot:
-    """A module as it was.
+    """Modules as they were.
 
     Values of parameters may change in place; a graph reads them anew. Anything else may not: children, parameters,
     buffers, hooks, attributes (the mode, a norm's epsilon, a replaced `forward`), or where tensors are and how they
@@ -19,21 +19,23 @@ class ModuleSnapshot:
     The snapshot keeps the memory of the tensors, so that a graph captured with it never reads what is someone else's.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._types = [(child, type(child)) for child in module.modules()]
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = modules
+        children = [child for module in modules for child in module.modules()]
+        self._types = [(child, type(child)) for child in children]
         # Each dict beside a copy of it. Values that are the same object are equal without being looked into.
-        self._dicts = [(part, dict(part)) for child in module.modules() for part in _dicts(child)]
-        tensor_dicts = [part for child in module.modules() for part in (child._parameters, child._buffers) if part]
+        self._dicts = [(part, dict(part)) for child in children for part in _dicts(child)]
+        tensor_dicts = [part for child in children for part in (child._parameters, child._buffers) if part]
         self._tensors = [(part, tuple(part.values())) for part in tensor_dicts]
         self._flat = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
         self._layouts = _layouts(self._flat)
         self._memory = [tensor.detach() for tensor in self._flat]
 
-    def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is still as it was."""
+    def matches(self, *modules: nn.Module) -> bool:
+        """Whether `modules` are the same and still as they were."""
         return (
-            module is self._module
+            len(modules) == len(self._modules)
+            and all(map(is_, modules, self._modules))
             and all(type(child) is before for child, before in self._types)
             and all(_equal(now, before) for now, before in self._dicts)
             and all(len(now) == len(before) and all(map(is_, now.values(), before)) for now, before in self._tensors)
@@ -41,12 +43,12 @@ class ModuleSnapshot:
         )
 
 
-def is_capturable(module: nn.Module) -> bool:
+def is_capturable(*modules: nn.Module) -> bool:
     """Whether a graph would leave nothing out: no hooks, and only code and parameters that are known to be plain.
 
     A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call.
     """
-    return not _has_any_global_hook() and all(map(_is_plain, module.modules()))
+    return not _has_any_global_hook() and all(_is_plain(child) for module in modules for child in module.modules())
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched.model.sequence import NO_TOKEN, expand_prompts
+from qwen_batched.model.tensor_processor import Request
 from tests.support import assert_equal_to, photos
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -190,7 +191,8 @@ def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
         host = processor(images, TEXTS, mask, template=template)
         cells = [h * w for h, w in sizes]
         prompts, length = processor._prompts_by_device_mask(TEXTS, template, cells, mask)
-        by_device = vars(processor._sequences(prompts, length, None, tuple(sizes), mask, mask.device))
+        request = Request((), mask, prompts, tuple(sizes), length, None, mask.device)
+        by_device = vars(processor._sequences(request))
         tokens = int(host["attention_mask"].sum())
         assert by_device["token_index"].shape == (4 * length,)
         assert by_device["attention_mask"].flatten()[by_device["token_index"][:tokens]].all()

@@ -44,7 +44,7 @@ def warm(model, images, **options):
 
 
 def captured(model):
-    return sum(map(bool, model._graphs._calls.values()))
+    return sum(map(bool, model._vision_graphs._calls.values()))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -281,13 +281,13 @@ def test_trap25_earlier_results_are_not_overwritten(own):
 
 
 def test_graphs_beyond_the_limit_give_way(own):
-    own._graphs.max_graphs = 3
+    own._vision_graphs.max_graphs = 3
     sizes = [(28, 28 * width) for width in range(1, 7)]
     for _ in range(3):
         for size in sizes:
             for _ in range(3):
                 assert torch.equal(encode(own, frames(*size)), eager(own, frames(*size)))
-            assert len(own._graphs) <= 3
+            assert len(own._vision_graphs) <= 3
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
@@ -301,7 +301,7 @@ def test_a_copy_of_a_model_with_graphs_works(own, way):
         torch.save(own, file)
         file.seek(0)
         other = torch.load(file, weights_only=False)
-    assert len(other._graphs) == 0
+    assert len(other._vision_graphs) == 0
     for parameter in other.parameters():
         parameter.mul_(1.1)
     for _ in range(3):
@@ -323,7 +323,7 @@ def test_trap27_under_grad_mode_there_is_no_graph(own):
 def test_graphs_can_be_turned_off(own):
     for _ in range(3):
         eager(own, frames(56, 84))
-    assert len(own._graphs) == 0
+    assert len(own._vision_graphs) == 0
 
 
 def test_autocast_makes_no_graph_and_is_not_served_by_one(own):
@@ -476,7 +476,7 @@ def test_the_memory_of_graphs_goes_with_their_models(load):
 
 
 def test_memory_does_not_grow(own):
-    own._graphs.max_graphs = 4
+    own._vision_graphs.max_graphs = 4
     sizes = [(28, 28), (56, 84), (84, 56), (140, 112), (112, 112), (252, 308)]
     images = {size: frames(*size) for size in sizes}
 

@@ -1,9 +1,7 @@
 """When a call is run, captured and replayed, and what is forgotten: on a CPU, with graphs that only pretend."""
 
-import contextlib
 import copy
 import pickle
-import types
 import warnings
 
 import pytest
@@ -16,52 +14,9 @@ from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from tests.support import photos
 
 
-class FakeArena:
-    """In place of an arena of a GPU: captures nothing but the call itself."""
-
-    def __init__(self, log):
-        self.device, self.log = torch.device("cpu"), log
-
-    @contextlib.contextmanager
-    def capture(self):
-        if self.log.error is not None:
-            raise self.log.error
-        self.log.captured += 1
-        self.log.capturing = True
-        yield types.SimpleNamespace()
-        self.log.capturing = False
-
-    def in_turn(self):
-        return contextlib.nullcontext()
-
-    def wait(self):
-        self.log.waited += 1
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """CudaGraphs without CUDA: a replay runs the function again, on the same buffers, into the same outputs."""
-    log = types.SimpleNamespace(captured=0, replayed=0, waited=0, error=None, capturing=False)
-
-    class FakeCall(cuda_graphs.CapturedCall):
-        def __init__(self, function, inputs, arena):
-            super().__init__(function, inputs, arena)
-
-            def replay():
-                log.replayed += 1
-                self.outputs.copy_(function(*self.inputs))
-
-            self.graph.replay = replay
-
-    monkeypatch.setattr(cuda_graphs, "CapturedCall", FakeCall)
-    monkeypatch.setattr(cuda_graphs.Arena, "of", lambda device: FakeArena(log))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return log
-
-
 def run(graphs, module, key, function, *inputs):
     with torch.no_grad():
-        return graphs.run(module, key, function, *inputs, device=torch.device("cpu"))
+        return graphs.run([module], key, function, *inputs, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -269,4 +224,4 @@ def test_a_model_on_the_cpu_makes_no_graph(load):
     with torch.no_grad():
         for _ in range(3):
             model.encode_images(photos(1, 1, 28, 28))
-    assert len(model._graphs) == 0
+    assert len(model._vision_graphs) == 0

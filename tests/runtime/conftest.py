@@ -1,0 +1,64 @@
+"""CUDA graphs that only pretend, so that a CPU can test when calls are run, captured and replayed."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+
+from qwen_batched.runtime import cuda_graphs
+
+
+def overwrite(outputs, values):
+    """As a replay does: new values in the same memory."""
+    if isinstance(outputs, torch.Tensor):
+        outputs.copy_(values)
+    elif outputs is not None:
+        for output, value in zip(outputs, values, strict=True):
+            overwrite(output, value)
+
+
+class FakeArena:
+    """In place of an arena of a GPU: captures nothing but the call itself."""
+
+    def __init__(self, log):
+        self.device, self.log = torch.device("cpu"), log
+
+    @contextlib.contextmanager
+    def capture(self):
+        if self.log.error is not None:
+            raise self.log.error
+        self.log.captured += 1
+        self.log.capturing = True
+        yield types.SimpleNamespace()
+        self.log.capturing = False
+
+    def in_turn(self):
+        return contextlib.nullcontext()
+
+    def wait(self):
+        self.log.waited += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """CudaGraphs without CUDA: a replay runs the function again, on the same buffers, into the same outputs."""
+    log = types.SimpleNamespace(captured=0, replayed=0, waited=0, error=None, capturing=False)
+
+    class FakeCall(cuda_graphs.CapturedCall):
+        def __init__(self, function, inputs, arena):
+            def on_zeros(*buffers):  # a capture runs nothing; here the buffers must hold something harmless
+                return function(*(buffer.zero_() for buffer in buffers))
+
+            super().__init__(on_zeros, inputs, arena)
+
+            def replay():
+                log.replayed += 1
+                overwrite(self.outputs, function(*self.inputs))
+
+            self.graph.replay = replay
+
+    monkeypatch.setattr(cuda_graphs, "CapturedCall", FakeCall)
+    monkeypatch.setattr(cuda_graphs.Arena, "of", lambda device: FakeArena(log))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return log

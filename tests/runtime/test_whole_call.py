@@ -1,0 +1,256 @@
+"""The whole call as one graph: what shapes it is its key, all else are its inputs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwen_batched import QwenBatchedVL
+from tests.support import photos
+
+TEXTS = ["Pick up the red block.", "a"]
+
+
+@pytest.fixture
+def own(load, fake, monkeypatch):
+    """A model whose graphs only pretend to be CUDA's."""
+    monkeypatch.setattr(QwenBatchedVL, "_graphs_may_serve", lambda self, wanted: wanted)
+    return load().requires_grad_(False)
+
+
+def frames(seed=0, cameras=2, height=56, width=84):
+    return photos(2, cameras, height, width, seed=seed)
+
+
+def call(model, *arguments, **options):
+    with torch.no_grad():
+        return model(*arguments, **options)
+
+
+def assert_equal(ours, theirs):
+    for field in dataclasses.fields(ours):
+        assert_same(getattr(ours, field.name), getattr(theirs, field.name), field.name)
+
+
+def assert_same(ours, theirs, name):
+    if isinstance(theirs, list):
+        assert len(ours) == len(theirs), name
+        for mine, wanted in zip(ours, theirs, strict=True):
+            assert_same(mine, wanted, name)
+    elif theirs is None:
+        assert ours is None, name
+    else:
+        assert torch.equal(ours, theirs), name
+
+
+def assert_replayed(model, fake, *arguments, **options):
+    """A captured call gives what the call itself gives."""
+    before = fake.replayed
+    ours = call(model, *arguments, **options)
+    assert fake.replayed == before + 1
+    assert_equal(ours, call(model, *arguments, cuda_graph=False, **options))
+
+
+MASK = torch.tensor([[True, False], [True, True]])
+CALLS = {
+    "images": lambda seed: ((frames(seed), TEXTS), {}),
+    "text only": lambda seed: ((None, TEXTS), {}),
+    "a mask": lambda seed: ((frames(seed), TEXTS, MASK), {}),
+    "a list": lambda seed: (([frames(seed)[:, 0], frames(seed, height=84)[:, 1]], TEXTS), {}),
+    "layers": lambda seed: ((frames(seed), TEXTS), {"layers": (0, 2, -1), "norm": "pre"}),
+    "last logits": lambda seed: ((frames(seed), TEXTS), {"logits": "last"}),
+    "all logits": lambda seed: ((frames(seed), TEXTS), {"logits": "all"}),
+    "resize": lambda seed: ((frames(seed), TEXTS), {"resize": (28, 56)}),
+    "no resize": lambda seed: ((frames(seed), TEXTS), {"resize": None}),
+    "float frames": lambda seed: ((frames(seed) / 255, TEXTS), {}),
+    "template": lambda seed: ((frames(seed), TEXTS), {"template": "plain"}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_second_call_is_captured_and_later_ones_replay(own, fake, name):
+    for count in range(5):
+        arguments, options = CALLS[name](count)
+        ours = call(own, *arguments, **options)
+        assert fake.captured == (count > 0)
+        assert fake.replayed == count
+        assert_equal(ours, call(own, *arguments, cuda_graph=False, **options))
+
+
+def test_trap26_all_calls_in_turn_give_what_each_gives_alone(own, fake):
+    for seed in range(4):
+        for make in CALLS.values():
+            arguments, options = make(seed)
+            assert_equal(call(own, *arguments, **options), call(own, *arguments, cuda_graph=False, **options))
+    assert fake.captured == len(CALLS) - 1, "frames that have their size need no resize: two calls are one"
+
+
+def test_trap26_prompts_of_one_length_share_a_graph_and_others_do_not(own, fake):
+    tokenizer = own.processor.prompts.tokenizer
+    texts = ["1234", "5678"]
+    assert len({len(tokenizer(text).input_ids) for text in texts}) == 1
+    for _ in range(2):
+        call(own, frames(), [texts[0], "a"])
+    assert_replayed(own, fake, frames(), [texts[1], "b"])
+    captured = fake.captured
+    longer = call(own, frames(), [texts[0] + " 9 1 2", "a"])
+    assert fake.captured == captured
+    assert_equal(longer, call(own, frames(), [texts[0] + " 9 1 2", "a"], cuda_graph=False))
+
+
+def test_trap26_a_ragged_batch_of_the_same_length_but_other_tokens_is_another_graph(own, fake):
+    for _ in range(3):
+        call(own, None, ["pick up the red block", "a"])
+    for _ in range(2):
+        ragged = ["pick up the red block", "a b c"]
+        assert_equal(call(own, None, ragged), call(own, None, ragged, cuda_graph=False))
+    order = ["a", "pick up the red block"]  # the same lengths in another order are only other inputs
+    assert_replayed(own, fake, None, order)
+
+
+def test_trap26_another_mask_is_only_another_input_where_the_counts_agree(own, fake):
+    for _ in range(2):
+        call(own, frames(), TEXTS, MASK)
+    assert_replayed(own, fake, frames(), TEXTS, torch.tensor([[False, True], [True, True]]))
+    nobody = torch.zeros(2, 2, dtype=torch.bool)
+    assert_equal(call(own, frames(), TEXTS, nobody), call(own, frames(), TEXTS, nobody, cuda_graph=False))
+
+
+def test_trap26_weights_in_the_decoder_and_the_head(own, fake):
+    def check():
+        for _ in range(3):
+            arguments = frames(), TEXTS
+            assert_equal(call(own, *arguments, logits="last"), call(own, *arguments, logits="last", cuda_graph=False))
+
+    check()
+    own.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    check()
+    own.model.norm.weight.data = own.model.norm.weight.data.clone() * 2
+    check()
+    own.model.layers[0].self_attn.o_proj.register_forward_hook(lambda module, args, out: out * 2)
+    check()
+
+
+def test_what_happens_to_the_decoder_leaves_the_graphs_of_image_features(own, fake):
+    with torch.no_grad():
+        for _ in range(3):
+            own.encode_images(frames())
+        own.model.norm.weight.data = own.model.norm.weight.data.clone()
+        before = fake.replayed
+        own.encode_images(frames())
+    assert fake.replayed == before + 1
+
+
+def test_capture_makes_the_graph_ahead_of_time(own, fake):
+    own.capture(torch.zeros_like(frames()), TEXTS, logits="last")
+    assert fake.captured == 1
+    assert_replayed(own, fake, frames(), TEXTS, logits="last")
+
+
+def test_capture_refuses_what_a_call_refuses(own):
+    with pytest.raises(ValueError, match="template"):
+        own.capture(frames(), TEXTS, template="nothing")
+    with pytest.raises(TypeError, match="texts"):
+        own.capture(frames(), None)
+
+
+def test_bad_input_is_refused_on_a_captured_shape_too(own):
+    for _ in range(3):
+        call(own, frames(), TEXTS)
+    for arguments, options in [
+        ((frames(), ["one"]), {}),
+        ((frames(), TEXTS, MASK[:1]), {}),
+        ((frames(), TEXTS), {"layers": (99,)}),
+        ((frames(), TEXTS), {"resize": (56, 83)}),
+        ((frames().int(), TEXTS), {}),
+    ]:
+        with pytest.raises((ValueError, TypeError)):
+            call(own, *arguments, **options)
+
+
+def test_a_batch_made_elsewhere_and_gradients_make_no_graph(own, fake):
+    batch = own.processor(frames(), TEXTS)
+    for _ in range(3):
+        call(own, **batch)
+        own(frames(), TEXTS)
+    assert fake.captured == 0
+
+
+def test_a_processor_of_another_class_makes_no_graph(load):
+    """It may draw at random, say: a graph would always give what came when it was captured."""
+    model = load()
+    assert model._graphs_may_serve(True) == (model.device.type == "cuda")
+    model.processor.__class__ = type("Augmenting", (type(model.processor),), {})
+    model.__class__ = type("OnAGpu", (QwenBatchedVL,), {"device": torch.device("cuda")})
+    assert not model._graphs_may_serve(True)
+
+
+# --- on a GPU, with CUDA's graphs ---
+
+
+@pytest.fixture
+def on_gpu(load):
+    return load(device="cuda").requires_grad_(False)
+
+
+def to_gpu(arguments):
+    return [
+        [camera.cuda() for camera in x] if isinstance(x, list) and isinstance(x[0], torch.Tensor)
+        else x.cuda() if isinstance(x, torch.Tensor) and x.dtype != torch.bool
+        else x
+        for x in arguments
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_graph_of_the_whole_call_gives_bitwise_what_the_call_gives(on_gpu, name, dtype):
+    on_gpu.to(dtype)
+    for seed in range(5):
+        arguments, options = CALLS[name](seed)
+        arguments = to_gpu(arguments)
+        ours = call(on_gpu, *arguments, **options)
+        assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
+    assert sum(map(bool, on_gpu._graphs._calls.values())) == 1
+
+
+@pytest.mark.gpu
+def test_trap26_all_calls_in_turn_on_a_gpu(on_gpu):
+    for seed in range(4):
+        for make in CALLS.values():
+            arguments, options = make(seed)
+            arguments = to_gpu(arguments)
+            ours = call(on_gpu, *arguments, **options)
+            assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
+
+
+@pytest.mark.gpu
+def test_pinned_host_frames_are_copied_without_a_stall(on_gpu):
+    host = [frames(seed).pin_memory() for seed in range(4)]
+    expected = [call(on_gpu, images, TEXTS, cuda_graph=False) for images in host]
+    on_gpu.capture(host[0], TEXTS)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = [call(on_gpu, images, TEXTS) for images in host]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert_equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_memory_is_flat_over_many_shapes(on_gpu):
+    on_gpu._graphs.max_graphs = 4
+
+    def round_trip(calls):
+        for index in range(calls):
+            call(on_gpu, frames(height=28 * (1 + index // 3 % 6)).cuda(), ["a" * (1 + index // 18 % 5), "b"])
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    round_trip(90)
+    before = round_trip(90)
+    assert round_trip(360) <= before + 2**20
+    assert len(on_gpu._graphs) <= 4
