@@ -20,12 +20,12 @@ LAYERS = (
     ("model.packed", "runtime.snapshot"),
     ("runtime", "runtime.cuda_graphs"),
     ("model.attention_rows", "model.geometry", "model.kv_cache", "model.layers", "model.prompt", "model.sequence"),
-    ("model.inputs",),
+    ("model.image_groups", "model.inputs"),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
     ("generation",),
     ("qwen_batched_VL_model",),
     ("testing", "transformers_reference"),
-    ("deviation",),
+    ("deviation", "profile"),
 )
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")
@@ -164,6 +164,7 @@ FORWARD_PATH = (
     *(name for name in SOURCES if name.startswith("kernels")),
     "generation",
     "model.attention_rows",
+    "model.image_groups",
     "model.inputs",
     "model.kv_cache",
     "model.layers",

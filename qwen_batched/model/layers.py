@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched.kernels import ops
-from qwen_batched.model.packed import PackedParameters, can_be_packed, has_shape
+from qwen_batched.model.packed import PackedParameters, PackingModule
 
 # H200, bf16, 16384 tokens, the vision MLP's first product: width 3456 396 us, 3424 440 us; tiles are 128 wide.
 WIDTH_MULTIPLE = 128
@@ -31,7 +29,7 @@ class AddRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(PackingModule):
     """The gated MLP: (..., D) to (..., D)."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool) -> None:
@@ -58,31 +56,18 @@ class SwiGLU(nn.Module):
         down_weight = self._down.of(down.weight) if self._pads_down() else down.weight
         return F.linear(ops.swiglu(*products, *biases), down_weight, down.bias)
 
-    def _can_be_packed(self) -> bool:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return (
-            can_be_packed(gate, up, down)
-            and has_shape(gate, self.dim, self.hidden_dim, self.bias)
-            and has_shape(up, self.dim, self.hidden_dim, self.bias)
-            and has_shape(down, self.hidden_dim, self.dim, self.bias)
-            # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
-            and (self._is_packed() or not torch.cuda.is_current_stream_capturing())
-        )
+    def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
+        inner, outer = (self.dim, self.hidden_dim, self.bias), (self.hidden_dim, self.dim, self.bias)
+        return [(self.gate_proj, *inner), (self.up_proj, *inner), (self.down_proj, *outer)]
 
-    def _is_packed(self) -> bool:
+    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return (
-            self._gate_up.holds(gate.weight, up.weight)
-            and (not self.bias or self._gate_up_bias.holds(gate.bias, up.bias))
-            and (not self._pads_down() or self._down.holds(down.weight))
-        )
+        packings = [(self._gate_up, (gate.weight, up.weight))]
+        if self.bias:
+            packings.append((self._gate_up_bias, (gate.bias, up.bias)))
+        if self._pads_down():
+            packings.append((self._down, (down.weight,)))
+        return packings
 
     def _pads_down(self) -> bool:
         return self._down.rows != self.hidden_dim
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> SwiGLU:
-        """`.to()` and the like: parameters may leave the packed tensors, which must not stay behind on the GPU."""
-        super()._apply(*arguments, **keywords)
-        for packed in (self._gate_up, self._gate_up_bias, self._down):
-            packed.forget_if_left()
-        return self

@@ -11,7 +11,6 @@ K key/value heads, E head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
 from qwen_batched.model.attention_rows import AttentionRows, back_to_back
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
+from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.inputs import (
     check_camera_mask,
     check_chunk_size,
@@ -35,23 +35,12 @@ from qwen_batched.model.inputs import (
 )
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU
+from qwen_batched.model.packed import PackedParameters, PackingModule
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
 # transformers' vision transformer takes this from no config.
 VISION_NORM_EPS = 1e-6
 MAX_PLANS, MAX_DEVICES = 64, 8
-
-
-@dataclass(frozen=True)
-class ImageGroup:
-    """`count` images of one size, back to back."""
-
-    count: int
-    plan: VisionPlan
-
-    @property
-    def patches(self) -> int:
-        return self.count * self.plan.image.tokens
 
 
 class BatchedVisionTransformer(nn.Module):
@@ -128,7 +117,7 @@ class BatchedVisionTransformer(nn.Module):
             check_camera_mask(camera_present, batch, cameras, pixels[0].device)
 
         images = self._run_in_passes(pixels, plans, wanted, chunk_size)
-        features = [_by_camera(groups, batch, camera_present, uniform) for groups in images]
+        features = [by_camera(groups, batch, camera_present, uniform) for groups in images]
         return features[0] if layers is None else features
 
     def _run_in_passes(
@@ -142,12 +131,12 @@ class BatchedVisionTransformer(nn.Module):
             for sizes, output in zip(collected, outputs, strict=True):
                 for size, part in zip(rows, output, strict=True):
                     sizes[size].append(part)
-        return [[_join(parts) for parts in sizes] for sizes in collected]
+        return [[join(parts) for parts in sizes] for sizes in collected]
 
     def _run_pass(self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None) -> list[list[Tensor]]:
         """The same for images that go through the blocks at once, with their plans."""
         groups = tuple(ImageGroup(len(pixels), plan) for pixels, plan in parts)
-        x_TC = self.patch_embed(_join([pixels.flatten(0, 1) for pixels, _ in parts]))
+        x_TC = self.patch_embed(join([pixels.flatten(0, 1) for pixels, _ in parts]))
         outputs_TC = self._run_blocks(x_TC, groups, wanted)
         if wanted is None:
             return [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
@@ -175,30 +164,7 @@ class BatchedVisionTransformer(nn.Module):
         """
         cell = patch_rows**2
         parts = x.split([group.count * group.plan.raster_order.numel() * cell for group in groups])
-        return [_to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """The parts back to back; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _to_raster(x: Tensor, group: ImageGroup, patch_rows: int) -> Tensor:
-    h, w = group.plan.grid
-    cells = rearrange(x, "(i m a) c -> i m a c", i=group.count, a=patch_rows**2)
-    cells = cells.index_select(1, group.plan.raster_order.flatten())
-    return rearrange(cells, "i (h w) (y x) c -> i (h y) (w x) c", h=h, w=w, y=patch_rows, x=patch_rows)
-
-
-def _by_camera(images: list[Tensor], batch: int, camera_mask: Tensor | None, uniform: bool) -> Tensor | list[Tensor]:
-    """One (B * V, h, w, D) to (B, V, h, w, D); one (B, h, w, D) per camera stays so. Absent cameras become zero."""
-    if uniform:
-        features = images[0].unflatten(0, (batch, -1))
-        return features if camera_mask is None else features.masked_fill(~camera_mask[:, :, None, None, None], 0)
-    if camera_mask is None:
-        return images
-    absent = ~camera_mask[:, :, None, None, None]
-    return [features.masked_fill(absent[:, camera], 0) for camera, features in enumerate(images)]
+        return [to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
 
 
 class VisionBlock(nn.Module):
@@ -231,7 +197,7 @@ class VisionAttention(nn.Module):
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
         parts = self.qkv(x_TC).split([group.patches for group in groups])
         outs = [self._attend(qkv, group, whole_image) for qkv, group in zip(parts, groups, strict=True)]
-        return self.proj(_join(outs))
+        return self.proj(join(outs))
 
     def _attend(self, qkv: Tensor, group: ImageGroup, whole_image: bool) -> Tensor:
         plan = group.plan
@@ -410,24 +376,24 @@ class DecoderBlock(nn.Module):
         return self.mlp(x_TD), residual_TD
 
 
-class DecoderAttention(nn.Module):
+class DecoderAttention(PackingModule):
     """Causal grouped-query attention with multimodal rope."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.head_dim = config.head_dim
-        kv_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim)
+        self.dim, self.head_dim = config.hidden_size, config.head_dim
+        self.kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(self.dim, self.dim)
+        self.k_proj = nn.Linear(self.dim, self.kv_dim)
+        self.v_proj = nn.Linear(self.dim, self.kv_dim)
+        self._qkv, self._qkv_bias = (
+            PackedParameters.back_to_back(self.dim, self.kv_dim, self.kv_dim) for _ in ("weight", "bias")
+        )
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], rows: AttentionRows, cache: KVCache | None) -> Tensor:
-        q_TNE, k_TKE, v_TKE = (
-            projection(x_TD).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q_TNE, k_TKE, v_TKE = (part.unflatten(-1, (-1, self.head_dim)) for part in self._project(x_TD))
         q_TNE, k_TKE = ops.mrope(q_TNE, k_TKE, *rope)
         q_BSNE, k_BSKE, v_BSKE = map(rows.fill, (q_TNE, k_TKE, v_TKE))
         visible = None
@@ -435,3 +401,20 @@ class DecoderAttention(nn.Module):
             k_BSKE, v_BSKE = cache.update(self.index, k_BSKE, v_BSKE)
             visible = cache.visible
         return self.o_proj(rows.take(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible)))
+
+    def _project(self, x_TD: Tensor) -> Sequence[Tensor]:
+        """Queries (T, D), keys and values (T, K * E)."""
+        if not self._can_be_packed():
+            return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+        (qkv, weights), (qkv_bias, biases) = self._packings()
+        product = F.linear(x_TD, qkv.of(*weights), qkv_bias.of(*biases))
+        return product.split([self.dim, self.kv_dim, self.kv_dim], dim=-1)
+
+    def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
+        layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
+        return [(layer, self.dim, width, True) for layer, width in layers]
+
+    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
+        return [(self._qkv, weights), (self._qkv_bias, biases)]

@@ -7,9 +7,11 @@ long (H200, bf16).
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,12 @@ class PackedParameters:
         self._layouts: list[Layout] = []
         self._owners: list[weakref.ref[nn.Parameter]] = []
         self._lock = threading.Lock()
+
+    @classmethod
+    def back_to_back(cls, *rows: int) -> PackedParameters:
+        """One for parameters of so many rows, without padding."""
+        ends = list(itertools.accumulate(rows, initial=0))
+        return cls(ends[-1], [slice(start, stop) for start, stop in itertools.pairwise(ends)])
 
     def of(self, *parameters: nn.Parameter) -> Tensor:
         """The padded tensor that holds `parameters`, one for each place; transposed as they are."""
@@ -75,30 +83,47 @@ class PackedParameters:
         return PackedParameters, (self.rows, self.places, self.transposed)
 
 
-def can_be_packed(*layers: nn.Module) -> bool:
-    """Whether products with packed weights may stand in for the layers' own `forward`.
+class PackingModule(nn.Module):
+    """A module that runs linear layers with packed weights where it can, and else as they are.
 
-    Not where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, where a gradient is
-    wanted, or while compiling. Nor on a CPU, which has nothing to gain from it.
+    It cannot where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, where a gradient
+    is wanted, or while compiling. Nor does it on a CPU, which has nothing to gain from it.
     """
-    if torch.compiler.is_compiling() or _has_any_global_hook() or not all(map(_is_plain, layers)):
-        return False
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    if not parameters:  # replicas of nn.DataParallel have none
-        return False
-    first = parameters[0]
-    return (
-        first.is_cuda
-        and all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters)
-        and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
-        and len(set(map(id, parameters))) == len(parameters)
-    )
 
+    def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
+        """The layers, each with the `in_features`, `out_features` and bias that it was built with."""
+        raise NotImplementedError
 
-def has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:
-    """Whether a layer still is what it was built as; another may have been put in its place."""
-    biases = layer.bias is None if not bias else layer.bias is not None and layer.bias.shape == (out_features,)
-    return biases and layer.weight.shape == (out_features, in_features)
+    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
+        """What is packed where; asked only while all layers are plain."""
+        raise NotImplementedError
+
+    def _can_be_packed(self) -> bool:
+        if torch.compiler.is_compiling() or _has_any_global_hook():
+            return False
+        if not all(_is_plain(layer) and _has_shape(layer, *shape) for layer, *shape in self._linears()):
+            return False
+        parameters = [parameter for layer, *_ in self._linears() for parameter in layer.parameters()]
+        first = parameters[0]
+        return (
+            first.is_cuda
+            and all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters)
+            and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
+            and len(set(map(id, parameters))) == len(parameters)
+            # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
+            and (
+                all(packed.holds(*parts) for packed, parts in self._packings())
+                or not torch.cuda.is_current_stream_capturing()
+            )
+        )
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> PackingModule:
+        """`.to()` and the like: parameters may leave the packed tensors, which must not stay behind on the GPU."""
+        super()._apply(*arguments, **keywords)
+        for value in vars(self).values():
+            if isinstance(value, PackedParameters):
+                value.forget_if_left()
+        return self
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -110,10 +135,17 @@ def _is_plain(layer: nn.Module) -> bool:
     )
     return (
         type(layer) is nn.Linear
+        and "weight" in layer._parameters  # replicas of nn.DataParallel have plain attributes
         and not any(hooks)
         and "forward" not in vars(layer)
         and all(type(weight) is nn.Parameter for weight in layer.parameters())
     )
+
+
+def _has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:
+    """Whether a layer still is what it was built as; another may have been put in its place."""
+    biases = layer.bias is None if not bias else layer.bias is not None and layer.bias.shape == (out_features,)
+    return biases and layer.weight.shape == (out_features, in_features)
 
 
 def _layout(parameter: nn.Parameter) -> Layout:

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.config import TextConfig
 from qwen_batched.model.layers import SwiGLU
-from qwen_batched.model.packed import PackedParameters, can_be_packed
-from tests.support import assert_equal_to, photos
+from qwen_batched.model.modeling_qwen2_5_vl_batched import DecoderAttention
+from qwen_batched.model.packed import PackedParameters
+from tests.support import Scaled, assert_equal_to, photos
 
 # The packed product sums the same terms in another order.
 TOLERANCE = 1e-6
@@ -26,7 +28,7 @@ WIDTHS = [(80, 90), (8, 1), (16, 128), (16, 129), (1, 7)]
 
 @pytest.fixture
 def always_packed(monkeypatch):
-    """The CPU packs where a GPU would: `can_be_packed` takes its parameters for a GPU's."""
+    """The CPU packs where a GPU would: modules take their parameters for a GPU's."""
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
@@ -463,7 +465,7 @@ def test_functional_call_uses_what_it_is_given(always_packed):
 
 def test_can_be_packed_says_no_on_a_cpu():
     mlp = make_mlp()
-    assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert not mlp._can_be_packed()
     mlp(inputs())
     assert not is_packed(mlp)
 
@@ -518,27 +520,26 @@ OBSTACLES = [
 @pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)
 def test_can_be_packed_says_no_to_every_obstacle(obstacle, always_packed):
     mlp = make_mlp()
-    assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert mlp._can_be_packed()
     obstacle(mlp)
-    assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert not mlp._can_be_packed()
 
 
 def test_can_be_packed_says_yes_to_trainable_parameters_without_grad_mode(always_packed):
     mlp = make_mlp().requires_grad_(True)
-    parts = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    assert not can_be_packed(*parts)
+    assert not mlp._can_be_packed()
     with torch.no_grad():
-        assert can_be_packed(*parts)
+        assert mlp._can_be_packed()
 
 
 def test_can_be_packed_says_no_under_a_hook_of_all_modules(always_packed):
     mlp = make_mlp()
     hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
-        assert not can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        assert not mlp._can_be_packed()
     finally:
         hook.remove()
-    assert can_be_packed(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    assert mlp._can_be_packed()
 
 
 def test_trap26_nothing_is_packed_inside_somebodys_capture(always_packed, monkeypatch):
@@ -601,12 +602,66 @@ def test_the_down_projection_is_packed_where_it_needs_padding(hidden_dim, padded
 @pytest.mark.gpu
 def test_can_be_packed_says_yes_on_a_gpu_and_no_to_a_mix():
     mlp = make_mlp(device="cuda")
-    parts = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    assert can_be_packed(*parts)
+    assert mlp._can_be_packed()
     mlp.up_proj.half()
-    assert not can_be_packed(*parts)
+    assert not mlp._can_be_packed()
     mlp.up_proj.float().cpu()
-    assert not can_be_packed(*parts)
+    assert not mlp._can_be_packed()
+
+
+# --- the decoder's queries, keys and values ---
+
+
+def make_attention(device="cpu", seed=0):
+    torch.manual_seed(seed)
+    config = TextConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, mrope_section=(1, 1, 2))
+    return DecoderAttention(config, 0).requires_grad_(False).to(device)
+
+
+def projections(attention, x):
+    return [layer(x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+
+def assert_projects(attention, x):
+    for ours, theirs in zip(attention._project(x), projections(attention, x), strict=True):
+        assert_equal_to(ours, theirs, TOLERANCE)
+
+
+def test_queries_keys_and_values_are_one_product(always_packed, monkeypatch):
+    attention, x = make_attention(), inputs(48)
+    names = {name: value.clone() for name, value in attention.state_dict().items()}
+    products = []
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: products.append(args[1].shape) or linear(*args))
+    attention._project(x)
+    monkeypatch.undo()
+    assert products == [(48 + 16 + 16, 48)]
+    assert_projects(attention, x)
+    assert all(torch.equal(value, names[name]) for name, value in attention.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_wrapped_projection_is_called(name, always_packed):
+    """As peft wraps it."""
+    attention, x = make_attention(), inputs(48)
+    attention._project(x)
+    setattr(attention, name, Scaled(getattr(attention, name)))
+    assert_projects(attention, x)
+
+
+def test_projections_changed_in_place_moved_or_replaced_are_seen(always_packed):
+    attention, x = make_attention(), inputs(48)
+    attention._project(x)
+    attention.k_proj.weight.mul_(1.5)
+    attention.v_proj.bias.add_(1)
+    assert_projects(attention, x)
+    attention.q_proj.weight.data = attention.q_proj.weight.data.clone() * 2
+    assert_projects(attention, x)
+    attention.v_proj = nn.Linear(48, 16).requires_grad_(False)
+    assert_projects(attention, x)
+    attention.to(torch.float64)
+    assert attention._qkv._packed is None
+    assert_projects(attention, x.double())
 
 
 # --- the model ---
