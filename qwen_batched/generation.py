@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_batched.config import GenerationConfig
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
 STEPS_BETWEEN_LOOKS = 8
@@ -81,14 +84,14 @@ class Decoding:
     """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back.
 
     Attributes:
-        tokens: Int64 (B, max_new_tokens), filled from the left; a sample goes on after its end token.
-        count: How many columns are filled.
+        tokens: Int64 (B, max_new_tokens), filled from the left by one column a step, the first when made; a sample goes
+            on after its end token.
     """
 
     def __init__(
         self,
         decoder: BatchedDecoder,
-        head: Callable[[Tensor], Tensor],
+        head: nn.Linear | None,
         inputs_embeds: Tensor,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -115,7 +118,6 @@ class Decoding:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
         self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
-        self.count = 0
         hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, token_index=token_index)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
         self._seen_BW: Tensor | None = None
@@ -132,8 +134,13 @@ class Decoding:
         )
         self._append(self._logits(hidden_BD))
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Whose parameters a step reads."""
+        return [self._decoder] if self._head is None else [self._decoder, self._head]
+
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        return self._head(hidden_BD).float()
+        return project(hidden_BD, self._head, self._decoder).float()
 
     def _append(self, logits_BW: Tensor) -> None:
         if self._seen_BW is not None:
@@ -145,7 +152,6 @@ class Decoding:
             self._seen_BW.scatter_(1, token_B1, True)
         self._column += 1
         self._positions_B += 1
-        self.count += 1
 
 
 class HostCopy:
@@ -167,7 +173,7 @@ class HostCopy:
 @torch.no_grad()
 def generate_tokens(
     decoder: BatchedDecoder,
-    head: Callable[[Tensor], Tensor],
+    head: nn.Linear | None,
     inputs_embeds: Tensor,
     input_ids: Tensor,
     position_ids: Tensor,
@@ -177,6 +183,7 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     config: GenerationConfig,
+    graphs: CudaGraphs | None = None,
     stream: Callable[[list[list[int]]], None] | None = None,
     progress: bool = False,
 ) -> tuple[list[Tensor], list[list[int]]]:
@@ -184,7 +191,7 @@ def generate_tokens(
 
     Args:
         decoder: The language model.
-        head: Hidden states (B, D) to logits (B, vocabulary).
+        head: The output projection; None where it is tied to the embeddings.
         inputs_embeds: (B, S, D).
         input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
         position_ids: Int64 (3, B, S).
@@ -193,6 +200,7 @@ def generate_tokens(
         max_new_tokens: At least 1.
         sampling: How tokens are chosen.
         config: The checkpoint's end tokens and repetition penalty.
+        graphs: Makes a step a CUDA graph, which is gone when this returns; None runs every step.
         stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
         progress: Shows a bar on stderr.
 
@@ -212,8 +220,8 @@ def generate_tokens(
         repetition_penalty=config.repetition_penalty,
     )
     rows: list[list[int]] = [[] for _ in range(len(input_ids))]
-    with tqdm(total=max_new_tokens, desc="tokens", disable=not progress) as bar:
-        for new in _stretches(decoding, max_new_tokens):
+    with _stepper(decoding, graphs) as step, tqdm(total=max_new_tokens, desc="tokens", disable=not progress) as bar:
+        for new in _stretches(decoding.tokens, step):
             fresh = [_until_end(row, old, config.eos_token_ids) for row, old in zip(new, rows, strict=True)]
             for row, old in zip(fresh, rows, strict=True):
                 old += row
@@ -225,24 +233,41 @@ def generate_tokens(
     return [decoding.tokens[index, : len(row)] for index, row in enumerate(rows)], rows
 
 
-def _stretches(decoding: Decoding, max_new_tokens: int) -> Iterator[list[list[int]]]:
-    """Tokens as they reach the host, some steps at a time; the GPU is already at the next stretch meanwhile."""
-    on_gpu = decoding.tokens.is_cuda
-    steps = STEPS_BETWEEN_LOOKS if on_gpu else 1
-    waiting, start = None, 0
-    while True:
-        if decoding.count - start == steps or decoding.count == max_new_tokens:
-            copy = HostCopy(decoding.tokens[:, start : decoding.count])
-            start = decoding.count
-            if waiting is not None:
-                yield waiting.rows()
-            waiting = copy
-            if not on_gpu or decoding.count == max_new_tokens:
-                yield waiting.rows()
-                waiting = None
-        if decoding.count == max_new_tokens:
-            return
-        decoding.step()
+@contextlib.contextmanager
+def _stepper(decoding: Decoding, graphs: CudaGraphs | None) -> Iterator[Callable[[], None]]:
+    """`decoding.step`, or its CUDA graph."""
+    if graphs is None:
+        yield decoding.step
+        return
+    try:
+        yield lambda: graphs.run(decoding.modules, decoding, decoding.step, device=decoding.tokens.device)
+    finally:
+        graphs.forget()  # it holds the cache
+
+
+def _stretches(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
+    """Tokens as they reach the host, some columns at a time; the GPU is already at the next stretch meanwhile."""
+    on_gpu, total = tokens_BN.is_cuda, tokens_BN.shape[1]
+    width = STEPS_BETWEEN_LOOKS if on_gpu else 1
+    waiting: HostCopy | None = None
+    for start in range(0, total, width):
+        stop = min(start + width, total)
+        for _ in range(max(start, 1), stop):  # the first column is there
+            step()
+        copy = HostCopy(tokens_BN[:, start:stop])
+        if waiting is not None:
+            yield waiting.rows()
+        waiting = copy
+        if not on_gpu:
+            yield waiting.rows()
+            waiting = None
+    if waiting is not None:
+        yield waiting.rows()
+
+
+def project(hidden_states: Tensor, head: nn.Linear | None, decoder: BatchedDecoder) -> Tensor:
+    """Logits (..., vocabulary) of hidden states (..., D), by `head` or the embeddings that it is tied to."""
+    return F.linear(hidden_states, decoder.embed_tokens.weight) if head is None else head(hidden_states)
 
 
 def last_tokens(x_BSD: Tensor, attention_mask: Tensor) -> Tensor:

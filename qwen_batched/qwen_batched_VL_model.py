@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
-from qwen_batched.generation import Sampling, generate_tokens, last_tokens
+from qwen_batched.generation import Sampling, generate_tokens, last_tokens, project
 from qwen_batched.model.inputs import (
     Resize,
     check_batch,
@@ -68,6 +67,7 @@ class QwenBatchedVL(nn.Module):
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
         # Apart, since image features alone stay true whatever happens to the decoder.
         self._vision_graphs, self._graphs = CudaGraphs(), CudaGraphs()
+        self._step_graphs = CudaGraphs(max_graphs=1)
 
     @classmethod
     def from_pretrained(
@@ -269,8 +269,7 @@ class QwenBatchedVL(nn.Module):
             resize: As for `forward`.
             chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
                 passes need less memory. Results do not depend on it.
-            cuda_graph: False never captures and never replays. Nor are graphs made of a model with hooks, wrapped
-                layers or a processor of another class.
+            cuda_graph: As for `forward`.
 
         Returns:
             (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
@@ -316,8 +315,8 @@ class QwenBatchedVL(nn.Module):
         return *request.key, self.dtype, processor, processor.image, processor.padding_side
 
     def _clear_graphs(self) -> None:
-        self._vision_graphs.clear()
-        self._graphs.clear()
+        for graphs in (self._vision_graphs, self._graphs, self._step_graphs):
+            graphs.clear()
 
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
@@ -331,9 +330,7 @@ class QwenBatchedVL(nn.Module):
             ValueError: The output projection was left out.
         """
         self._check_lm_head()
-        if self.lm_head is None:
-            return F.linear(hidden_states, self.model.embed_tokens.weight)
-        return self.lm_head(hidden_states)
+        return project(hidden_states, self.lm_head, self.model)
 
     def generate(
         self,
@@ -349,6 +346,7 @@ class QwenBatchedVL(nn.Module):
         resize: Resize = "hf",
         stream: Callable[[list[str]], None] | None = None,
         progress: bool = False,
+        cuda_graph: bool = True,
     ) -> GenerateOutput:
         """New text for each sample.
 
@@ -366,9 +364,10 @@ class QwenBatchedVL(nn.Module):
             camera_mask: As for `forward`.
             template: As for `forward`.
             resize: As for `forward`.
-            stream: Takes new text as it comes, one string for each sample, "" where there is none; joined, a sample's
-                are its text. Called for each token on a CPU and for every few on a GPU.
+            stream: Takes new text as it comes, one string for each sample, "" where there is none, for each token on a
+                CPU and for every few on a GPU. Joined, a sample's are its text.
             progress: Shows a progress bar on stderr.
+            cuda_graph: False runs every step without a CUDA graph.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or prompt and new tokens together exceed the
@@ -396,7 +395,7 @@ class QwenBatchedVL(nn.Module):
         text_stream = prompts.stream(len(texts))
         tokens, rows = generate_tokens(
             self.model,
-            self.logits,
+            self.lm_head,
             inputs_embeds,
             batch["input_ids"],
             batch["position_ids"],
@@ -405,6 +404,7 @@ class QwenBatchedVL(nn.Module):
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             config=self.generation_config,
+            graphs=self._step_graphs if self._graphs_may_serve(cuda_graph) else None,
             stream=None if stream is None else lambda new: stream(text_stream.pieces(new)),
             progress=progress,
         )

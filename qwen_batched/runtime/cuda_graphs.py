@@ -74,10 +74,16 @@ class CudaGraphs:
         self._remember(modules, key)
         return outputs
 
+    def forget(self) -> None:
+        """Forgets all calls; their memory stays for others."""
+        with self._lock:
+            self._drop(len(self._calls))
+            self._snapshot = None  # the last to go: it keeps what running graphs read
+
     def clear(self) -> None:
         """Forgets all calls, and lets go of their memory."""
         with self._lock:
-            self._forget()
+            self.forget()
             self._arena = None
 
     def __len__(self) -> int:
@@ -90,12 +96,8 @@ class CudaGraphs:
         """Whether the graphs are still true; they are dropped where not."""
         if self._snapshot is not None and self._snapshot.matches(*modules):
             return True
-        self._forget()
+        self.forget()
         return False
-
-    def _forget(self) -> None:
-        self._drop(len(self._calls))
-        self._snapshot = None  # the last to go: it keeps what running graphs read
 
     def _remember(self, modules: Sequence[nn.Module], key: Hashable) -> None:
         """A call has run, weights are packed and kernels compiled: from now on it may be captured."""

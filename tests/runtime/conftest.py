@@ -47,8 +47,9 @@ def fake(monkeypatch):
 
     class FakeCall(cuda_graphs.CapturedCall):
         def __init__(self, function, inputs, arena):
-            def on_zeros(*buffers):  # a capture runs nothing; here the buffers must hold something harmless
-                return function(*(buffer.zero_() for buffer in buffers))
+            def on_zeros(*buffers):
+                """A capture runs nothing. Here outputs must be made, from something harmless; without them, nothing."""
+                return function(*(buffer.zero_() for buffer in buffers)) if buffers else None
 
             super().__init__(on_zeros, inputs, arena)
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.config import GenerationConfig
+from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
 TEXTS = ["Pick up the red block.", "a"]
@@ -185,6 +187,65 @@ def test_a_processor_of_another_class_makes_no_graph(load):
     assert not model._graphs_may_serve(True)
 
 
+# --- generation, a graph for a step ---
+
+GENERATE = {
+    "greedy": {},
+    "drawn": {"temperature": 1.0, "seed": 3},
+    "top k and p": {"temperature": 1.3, "seed": 3, "top_k": 20, "top_p": 0.9},
+}
+
+
+def assert_generates_the_same(model, **options):
+    ours = model.generate(frames(), TEXTS, max_new_tokens=12, **options)
+    theirs = model.generate(frames(), TEXTS, max_new_tokens=12, cuda_graph=False, **options)
+    assert [ids.tolist() for ids in ours.token_ids] == [ids.tolist() for ids in theirs.token_ids]
+    assert ours.texts == theirs.texts
+
+
+@pytest.mark.parametrize("name", GENERATE)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_steps_after_the_first_replay(own, fake, name, penalty):
+    own.generation_config = GenerationConfig(eos_token_ids=(), repetition_penalty=penalty)
+    for count in (1, 2):
+        assert_generates_the_same(own, **GENERATE[name])
+        assert fake.captured == count
+        assert fake.replayed == 10 * count, "of 12 tokens one is the prompt's, one a first step's"
+
+
+def test_a_step_leaves_nothing_behind(own, fake):
+    own.generate(frames(), TEXTS, max_new_tokens=4)
+    assert len(own._step_graphs) == 0
+    assert own._step_graphs._snapshot is None
+
+
+def test_an_error_in_the_stream_leaves_nothing_behind(own, fake):
+    with pytest.raises(ZeroDivisionError):
+        own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: 1 / 0)
+    assert len(own._step_graphs) == 0
+    assert_generates_the_same(own)
+
+
+def test_hooks_see_every_step(own, fake):
+    seen = []
+    own.model.layers[0].register_forward_hook(lambda *_: seen.append(1) and None)
+    own.generation_config = GenerationConfig()
+    own.generate(None, TEXTS, max_new_tokens=6)
+    assert len(seen) == 6
+    assert fake.captured == 0
+
+
+def test_a_head_of_its_own_and_weights_changed_between_calls(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(QwenBatchedVL, "_graphs_may_serve", lambda self, wanted: wanted)
+    folder = write_checkpoint(tmp_path / "checkpoint", tied=False, image={"min_pixels": 28 * 28})
+    model = QwenBatchedVL.from_pretrained(folder, device="cpu").requires_grad_(False)
+    assert_generates_the_same(model)
+    model.lm_head.weight.mul_(-1)
+    assert_generates_the_same(model)
+    model.lm_head.weight.data = model.lm_head.weight.data.clone().flip(0)
+    assert_generates_the_same(model)
+
+
 # --- on a GPU, with CUDA's graphs ---
 
 
@@ -223,6 +284,31 @@ def test_trap26_all_calls_in_turn_on_a_gpu(on_gpu):
             arguments = to_gpu(arguments)
             ours = call(on_gpu, *arguments, **options)
             assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GENERATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_give_the_same_tokens(on_gpu, name, dtype):
+    on_gpu.to(dtype)
+    on_gpu.generation_config = GenerationConfig(repetition_penalty=1.1)
+    for _ in range(3):
+        ours = on_gpu.generate(frames().cuda(), TEXTS, max_new_tokens=40, **GENERATE[name])
+        theirs = on_gpu.generate(frames().cuda(), TEXTS, max_new_tokens=40, cuda_graph=False, **GENERATE[name])
+        assert [ids.tolist() for ids in ours.token_ids] == [ids.tolist() for ids in theirs.token_ids]
+
+
+@pytest.mark.gpu
+def test_memory_is_flat_over_many_generations(on_gpu):
+    def round_trip(calls):
+        for index in range(calls):
+            on_gpu.generate(None, ["a" * (1 + index % 7), "b"], max_new_tokens=6)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    round_trip(14)
+    before = round_trip(14)
+    assert round_trip(56) <= before + 2**20
 
 
 @pytest.mark.gpu
