@@ -115,7 +115,11 @@ class CudaGraphs:
     ) -> CapturedCall | bool:
         try:
             self._arena = Arena.of(device)
-            self._calls[key] = CapturedCall(function, inputs, self._arena)
+            try:
+                self._calls[key] = CapturedCall(function, inputs, self._arena)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()  # which the allocator cannot do by itself inside a capture
+                self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._calls[key] = False
             warnings.warn(f"no CUDA graph for this shape, it runs without: {error}", RuntimeWarning, stacklevel=4)
@@ -201,19 +205,19 @@ class Arena:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
-        """Captures what is done inside the `with` block."""
-        with torch.cuda.stream(self._stream):
+        """Captures what is done inside the `with` block.
+
+        Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with self._one_capture, self._turn, torch.cuda.stream(self._stream):
             # Room for what a capture begins with: PyTorch 2.11 aborts the process where there is none.
             spare = torch.empty(1, device=self.device)
-        graph = torch.cuda.CUDAGraph()
-        with (
-            self._one_capture,
-            self._turn,
-            # torch.cuda.graph would leave its stream the current one where the end of a capture fails.
-            torch.cuda.stream(torch.cuda.current_stream(self.device)),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            yield graph
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                yield graph
+            finally:
+                graph.capture_end()
         del spare
 
     @contextlib.contextmanager

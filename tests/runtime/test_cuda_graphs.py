@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qwen_batched.kernels import backend, ops
+from qwen_batched.runtime.cuda_graphs import Arena
 from tests.support import Scaled, assert_equal_to, photos
 
 pytestmark = pytest.mark.gpu
@@ -378,11 +379,10 @@ def test_a_capture_that_runs_out_of_memory_falls_back_with_one_warning(own, monk
     images = frames(56, 84)
     expected = eager(own, images)
 
-    class Full:
-        def __init__(self, *args, **options):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.cuda, "graph", Full)
+    monkeypatch.setattr(Arena, "capture", full)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(5):
