@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_batched.config import GenerationConfig
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
@@ -46,7 +46,7 @@ class Sampling:
             raise TypeError(f"top_k must be an int and seed an int or None, got {self.top_k!r} and {self.seed!r}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature <= sys.float_info.max or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 "temperature must be finite and at least 0, top_k at least 0 and top_p in (0, 1], got "
                 f"{self.temperature}, {self.top_k}, {self.top_p}"
@@ -57,7 +57,8 @@ class Sampling:
         if self.temperature == 0:
             return None
         generator = None if self.seed is None else torch.Generator(device).manual_seed(self.seed)
-        return torch.rand(batch, steps, generator=generator, device=device, dtype=torch.float64)
+        # Step by step, so that more steps leave the numbers of the first ones alone.
+        return torch.rand(steps, batch, generator=generator, device=device, dtype=torch.float64).t()
 
     def choose(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
         """One token (B,) from float32 logits (B, vocabulary); `uniform` (B,) says where in the distribution."""
@@ -88,6 +89,8 @@ class Decoding:
             on after its end token.
     """
 
+    @torch.inference_mode(False)  # a graph captured outside inference mode may not change what was made inside
+    @torch.no_grad()
     def __init__(
         self,
         decoder: BatchedDecoder,
@@ -102,7 +105,20 @@ class Decoding:
         sampling: Sampling,
         repetition_penalty: float,
     ) -> None:
-        """Runs the prompts and chooses the first token of each; arguments as of `generate_tokens`."""
+        """Runs the prompts and chooses the first token of each.
+
+        Args:
+            decoder: The language model.
+            head: The output projection; None where it is tied to the embeddings.
+            inputs_embeds: (B, S, D).
+            input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
+            position_ids: Int64 (3, B, S).
+            attention_mask: Bool (B, S).
+            token_index: Int64 (T,), see `BatchedDecoder.forward`.
+            max_new_tokens: At least 1.
+            sampling: How tokens are chosen.
+            repetition_penalty: 1 for none.
+        """
         batch, length = input_ids.shape
         text, device = decoder.config, input_ids.device
         self._decoder, self._head, self._sampling, self._penalty = decoder, head, sampling, repetition_penalty
@@ -126,6 +142,7 @@ class Decoding:
             self._seen_BW = counts_BW > 0
         self._append(logits_BW)
 
+    @torch.no_grad()
     def step(self) -> None:
         """One more token for each sample."""
         token_B = self.tokens.index_select(1, self._column - 1)[:, 0]
@@ -159,9 +176,9 @@ class HostCopy:
 
     def __init__(self, tokens_BN: Tensor) -> None:
         self._tokens_BN = tokens_BN.to("cpu", non_blocking=True)
-        self._arrival = torch.cuda.Event() if tokens_BN.is_cuda else None
-        if self._arrival is not None:
-            self._arrival.record()
+        self._arrival = None
+        if tokens_BN.is_cuda:
+            self._arrival = torch.cuda.current_stream(tokens_BN.device).record_event()
 
     def rows(self) -> list[list[int]]:
         """The tokens of each sample; waits until they are here."""
@@ -170,19 +187,9 @@ class HostCopy:
         return self._tokens_BN.tolist()
 
 
-@torch.no_grad()
 def generate_tokens(
-    decoder: BatchedDecoder,
-    head: nn.Linear | None,
-    inputs_embeds: Tensor,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor,
-    token_index: Tensor,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    config: GenerationConfig,
+    decoding: Decoding,
+    end_tokens: Collection[int],
     graphs: CudaGraphs | None = None,
     stream: Callable[[list[list[int]]], None] | None = None,
     progress: bool = False,
@@ -190,16 +197,8 @@ def generate_tokens(
     """The new tokens of each sample, up to and including its end token.
 
     Args:
-        decoder: The language model.
-        head: The output projection; None where it is tied to the embeddings.
-        inputs_embeds: (B, S, D).
-        input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
-        position_ids: Int64 (3, B, S).
-        attention_mask: Bool (B, S).
-        token_index: Int64 (T,), see `BatchedDecoder.forward`.
-        max_new_tokens: At least 1.
-        sampling: How tokens are chosen.
-        config: The checkpoint's end tokens and repetition penalty.
+        decoding: A batch whose prompts have run.
+        end_tokens: Any of them ends a sample.
         graphs: Makes a step a CUDA graph, which is gone when this returns; None runs every step.
         stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
         progress: Shows a bar on stderr.
@@ -207,30 +206,19 @@ def generate_tokens(
     Returns:
         B int64 vectors on the decoder's device, and the same as lists.
     """
-    decoding = Decoding(
-        decoder,
-        head,
-        inputs_embeds,
-        input_ids,
-        position_ids,
-        attention_mask,
-        token_index,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        repetition_penalty=config.repetition_penalty,
-    )
-    rows: list[list[int]] = [[] for _ in range(len(input_ids))]
-    with _stepper(decoding, graphs) as step, tqdm(total=max_new_tokens, desc="tokens", disable=not progress) as bar:
+    batch, total = decoding.tokens.shape
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    with _stepper(decoding, graphs) as step, tqdm(total=total, desc="tokens", disable=not progress) as bar:
         for new in _stretches(decoding.tokens, step):
-            fresh = [_until_end(row, old, config.eos_token_ids) for row, old in zip(new, rows, strict=True)]
+            fresh = [_until_end(row, old, end_tokens) for row, old in zip(new, rows, strict=True)]
             for row, old in zip(fresh, rows, strict=True):
                 old += row
             bar.update(len(new[0]))
             if stream is not None:
                 stream(fresh)
-            if all(row[-1] in config.eos_token_ids for row in rows):
+            if all(row[-1] in end_tokens for row in rows):
                 break
-    return [decoding.tokens[index, : len(row)] for index, row in enumerate(rows)], rows
+    return [decoding.tokens[index, : len(row)].clone() for index, row in enumerate(rows)], rows
 
 
 @contextlib.contextmanager
@@ -239,8 +227,14 @@ def _stepper(decoding: Decoding, graphs: CudaGraphs | None) -> Iterator[Callable
     if graphs is None:
         yield decoding.step
         return
+    modules, device = decoding.modules, decoding.tokens.device
+
+    @torch.no_grad()
+    def step() -> None:
+        graphs.run(modules, decoding, decoding.step, device=device, stateful=True)
+
     try:
-        yield lambda: graphs.run(decoding.modules, decoding, decoding.step, device=decoding.tokens.device)
+        yield step
     finally:
         graphs.forget()  # it holds the cache
 

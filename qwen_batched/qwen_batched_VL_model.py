@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
-from qwen_batched.generation import Sampling, generate_tokens, last_tokens, project
+from qwen_batched.generation import Decoding, Sampling, generate_tokens, last_tokens, project
 from qwen_batched.model.inputs import (
     Resize,
     check_batch,
@@ -297,7 +297,7 @@ class QwenBatchedVL(nn.Module):
             return self._vision_graphs.run([self.visual], key, run, *request.tensors, device=self.device)
         except torch.OutOfMemoryError as error:
             reason = str(error)
-        self._clear_graphs()
+        self._vision_graphs.clear()
         # Raised out here, where nothing holds on to what the failed call had on the GPU.
         sizes = ", ".join(str(tuple(frames.shape)) for frames in ([images] if isinstance(images, Tensor) else images))
         raise torch.OutOfMemoryError(
@@ -312,15 +312,13 @@ class QwenBatchedVL(nn.Module):
     def _key(self, request: Request) -> tuple[Hashable, ...]:
         """What shapes a call besides its arguments and tensors."""
         processor = self.processor
-        return *request.key, self.dtype, processor, processor.image, processor.padding_side
-
-    def _clear_graphs(self) -> None:
-        for graphs in (self._vision_graphs, self._graphs, self._step_graphs):
-            graphs.clear()
+        tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
+        return *request.key, self.dtype, processor, processor.image, *tokens
 
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
-        self._clear_graphs()
+        for graphs in (self._vision_graphs, self._graphs, self._step_graphs):
+            graphs.clear()
         return super()._apply(*arguments, **keywords)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -391,19 +389,20 @@ class QwenBatchedVL(nn.Module):
         batch = self.processor.batch(request, self.dtype)
         with torch.no_grad():
             inputs_embeds, _ = self._embed(batch)
-        prompts = self.processor.prompts
-        text_stream = prompts.stream(len(texts))
-        tokens, rows = generate_tokens(
+        decoding = Decoding(
             self.model,
             self.lm_head,
             inputs_embeds,
-            batch["input_ids"],
-            batch["position_ids"],
-            batch["attention_mask"],
-            batch["token_index"],
+            *(batch[name] for name in ("input_ids", "position_ids", "attention_mask", "token_index")),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            config=self.generation_config,
+            repetition_penalty=self.generation_config.repetition_penalty,
+        )
+        prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
+        text_stream = prompts.stream(len(texts))
+        tokens, rows = generate_tokens(
+            decoding,
+            end_tokens,
             graphs=self._step_graphs if self._graphs_may_serve(cuda_graph) else None,
             stream=None if stream is None else lambda new: stream(text_stream.pieces(new)),
             progress=progress,
@@ -413,7 +412,7 @@ class QwenBatchedVL(nn.Module):
         return GenerateOutput(
             texts=[prompts.decode(row) for row in rows],
             token_ids=tokens,
-            finish_reasons=["eos" if row[-1] in self.generation_config.eos_token_ids else "length" for row in rows],
+            finish_reasons=["eos" if row[-1] in end_tokens else "length" for row in rows],
         )
 
     def _embed(self, batch: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, Features | None]:

@@ -192,6 +192,11 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
         shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
     _check_token_index(batch["token_index"], input_ids.numel())
+    mask = batch["attention_mask"]
+    if mask.device.type == "cpu" and mask.sum() > batch["token_index"].numel():
+        raise ValueError(
+            f"token_index must hold every token of attention_mask, got {len(batch['token_index'])} of {mask.sum()}"
+        )
     if has_images:
         cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
         if "camera_present" in batch:

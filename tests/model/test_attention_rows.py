@@ -98,6 +98,14 @@ def test_a_token_hidden_in_a_prepared_batch_disturbs_nobody(model):
         assert_equal_to(ours, own_tokens(expected, out.attention_mask, sample))
 
 
+def test_fewer_tokens_than_the_mask_has_are_refused(load):
+    """On the host, where that can be seen: tokens would be left out."""
+    model = load()
+    batch = model.processor(None, TEXTS)
+    with pytest.raises(ValueError, match="token_index"):
+        model(**(batch | {"token_index": batch["token_index"][:-1]}))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_decoder_alone_gives_the_same_with_padding_and_without(load, device, side):
     model = load(device=device, padding_side=side).requires_grad_(False)

@@ -328,6 +328,27 @@ def test_a_seed_makes_draws_reproducible_and_another_one_others(model):
     assert draw(None) != draw(None)
 
 
+def test_more_tokens_asked_for_change_no_draw_of_the_first_ones(load):
+    """On a GPU PyTorch lays numbers of another size out differently."""
+    model = load(device="cpu")
+    model.generation_config = dataclasses.replace(model.generation_config, eos_token_ids=())
+    short, long = (
+        tokens(model.generate(None, TEXTS, max_new_tokens=count, temperature=1.0, seed=1)) for count in (4, 9)
+    )
+    assert [ids[:4] for ids in long] == short
+
+
+def test_a_samples_tokens_keep_no_neighbours_alive(model):
+    out = model.generate(None, TEXTS, max_new_tokens=3)
+    assert all(ids.untyped_storage().nbytes() == ids.numel() * 8 for ids in out.token_ids)
+
+
+def test_a_stream_is_called_in_the_callers_grad_mode(model):
+    modes = []
+    model.generate(None, ["a"], max_new_tokens=3, stream=lambda pieces: modes.append(torch.is_grad_enabled()))
+    assert modes and all(modes)
+
+
 def test_a_seed_leaves_pytorchs_own_generator_alone(model):
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -423,6 +444,7 @@ def test_the_chi_square_test_tells_a_wrong_distribution(model):
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
+        {"temperature": 10**400},
         {"temperature": "hot"},
         {"top_k": -1},
         {"top_k": 1.5},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.runtime import cuda_graphs
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
@@ -96,6 +97,14 @@ def test_precisions_set_by_their_new_names_are_part_of_the_key(fake, linear):
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert len(graphs) == 2
+
+
+def test_the_choice_of_attention_kernels_is_part_of_the_key(fake, linear):
+    graphs, x = CudaGraphs(), torch.randn(2, 3)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel(backend):
+            run(graphs, linear, "key", linear, x)
+    assert len(graphs) == 3
 
 
 def test_calls_that_a_graph_would_answer_wrongly_are_run(fake, linear):

@@ -7,6 +7,7 @@ import torch
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.config import GenerationConfig
+from qwen_batched.generation import Decoding
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -224,6 +225,45 @@ def test_an_error_in_the_stream_leaves_nothing_behind(own, fake):
         own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: 1 / 0)
     assert len(own._step_graphs) == 0
     assert_generates_the_same(own)
+
+
+@pytest.mark.parametrize("change", ["mode", "hook", "weights"])
+def test_trap26_a_model_changed_between_two_steps_repeats_no_step(own, fake, change):
+    """A step changes state: a stale one must not run before the true one."""
+    own.generation_config = GenerationConfig()
+    expected = own.generate(frames(), TEXTS, max_new_tokens=12, cuda_graph=False)
+    calls = []
+
+    def stream(pieces):
+        calls.append(pieces)
+        if len(calls) == 6 and change == "mode":
+            own.train()
+        if len(calls) == 6 and change == "hook":
+            own.model.layers[0].register_forward_hook(lambda *_: None)
+        if len(calls) == 6 and change == "weights":
+            own.model.norm.weight.data = own.model.norm.weight.data.clone()
+
+    out = own.generate(frames(), TEXTS, max_new_tokens=12, stream=stream)
+    assert [ids.tolist() for ids in out.token_ids] == [ids.tolist() for ids in expected.token_ids]
+
+
+def test_trap29_the_state_of_a_step_may_change_outside_inference_mode(own, monkeypatch):
+    """Where graphs are captured; a step's state made inside could not be."""
+    made = []
+    init = Decoding.__init__
+    monkeypatch.setattr(
+        Decoding, "__init__", lambda self, *args, **options: made.append(self) or init(self, *args, **options)
+    )
+    with torch.inference_mode():
+        own.generate(frames(), TEXTS, max_new_tokens=3, temperature=1.0, seed=0, cuda_graph=False)
+    state = [x for holder in (made[0], made[0]._cache) for x in vars(holder).values() if isinstance(x, torch.Tensor)]
+    assert len(state) >= 7
+    assert not any(x.is_inference() for x in state)
+    before = made[0].tokens.clone()
+    with torch.inference_mode(False):
+        made[0]._column.fill_(1)
+        made[0].step()
+    assert torch.equal(made[0].tokens[:, 0], before[:, 0])
 
 
 def test_hooks_see_every_step(own, fake):
