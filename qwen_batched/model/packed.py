@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qwen_batched.plain_modules import is_plain
+
 Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -101,9 +103,12 @@ class PackingModule(nn.Module):
     def _can_be_packed(self) -> bool:
         if torch.compiler.is_compiling() or _has_any_global_hook():
             return False
-        if not all(_is_plain(layer) and _has_shape(layer, *shape) for layer, *shape in self._linears()):
+        linears = self._linears()
+        if not all(
+            type(layer) is nn.Linear and is_plain(layer) and _has_shape(layer, *shape) for layer, *shape in linears
+        ):
             return False
-        parameters = [parameter for layer, *_ in self._linears() for parameter in layer.parameters()]
+        parameters = [parameter for layer, *_ in linears for parameter in layer.parameters()]
         first = parameters[0]
         return (
             first.is_cuda
@@ -124,22 +129,6 @@ class PackingModule(nn.Module):
             if isinstance(value, PackedParameters):
                 value.forget_if_left()
         return self
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return (
-        type(layer) is nn.Linear
-        and "weight" in layer._parameters  # replicas of nn.DataParallel have plain attributes
-        and not any(hooks)
-        and "forward" not in vars(layer)
-        and all(type(weight) is nn.Parameter for weight in layer.parameters())
-    )
 
 
 def _has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:

@@ -67,7 +67,7 @@ class CudaGraphs:
             call = self._calls.get(key)
             if call is None and key in self._calls and self._still_matches(modules):
                 call = self._capture(key, function, inputs, device)
-            if call and not (stateful and not self._still_matches(modules)):
+            if call and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._calls.move_to_end(key)

@@ -7,6 +7,8 @@ from operator import is_
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qwen_batched.plain_modules import hooks_of, is_plain
+
 OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
 
 
@@ -48,17 +50,9 @@ def is_capturable(*modules: nn.Module) -> bool:
 
     A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call.
     """
-    return not _has_any_global_hook() and all(_is_plain(child) for module in modules for child in module.modules())
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module).__module__.startswith(OWN_CODE)
-        and not any(_hooks(module))
-        and "forward" not in vars(module)
-        and module._compiled_call_impl is None
-        and not any(isinstance(value, Tensor) for value in vars(module).values())
-        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+    children = (child for module in modules for child in module.modules())
+    return not _has_any_global_hook() and all(
+        type(child).__module__.startswith(OWN_CODE) and is_plain(child) for child in children
     )
 
 
@@ -70,16 +64,7 @@ def _equal(now: dict, before: dict) -> bool:
 
 
 def _dicts(module: nn.Module) -> tuple[dict, ...]:
-    return vars(module), module._modules, *_hooks(module)
-
-
-def _hooks(module: nn.Module) -> tuple[dict, ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    return vars(module), module._modules, *hooks_of(module)
 
 
 def _layouts(tensors: list[Tensor]) -> tuple[list, ...]:
