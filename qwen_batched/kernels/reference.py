@@ -177,6 +177,8 @@ def resize(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    if not len(pixels):  # which PyTorch refuses on a GPU
+        return pixels.new_empty(*pixels.shape[:2], height, width)
     return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
