@@ -21,6 +21,7 @@ from qwen_batched.model.inputs import (
     resolve_layers,
 )
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.model.packed import pack
 from qwen_batched.model.sequence import place_features
 from qwen_batched.model.tensor_processor import Request, TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
@@ -66,7 +67,7 @@ class QwenBatchedVL(nn.Module):
         separate_head = lm_head and not config.tie_word_embeddings
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
         # Apart, since image features alone stay true whatever happens to the decoder.
-        self._vision_graphs, self._graphs = CudaGraphs(), CudaGraphs()
+        self._vision_graphs, self._graphs = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
         self._step_graphs = CudaGraphs(max_graphs=1)
 
     @classmethod
@@ -164,7 +165,8 @@ class QwenBatchedVL(nn.Module):
         """Hidden states of a batch.
 
         On a GPU, with gradients off, the second call of a shape is captured as one CUDA graph, which later calls
-        replay; `capture` does so ahead of time. Results are the same, and never overwritten by a later call.
+        replay; `capture` does so ahead of time. Of more than 32 shapes the commonest have graphs. Results are the same,
+        and never overwritten by a later call.
 
         Args:
             images: (B, V, 3, H, W), RGB, on the model's device or the host; uint8 means 0..255, a floating dtype 0..1.
@@ -216,7 +218,7 @@ class QwenBatchedVL(nn.Module):
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._graphs.admitting_all():
             for _ in range(2):  # the first compiles kernels and packs weights
                 self(images, texts, **arguments)
 
@@ -258,8 +260,7 @@ class QwenBatchedVL(nn.Module):
     ) -> Features | list[Features]:
         """Image features without the decoder.
 
-        On a GPU, with gradients off, the second call of a shape is captured as a CUDA graph that later calls replay.
-        Results are the same, and never overwritten by a later call.
+        On a GPU, with gradients off, shapes get CUDA graphs as in `forward`.
 
         Args:
             images: As for `forward`.

@@ -7,6 +7,7 @@ long (H200, bf16).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
@@ -129,6 +130,19 @@ class PackingModule(nn.Module):
             if isinstance(value, PackedParameters):
                 value.forget_if_left()
         return self
+
+
+def pack(*modules: nn.Module) -> None:
+    """Packs what a call would pack at first use, so that none moves parameters later; to be called with gradients off.
+
+    What there is no memory for is left to its first use.
+    """
+    packing = (child for module in modules for child in module.modules() if isinstance(child, PackingModule))
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for child in packing:
+            if child._can_be_packed():
+                for packed, parameters in child._packings():
+                    packed.of(*parameters)
 
 
 def _has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import hold_values
 from qwen_batched.kernels import ops
+from qwen_batched.runtime.admission import Uses
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
 Outputs = Tensor | list["Outputs"] | None
@@ -26,18 +26,22 @@ NAMED_PRECISIONS = torch.__version__ >= "2.9"  # since then, reading the old set
 
 
 class CudaGraphs:
-    """At most `max_graphs` captured calls of the same modules, the least recently used giving way.
+    """At most `max_graphs` captured calls of the same modules; once there are as many, for the commonest (see `Uses`).
 
     A call is captured only where nothing would be lost (see `is_capturable`) and replayed only while the modules are as
     they were. Results are copies. A copied or unpickled instance begins anew.
     """
 
-    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
+    def __init__(self, max_graphs: int = MAX_GRAPHS, prepare: Callable[..., None] | None = None) -> None:
+        """`prepare(*modules)` is called before the first call of modules is captured, and again once they changed."""
         self.max_graphs = max_graphs
-        # By key: None where a call has run, its graph where it was captured, False where it could not be.
-        self._calls: OrderedDict[Hashable, CapturedCall | bool | None] = OrderedDict()
+        self._prepare = prepare
+        self._calls: dict[Hashable, CapturedCall] = {}
+        self._displaced: list[CapturedCall] = []  # that may still run
+        self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
+        self._admits_all = False
         self._lock = threading.RLock()
 
     def run(
@@ -64,22 +68,35 @@ class CudaGraphs:
             return function(*inputs)
         key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
         with self._lock:
+            self._let_go()
             call = self._calls.get(key)
-            if call is None and key in self._calls and self._still_matches(modules):
+            if call is None and self._earns_graph(key) and self._still_matches(modules):
                 call = self._capture(key, function, inputs, device)
-            if call and (not stateful or self._still_matches(modules)):
+            if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
-                    self._calls.move_to_end(key)
+                    self._uses.note(key)
                     return outputs
         outputs = function(*inputs)
         self._remember(modules, key)
         return outputs
 
+    @contextlib.contextmanager
+    def admitting_all(self) -> Iterator[None]:
+        """Inside the `with` block the second call of a kind is captured, whatever has to give way."""
+        self._admits_all = True
+        try:
+            yield
+        finally:
+            self._admits_all = False
+
     def forget(self) -> None:
         """Forgets all calls; their memory stays for others."""
         with self._lock:
-            self._drop(len(self._calls))
+            for key in list(self._calls):
+                self._displace(key)
+            self._let_go(wait=True)
+            self._uses.clear()
             self._snapshot = None  # the last to go: it keeps what running graphs read
 
     def clear(self) -> None:
@@ -91,8 +108,8 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int]]:
-        return CudaGraphs, (self.max_graphs,)
+    def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int, Callable[..., None] | None]]:
+        return CudaGraphs, (self.max_graphs, self._prepare)
 
     def _still_matches(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the graphs are still true; they are dropped where not."""
@@ -102,37 +119,53 @@ class CudaGraphs:
         return False
 
     def _remember(self, modules: Sequence[nn.Module], key: Hashable) -> None:
-        """A call has run, weights are packed and kernels compiled: from now on it may be captured."""
+        """A call has run, kernels are compiled and tables made: from now on it may be captured."""
         with self._lock:
             if not self._still_matches(modules):
                 if not is_capturable(*modules):
                     return
+                if self._prepare is not None:
+                    self._prepare(*modules)
                 self._snapshot = ModuleSnapshot(*modules)
-            self._calls.setdefault(key)
-            self._calls.move_to_end(key)
-            self._drop(len(self._calls) - self.max_graphs)
+            self._uses.note(key)
+
+    def _earns_graph(self, key: Hashable) -> bool:
+        """Whether a call has run, and there is room or it is worth the place of another."""
+        return key in self._uses and (
+            self._admits_all
+            or len(self._calls) < self.max_graphs
+            or self._uses.is_commoner(key, self._uses.least_common(self._calls))
+        )
 
     def _capture(
         self, key: Hashable, function: Callable[..., Outputs], inputs: Sequence[Tensor], device: torch.device
-    ) -> CapturedCall | bool:
+    ) -> CapturedCall | None:
+        if len(self._calls) >= self.max_graphs:
+            self._displace(self._uses.least_common(self._calls))
+            self._let_go()
         try:
             self._arena = Arena.of(device)
             try:
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
             except torch.OutOfMemoryError:
+                self._let_go(wait=True)
                 torch.cuda.empty_cache()  # which the allocator cannot do by itself inside a capture
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
-            self._calls[key] = False
+            self._uses.refuse(key)
             warnings.warn(f"no CUDA graph for this shape, it runs without: {error}", RuntimeWarning, stacklevel=4)
-        return self._calls[key]
+        return self._calls.get(key)
 
-    def _drop(self, count: int) -> None:
-        """Drops the `count` least recently used calls."""
-        dropped = [self._calls.popitem(last=False)[1] for _ in range(count)]
-        for call in dropped:
-            if call:
+    def _displace(self, key: Hashable) -> None:
+        """A graph gives up its place; its memory is no one else's until the device is through with it."""
+        self._displaced.append(self._calls.pop(key))
+
+    def _let_go(self, wait: bool = False) -> None:
+        """Lets go of displaced graphs that do not run any more, or waits until none does."""
+        if wait:
+            for call in self._displaced:
                 call.wait()
+        self._displaced = [call for call in self._displaced if not call.is_done()]
 
 
 class CapturedCall:
@@ -141,6 +174,7 @@ class CapturedCall:
     def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], arena: Arena) -> None:
         """Captures `function(*inputs)`; it is not run. Raises `RuntimeError` where that cannot be done."""
         self.arena = arena
+        self._done: torch.cuda.Event | None = None  # the last replay; None before the first
         # Outside inference mode: a graph captured within it is replayed outside it too.
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
@@ -150,15 +184,20 @@ class CapturedCall:
 
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:
         """The outputs for `inputs`, as copies."""
-        with self.arena.in_turn():
+        with self.arena.in_turn() as self._done:
             for buffer, value in zip(self.inputs, inputs, strict=True):
                 buffer.copy_(value, non_blocking=True)
             self.graph.replay()
             return _copies(self.outputs)
 
+    def is_done(self) -> bool:
+        """Whether the device is through with the last replay."""
+        return self._done is None or self._done.query()
+
     def wait(self) -> None:
-        """Returns when the device is through with the last replay."""
-        self.arena.wait()
+        """Returns when it is."""
+        if self._done is not None:
+            self._done.synchronize()
 
 
 class Arena:
@@ -223,19 +262,16 @@ class Arena:
         del spare
 
     @contextlib.contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """One replay after the other, on whatever streams and from whatever threads."""
+    def in_turn(self) -> Iterator[torch.cuda.Event]:
+        """One replay after the other, on whatever streams and from whatever threads; yields the event of its end."""
         with self._turn, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._last_use)
+            self._last_use = torch.cuda.Event()
             try:
-                yield
+                yield self._last_use
             finally:
                 self._last_use.record(stream)
-
-    def wait(self) -> None:
-        """Returns when the device is through with all replays."""
-        self._last_use.synchronize()
 
 
 def _graphs_serve(inputs: Sequence[Tensor]) -> bool:

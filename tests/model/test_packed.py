@@ -16,7 +16,7 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.config import TextConfig
 from qwen_batched.model.layers import SwiGLU
 from qwen_batched.model.modeling_qwen2_5_vl_batched import DecoderAttention
-from qwen_batched.model.packed import PackedParameters
+from qwen_batched.model.packed import PackedParameters, PackingModule, pack
 from tests.support import Scaled, assert_equal_to, photos
 
 # The packed product sums the same terms in another order.
@@ -623,8 +623,7 @@ def projections(attention, x):
 
 
 def assert_projects(attention, x):
-    for ours, theirs in zip(attention._project(x), projections(attention, x), strict=True):
-        assert_equal_to(ours, theirs, TOLERANCE)
+    assert_equal_to(attention._project(x), torch.cat(projections(attention, x), dim=-1), TOLERANCE)
 
 
 def test_queries_keys_and_values_are_one_product(always_packed, monkeypatch):
@@ -681,6 +680,66 @@ def encoded(model):
     batch = model.processor(FRAMES.to(model.device), dtype=model.dtype)
     with torch.no_grad():
         return model.visual(**batch)
+
+
+def holders(model):
+    """All packed tensors of a model with what lies in them."""
+    return [
+        packing for module in model.modules() if isinstance(module, PackingModule) for packing in module._packings()
+    ]
+
+
+def addresses(model):
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+@pytest.fixture
+def own(load, device, always_packed):
+    """A model of one's own that has not run."""
+    return load(device=device).requires_grad_(False)
+
+
+def test_pack_leaves_nothing_for_later_calls_to_move(own):
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    assert not any(holder.holds(*parameters) for holder, parameters in holders(own))
+    pack(own.visual, own.model)
+    assert all(holder.holds(*parameters) for holder, parameters in holders(own))
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+    packed = addresses(own)
+    pack(own.visual, own.model)
+    with torch.no_grad():
+        own(FRAMES.to(own.device), ["Go.", "Stop."])
+    assert addresses(own) == packed
+
+
+def test_pack_leaves_alone_what_cannot_be_packed(own):
+    wrapped, hooked = own.model.layers[0].mlp, own.visual.blocks[1].mlp
+    wrapped.gate_proj = Scaled(wrapped.gate_proj)
+    hooked.up_proj.register_forward_hook(lambda module, args, out: None)
+    before = addresses(wrapped), addresses(hooked)
+    pack(own)
+    assert (addresses(wrapped), addresses(hooked)) == before
+    assert is_packed(own.model.layers[1].mlp)
+
+
+def test_pack_without_memory_leaves_the_rest_to_its_first_use(own, monkeypatch):
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    of, calls = PackedParameters.of, []
+
+    def full_at_the_third(self, *parameters):
+        calls.append(self)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return of(self, *parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedParameters, "of", full_at_the_third)
+        pack(own)
+    assert len(calls) == 3
+    assert sum(holder.holds(*parameters) for holder, parameters in holders(own)) == 2
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+    pack(own)
+    assert all(holder.holds(*parameters) for holder, parameters in holders(own))
 
 
 def test_names_shapes_and_values_of_the_parameters_are_the_checkpoints(packed_model, load):

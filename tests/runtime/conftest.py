@@ -1,7 +1,9 @@
 """CUDA graphs that only pretend, so that a CPU can test when calls are run, captured and replayed."""
 
 import contextlib
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ class FakeArena:
 
     @contextlib.contextmanager
     def capture(self):
+        self.log.before_capture()
         if self.log.error is not None:
             raise self.log.error
         self.log.captured += 1
@@ -34,16 +37,27 @@ class FakeArena:
         self.log.capturing = False
 
     def in_turn(self):
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(FakeEvent(self.log))
 
-    def wait(self):
+
+class FakeEvent:
+    """Comes to pass when the device is no longer busy."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def query(self):
+        return not self.log.busy
+
+    def synchronize(self):
         self.log.waited += 1
+        self.log.busy = False
 
 
 @pytest.fixture
 def fake(monkeypatch):
     """CudaGraphs without CUDA: a replay runs the function again, on the same buffers, into the same outputs."""
-    log = types.SimpleNamespace(captured=0, replayed=0, waited=0, error=None, capturing=False)
+    log = types.SimpleNamespace(captured=0, replayed=0, waited=0, busy=False, error=None, capturing=False)
 
     class FakeCall(cuda_graphs.CapturedCall):
         def __init__(self, function, inputs, arena):
@@ -58,7 +72,17 @@ def fake(monkeypatch):
                 overwrite(self.outputs, function(*self.inputs))
 
             self.graph.replay = replay
+            living.add(self)
 
+    log.before_capture = lambda: None
+    living = weakref.WeakSet()
+
+    def count_living():
+        """How many captured calls are still there; those that pretend are cycles."""
+        gc.collect()
+        return len(living)
+
+    log.living = count_living
     monkeypatch.setattr(cuda_graphs, "CapturedCall", FakeCall)
     monkeypatch.setattr(cuda_graphs.Arena, "of", lambda device: FakeArena(log))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import io
+import random
 import threading
 import warnings
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from qwen_batched.kernels import backend, ops
+from qwen_batched.runtime.admission import USES_THAT_REPAY
 from qwen_batched.runtime.cuda_graphs import Arena
 from tests.support import Scaled, assert_equal_to, photos
 
@@ -289,6 +291,40 @@ def test_graphs_beyond_the_limit_give_way(own):
             for _ in range(3):
                 assert torch.equal(encode(own, frames(*size)), eager(own, frames(*size)))
             assert len(own._vision_graphs) <= 3
+
+
+def test_a_graph_that_gives_way_while_it_runs_gives_its_result_and_nobody_waits(own):
+    own._vision_graphs.max_graphs = 1
+    a, b = frames(56, 84), frames(84, 56)
+    expected = [eager(own, images) for images in (a, b)]
+    warm(own, a)
+    for _ in range(USES_THAT_REPAY):
+        encode(own, b)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(4 * 10**9)  # cycles, about 2 s
+        ours = [encode(own, a)]
+    ours.append(encode(own, b))
+    assert not side.query(), "captured and launched while the first was waiting its turn"
+    assert len(own._vision_graphs._displaced) == 1
+    junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(32)]
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, ours, expected))
+    assert torch.equal(encode(own, b), expected[1])
+    assert own._vision_graphs._displaced == []
+    del junk
+
+
+def test_shapes_beyond_the_limit_in_random_order_give_right_results(own):
+    own._vision_graphs.max_graphs = 3
+    sizes = [(28, 28 * width) for width in range(1, 7)]
+    expected = {size: eager(own, frames(*size)) for size in sizes}
+    generator = random.Random(0)
+    for _ in range(300):
+        size = generator.choice(sizes)
+        assert torch.equal(encode(own, frames(*size)), expected[size])
+    assert captured(own) == 3
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save"])

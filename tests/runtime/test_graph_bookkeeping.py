@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.runtime import cuda_graphs
+from qwen_batched.runtime.admission import USES_THAT_REPAY
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from tests.support import photos
 
@@ -18,6 +20,12 @@ from tests.support import photos
 def run(graphs, module, key, function, *inputs):
     with torch.no_grad():
         return graphs.run([module], key, function, *inputs, device=torch.device("cpu"))
+
+
+def run_twice(*arguments):
+    """So that there is a graph."""
+    for _ in range(2):
+        run(*arguments)
 
 
 @pytest.fixture
@@ -70,7 +78,8 @@ def test_trap26_another_key_shape_or_dtype_is_another_graph(fake, change):
     for _ in range(3):
         run(graphs, module, "key", lambda x: x * 2, x)
     key, y = change(x)
-    assert torch.equal(run(graphs, module, key, lambda x: x * 3, y), y * 3)
+    for _ in range(2):
+        assert torch.equal(run(graphs, module, key, lambda x: x * 3, y), y * 3)
     assert len(graphs) == 2
 
 
@@ -80,7 +89,7 @@ def test_the_matmul_precision_is_part_of_the_key(fake, linear):
     try:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            run(graphs, linear, "key", linear, x)
+            run_twice(graphs, linear, "key", linear, x)
     finally:
         torch.set_float32_matmul_precision(before)
     assert len(graphs) == 2
@@ -93,7 +102,7 @@ def test_precisions_set_by_their_new_names_are_part_of_the_key(fake, linear):
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            run(graphs, linear, "key", linear, x)
+            run_twice(graphs, linear, "key", linear, x)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert len(graphs) == 2
@@ -103,7 +112,7 @@ def test_the_choice_of_attention_kernels_is_part_of_the_key(fake, linear):
     graphs, x = CudaGraphs(), torch.randn(2, 3)
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with sdpa_kernel(backend):
-            run(graphs, linear, "key", linear, x)
+            run_twice(graphs, linear, "key", linear, x)
     assert len(graphs) == 3
 
 
@@ -118,17 +127,137 @@ def test_calls_that_a_graph_would_answer_wrongly_are_run(fake, linear):
         assert forward_ad.unpack_dual(out).tangent is not None
 
 
-def test_the_least_recently_used_graph_gives_way(fake, linear):
+def test_a_graph_gives_way_to_a_shape_that_is_used_much_more(fake, linear):
     graphs = CudaGraphs(max_graphs=2)
     a, b, c = (torch.randn(size, 3) for size in (1, 2, 4))
-    for x in (a, a, b, b, a, c, c):
+    for x in (a, a, b, b, a, c, c, *[c, a, b] * 20):
         assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    assert fake.captured == len(graphs) == 2, "c is no commoner than a and b"
+    for x in (*[c, a] * 20, c):
+        assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    assert fake.captured == 3
     assert len(graphs) == 2
-    captured = fake.captured
-    run(graphs, linear, "key", linear, a)
-    assert fake.captured == captured, "a was used after b"
+    replayed = fake.replayed
+    for x in (a, c):
+        run(graphs, linear, "key", linear, x)
+    assert fake.replayed == replayed + 2, "it was b that gave way"
+    assert torch.equal(run(graphs, linear, "key", linear, b), linear(b))
+    assert fake.captured == 3
+
+
+def displace(graphs, linear):
+    """Has the first graph of two take the only place, then the other; the last call of all captured it."""
+    a, b = torch.randn(1, 3), torch.randn(2, 3)
+    for x in (a, a, a, *[b] * (1 + USES_THAT_REPAY)):
+        assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
+    return b
+
+
+def test_where_all_are_admitted_the_second_call_is_captured_whoever_gives_way(fake, linear):
+    graphs = CudaGraphs(max_graphs=2)
+    for size in (1, 2):
+        run_twice(graphs, linear, "key", linear, torch.randn(size, 3))
+    with graphs.admitting_all():
+        run_twice(graphs, linear, "key", linear, torch.randn(3, 3))
+    assert fake.captured == 3
+    assert len(graphs) == 2
+    run_twice(graphs, linear, "key", linear, torch.randn(4, 3))
+    assert fake.captured == 3
+
+
+def test_modules_are_prepared_once_before_anything_is_captured_and_again_after_a_change(fake, linear):
+    prepared = []
+    graphs = CudaGraphs(prepare=lambda *modules: prepared.append((modules, fake.captured)))
+    for size in (1, 1, 2, 2, 1):
+        run(graphs, linear, "key", linear, torch.randn(size, 3))
+    assert prepared == [((linear,), 0)]
+    linear.weight.data = linear.weight.data.clone() * 2
+    for size in (1, 2, 2):
+        run(graphs, linear, "key", linear, torch.randn(size, 3))
+    assert prepared == [((linear,), 0), ((linear,), 2)]
+
+
+def test_what_preparing_moves_is_in_the_snapshot(fake, linear):
+    def prepare(module):
+        module.weight.data = module.weight.data.clone()
+
+    graphs = CudaGraphs(prepare=prepare)
+    for _ in range(5):
+        run(graphs, linear, "key", linear, torch.randn(2, 3))
+    assert fake.captured == 1
+
+
+def test_modules_that_cannot_be_captured_are_not_prepared(fake, linear):
+    linear.register_forward_hook(lambda module, args, out: None)
+    graphs = CudaGraphs(prepare=lambda *modules: pytest.fail("prepared"))
+    run(graphs, linear, "key", linear, torch.randn(2, 3))
+
+
+def test_a_displaced_graph_goes_at_once_where_the_device_is_through_with_it(fake, linear):
+    graphs = CudaGraphs(max_graphs=1)
+    displace(graphs, linear)
+    assert fake.captured == 2
+    assert len(graphs) == fake.living() == 1
+    assert fake.waited == 0
+
+
+def test_a_displaced_graph_that_still_runs_goes_at_a_later_call_and_nobody_waits(fake, linear):
+    fake.busy = True
+    graphs = CudaGraphs(max_graphs=1)
+    x = displace(graphs, linear)
+    assert len(graphs) == 1
+    assert fake.living() == 2
+    fake.busy = False
+    run(graphs, linear, "key", linear, x)
+    assert fake.living() == 1
+    assert fake.waited == 0
+
+
+@pytest.mark.parametrize("way", ["forget", "clear"])
+def test_forgetting_waits_for_graphs_that_still_run(fake, linear, way):
+    """Of displaced ones too: what they read, the snapshot's, goes with them."""
+    fake.busy = True
+    graphs = CudaGraphs(max_graphs=1)
+    displace(graphs, linear)
+    getattr(graphs, way)()
+    assert fake.waited == 2
+    assert fake.living() == 0
+
+
+def test_out_of_memory_waits_for_displaced_graphs_before_it_tries_again(fake, linear):
+    """They may hold just what is missing."""
+    fake.busy = True
+    graphs = CudaGraphs(max_graphs=1)
+    a, b = torch.randn(1, 3), torch.randn(2, 3)
+    for x in (a, a, *[b] * USES_THAT_REPAY):
+        run(graphs, linear, "key", linear, x)
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+    fake.before_capture = lambda: errors and raise_(errors.pop())
     run(graphs, linear, "key", linear, b)
-    assert fake.captured == captured, "b had given way, so that its first call runs"
+    assert fake.captured == 2
+    assert fake.waited == 1
+    assert fake.living() == 1
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_shape_that_cannot_be_captured_is_tried_once_and_leaves_the_others_theirs(fake, linear):
+    graphs = CudaGraphs(max_graphs=2)
+    a, b = torch.randn(1, 3), torch.randn(2, 3)
+    for _ in range(3):
+        run(graphs, linear, "key", linear, a)
+    fake.error = RuntimeError("not in a capture")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            assert torch.equal(run(graphs, linear, "key", linear, b), linear(b))
+    assert len(caught) == 1
+    fake.error = None
+    replayed = fake.replayed
+    run(graphs, linear, "key", linear, a)
+    assert fake.replayed == replayed + 1
 
 
 def test_inputs_of_other_strides_give_right_results(fake, linear):
@@ -139,9 +268,10 @@ def test_inputs_of_other_strides_give_right_results(fake, linear):
 
 def test_many_shapes_stay_bounded(fake, linear):
     graphs = CudaGraphs(max_graphs=3)
-    for size in [*range(1, 20), *range(1, 20)]:
+    for size in [*range(1, 20)] * 2 + [20] * 20:
         run(graphs, linear, "key", linear, torch.randn(size, 3))
         assert len(graphs) <= 3
+    assert len(graphs) == fake.living() == 3
 
 
 MOVES = {
@@ -211,12 +341,28 @@ def test_trap29_a_graph_captured_in_inference_mode_runs_outside_it(fake, linear)
     assert not out.is_inference()
 
 
+def prepare_nothing(*modules):
+    pass
+
+
 def test_a_copy_begins_anew(fake, linear):
-    graphs = CudaGraphs(max_graphs=5)
+    graphs = CudaGraphs(max_graphs=5, prepare=prepare_nothing)
     for _ in range(3):
         run(graphs, linear, "key", linear, torch.randn(2, 3))
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
-        assert (len(other), other.max_graphs) == (0, 5)
+        assert (len(other), other.max_graphs, other._prepare) == (0, 5, prepare_nothing)
+
+
+@pytest.mark.parametrize("way", ["forget", "clear"])
+def test_nothing_forgotten_is_kept_alive(fake, linear, way):
+    """A key may hold much: a step of generation's holds the cache."""
+    graphs, keys = CudaGraphs(), [nn.Linear(2, 2) for _ in range(3)]
+    for key in keys:
+        run_twice(graphs, linear, key, linear, torch.randn(2, 3))
+    alive = list(map(weakref.ref, keys))
+    getattr(graphs, way)()
+    del keys, key
+    assert [reference() for reference in alive] == [None] * 3
 
 
 def test_clear_drops_everything(fake, linear):

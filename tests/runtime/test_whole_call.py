@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.config import GenerationConfig
@@ -148,6 +149,38 @@ def test_capture_makes_the_graph_ahead_of_time(own, fake):
     own.capture(torch.zeros_like(frames()), TEXTS, logits="last")
     assert fake.captured == 1
     assert_replayed(own, fake, frames(), TEXTS, logits="last")
+
+
+def test_capture_makes_the_graph_though_all_places_are_taken(own, fake):
+    own._graphs.max_graphs = 1
+    for _ in range(4):
+        call(own, None, TEXTS)
+    own.capture(torch.zeros_like(frames()), TEXTS)
+    assert fake.captured == 2
+    assert_replayed(own, fake, frames(), TEXTS)
+
+
+@pytest.mark.parametrize("first", ["forward", "encode_images"])
+def test_trap26_a_call_that_reaches_more_layers_leaves_earlier_graphs_true(own, fake, monkeypatch, first):
+    """All weights are packed before the first graph, those of layers too that it does not run."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)  # the CPU packs where a GPU would
+    calls = {
+        "forward": [{"layers": (1,)}, {"layers": (-1,)}, {"layers": (0,)}],
+        "encode_images": [{"layers": (0,)}, {"layers": None}, {"layers": (-1,)}],
+    }[first]
+    with torch.no_grad():
+        run = own.encode_images if first == "encode_images" else lambda images, **options: own(images, TEXTS, **options)
+        for options in calls:
+            for _ in range(2):
+                run(frames(), **options)
+        assert fake.captured == len(calls)
+        for options in calls:
+            replayed = fake.replayed
+            run(frames(), **options)
+            assert fake.replayed == replayed + 1
+    assert fake.captured == len(calls)
+    parts = own.visual.blocks if first == "encode_images" else (*own.visual.blocks, *own.model.layers)
+    assert all(block.mlp._gate_up.holds(block.mlp.gate_proj.weight, block.mlp.up_proj.weight) for block in parts)
 
 
 def test_capture_refuses_what_a_call_refuses(own):
