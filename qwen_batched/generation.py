@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qwen_batched.kernels import ops
 from qwen_batched.model.kv_cache import KVCache
+from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
@@ -261,7 +262,9 @@ def _stretches(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[lis
 
 def project(hidden_states: Tensor, head: nn.Linear | None, decoder: BatchedDecoder) -> Tensor:
     """Logits (..., vocabulary) of hidden states (..., D), by `head` or the embeddings that it is tied to."""
-    return F.linear(hidden_states, decoder.embed_tokens.weight) if head is None else head(hidden_states)
+    if head is None:
+        return ops.linear(hidden_states, decoder.embed_tokens.weight)
+    return apply_linear(head, hidden_states)
 
 
 def last_tokens(x_BSD: Tensor, attention_mask: Tensor) -> Tensor:

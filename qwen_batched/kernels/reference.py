@@ -80,10 +80,60 @@ def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Ten
     return rearrange(out, "(i g) n s e -> i (g s) (n e)", g=run.count)
 
 
-def mrope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates queries (..., N, E) and keys (..., K, E) by the tables (..., E / 2) of `mrope_tables`."""
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return rotate(q, cos, sin), rotate(k, cos, sin)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., D) to (..., F), with `weight` (F, D) and `bias` (F,)."""
+    return F.linear(x, weight, bias)
+
+
+def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """`swiglu` of the two halves of one product: (..., D) to (..., F), with `gate_up` (2F, D)."""
+    return swiglu(*F.linear(x, gate_up).chunk(2, dim=-1), gate_bias, up_bias)
+
+
+def mrope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
+) -> Tensor:
+    """Rotates the queries and keys of a packed projection, and puts each token where attention wants it.
+
+    Args:
+        qkv: (T, (N + 2K) * E): the heads of all queries, then of the keys, then of the values.
+        cos: (T, E / 2), from `mrope_tables`.
+        sin: (T, E / 2).
+        num_kv_heads: K.
+        slots: Int64 (T,), the row of each token; None where tokens stand as they come.
+        rows: How many rows there are; T where `slots` is None.
+
+    Returns:
+        (rows, (N + 2K) * E), zero in rows without a token.
+    """
+    heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
+    turning, values = heads[..., :-num_kv_heads, :], heads[..., -num_kv_heads:, :]
+    out = torch.cat((rotate(turning, cos[:, None], sin[:, None]), values), dim=-2).flatten(-2)
+    return out if slots is None else out.new_zeros(rows, out.shape[-1]).index_copy(0, slots, out)
+
+
+def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """One more token of each sample: rotates it, stores its key and value, and attends to all tokens so far.
+
+    Args:
+        qkv: (B, (N + 2K) * E), as in `mrope`.
+        cos: (B, E / 2).
+        sin: (B, E / 2).
+        keys: (B, C, K, E), rotated keys of the tokens so far; takes the new ones.
+        values: (B, C, K, E).
+        lengths: Int64 (B,), how many tokens each sample has so far; below C.
+
+    Returns:
+        (B, N * E).
+    """
+    batch, capacity, num_kv_heads, head_dim = keys.shape
+    heads = mrope(qkv, cos, sin, num_kv_heads).unflatten(-1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    samples = torch.arange(batch, device=qkv.device)
+    # Under autocast keys and values come in another dtype than the cache has.
+    keys[samples, lengths], values[samples, lengths] = k.to(keys.dtype), v.to(values.dtype)
+    visible = torch.arange(capacity, device=qkv.device) <= lengths[:, None]
+    return causal_attention(q[:, None], keys, values, visible)[:, 0]
 
 
 def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:

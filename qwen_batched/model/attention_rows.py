@@ -20,12 +20,6 @@ class AttentionRows:
     length: int
     slots: Tensor | None = None
 
-    def fill(self, x: Tensor) -> Tensor:
-        """Tokens back to back, (T, ...), to rows (batch, length, ...); zeros where there is no token."""
-        if self.slots is not None:
-            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy(0, self.slots, x)
-        return x.unflatten(0, (self.batch, self.length))
-
     def take(self, x: Tensor) -> Tensor:
         """Rows (batch, length, ...) to tokens back to back, (T, ...)."""
         x = x.flatten(0, 1)

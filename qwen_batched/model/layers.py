@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.kernels import ops
 from qwen_batched.model.packed import PackedParameters, PackingModule
+from qwen_batched.plain_modules import is_plain
 
 # H200, bf16, 16384 tokens, the vision MLP's first product: width 3456 396 us, 3424 440 us; tiles are 128 wide.
 WIDTH_MULTIPLE = 128
@@ -49,12 +50,10 @@ class SwiGLU(PackingModule):
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
         if not self._can_be_packed():
             return down(ops.swiglu(gate(x), up(x)))
-        products = F.linear(x, self._gate_up.of(gate.weight, up.weight)).chunk(2, dim=-1)
-        # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
         biases = self._gate_up_bias.of(gate.bias, up.bias).chunk(2) if self.bias else ()
         # The padding stays zero: silu(0) * 0, times columns of zeros.
-        down_weight = self._down.of(down.weight) if self._pads_down() else down.weight
-        return F.linear(ops.swiglu(*products, *biases), down_weight, down.bias)
+        x = ops.swiglu_linear(x, self._gate_up.of(gate.weight, up.weight), *biases)
+        return ops.linear(x, self._down.of(down.weight) if self._pads_down() else down.weight, down.bias)
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         inner, outer = (self.dim, self.hidden_dim, self.bias), (self.hidden_dim, self.dim, self.bias)
@@ -71,3 +70,10 @@ class SwiGLU(PackingModule):
 
     def _pads_down(self) -> bool:
         return self._down.rows != self.hidden_dim
+
+
+def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, by a kernel for a single row where the layer is what it seems to be."""
+    if type(layer) is nn.Linear and is_plain(layer) and not _has_any_global_hook():
+        return ops.linear(x, layer.weight, layer.bias)
+    return layer(x)

@@ -22,7 +22,8 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.kernels import ops
-from qwen_batched.model.attention_rows import AttentionRows, back_to_back
+from qwen_batched.model.attention_rows import back_to_back
+from qwen_batched.model.contexts import Context, NextTokenContext, PromptContext
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.inputs import (
@@ -34,7 +35,7 @@ from qwen_batched.model.inputs import (
     resolve_layers,
 )
 from qwen_batched.model.kv_cache import KVCache
-from qwen_batched.model.layers import AddRMSNorm, SwiGLU
+from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
@@ -310,7 +311,7 @@ class BatchedDecoder(nn.Module):
         x_TD = inputs_embeds.flatten(0, 1).index_select(0, places_T)
         rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
 
-        hidden_states = self._run_blocks(x_TD, rope, rows, wanted, norm, cache)
+        hidden_states = self._run_blocks(x_TD, PromptContext(*rope, rows, cache), wanted, norm)
         if cache is not None:
             cache.end_prompt(attention_mask.sum(dim=1))
         shape = inputs_embeds.shape
@@ -318,9 +319,8 @@ class BatchedDecoder(nn.Module):
 
     def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
         """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
-        rows = AttentionRows(len(inputs_embeds), 1)
-        last = self.config.num_hidden_layers
-        hidden_states = self._run_blocks(inputs_embeds, self._rope(position_ids), rows, [last], "post", cache)
+        context = NextTokenContext(*self._rope(position_ids), cache)
+        hidden_states = self._run_blocks(inputs_embeds, context, [self.config.num_hidden_layers], "post")
         cache.end_token()
         return hidden_states[0]
 
@@ -331,20 +331,12 @@ class BatchedDecoder(nn.Module):
         )
         return ops.mrope_tables(position_ids, inv_freq, self.config.mrope_section)
 
-    def _run_blocks(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        rows: AttentionRows,
-        wanted: list[int],
-        norm: str,
-        cache: KVCache | None,
-    ) -> list[Tensor]:
+    def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
         last = self.config.num_hidden_layers
         update, residual = x_TD, None
         outputs = {0: x_TD}
         for index, block in enumerate(self.layers[: max(wanted)], start=1):
-            update, residual = block(update, residual, rope, rows, cache)
+            update, residual = block(update, residual, context)
             if index in wanted and index < last:
                 outputs[index] = residual + update
         if last in wanted:
@@ -363,16 +355,9 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(
-        self,
-        update_TD: Tensor,
-        residual_TD: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        rows: AttentionRows,
-        cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
-        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, rope, rows, cache), residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, context), residual_TD)
         return self.mlp(x_TD), residual_TD
 
 
@@ -382,7 +367,7 @@ class DecoderAttention(PackingModule):
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.dim, self.head_dim = config.hidden_size, config.head_dim
+        self.dim, self.num_kv_heads = config.hidden_size, config.num_key_value_heads
         self.kv_dim = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(self.dim, self.dim)
         self.k_proj = nn.Linear(self.dim, self.kv_dim)
@@ -392,23 +377,15 @@ class DecoderAttention(PackingModule):
         )
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], rows: AttentionRows, cache: KVCache | None) -> Tensor:
-        q_TNE, k_TKE, v_TKE = (part.unflatten(-1, (-1, self.head_dim)) for part in self._project(x_TD))
-        q_TNE, k_TKE = ops.mrope(q_TNE, k_TKE, *rope)
-        q_BSNE, k_BSKE, v_BSKE = map(rows.fill, (q_TNE, k_TKE, v_TKE))
-        visible = None
-        if cache is not None:
-            k_BSKE, v_BSKE = cache.update(self.index, k_BSKE, v_BSKE)
-            visible = cache.visible
-        return self.o_proj(rows.take(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE, visible)))
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        return apply_linear(self.o_proj, context.attend(self.index, self._project(x_TD), self.num_kv_heads))
 
-    def _project(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """Queries (T, D), keys and values (T, K * E)."""
+    def _project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values, (T, D + 2 * K * E)."""
         if not self._can_be_packed():
-            return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
+            return torch.cat((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), dim=-1)
         (qkv, weights), (qkv_bias, biases) = self._packings()
-        product = F.linear(x_TD, qkv.of(*weights), qkv_bias.of(*biases))
-        return product.split([self.dim, self.kv_dim, self.kv_dim], dim=-1)
+        return ops.linear(x_TD, qkv.of(*weights), qkv_bias.of(*biases))
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)

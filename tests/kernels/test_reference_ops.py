@@ -249,7 +249,8 @@ def test_attention_to_visible_keys_equals_its_formula(heads, key_heads, length, 
     visible = torch.tensor([[True, False, True, True, False], [False, False, False, False, True], [True] * 5])
     q = 2 * normal(3, length, heads, 8, dtype=dtype)
     k, v = (2 * normal(3, 5, key_heads, 8, dtype=dtype, seed=seed) for seed in (1, 2))
-    assert_equal_to(ops.causal_attention(q, k, v, visible), causal_attention_formula(q, k, v, visible), tolerance)
+    out = reference.causal_attention(q, k, v, visible)
+    assert_equal_to(out, causal_attention_formula(q, k, v, visible), tolerance)
 
 
 @pytest.mark.parametrize("with_visible", [True, False])
@@ -257,7 +258,7 @@ def test_causal_attention_in_bfloat16_is_as_exact_as_the_plain_expression(with_v
     q = normal(2, 9, 4, 16, dtype=torch.bfloat16)
     k, v = (normal(2, 9, 2, 16, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
     visible = torch.tensor([[True] * 6 + [False] * 3, [True] * 9]) if with_visible else None
-    ours = ops.causal_attention(q, k, v, visible)
+    ours = reference.causal_attention(q, k, v, visible)
     q_, k_, v_ = (x.transpose(1, 2) for x in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)))
     scores = q_ @ k_.transpose(-1, -2) / math.sqrt(16)
     seen = torch.ones(9, 9, dtype=torch.bool).tril() if visible is None else visible[:, None, None]
@@ -290,23 +291,59 @@ def test_mrope_tables_equal_their_formula(sections, batch, length, dtype, tolera
 @precision
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 2), (4, 2, 16), (3, 1, 6)])
 def test_mrope_equals_its_formula(heads, key_heads, size, dtype, tolerance):
-    q, k = normal(2, 5, heads, size, dtype=dtype), normal(2, 5, key_heads, size, dtype=dtype, seed=1)
-    angles = normal(2, 5, size // 2, seed=2)
+    qkv = normal(5, heads + 2 * key_heads, size, dtype=dtype)
+    angles = normal(5, size // 2, seed=2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    for ours, x in zip(ops.mrope(q, k, cos, sin), (q, k), strict=True):
-        assert ours.dtype == dtype
-        assert_equal_to(ours, rotation_formula(x, cos[:, :, None], sin[:, :, None]), tolerance)
+    ours = ops.mrope(qkv.flatten(1), cos, sin, key_heads)
+    assert (ours.dtype, ours.shape) == (dtype, (5, (heads + 2 * key_heads) * size))
+    turned, values = ours.view_as(qkv).split([heads + key_heads, key_heads], dim=1)
+    assert_equal_to(turned, rotation_formula(qkv[:, :-key_heads], cos[:, None], sin[:, None]), tolerance)
+    assert torch.equal(values, qkv[:, -key_heads:])
+
+
+def test_mrope_puts_tokens_into_their_rows_and_zeros_elsewhere():
+    qkv, slots = normal(3, 24), torch.tensor([4, 0, 1])
+    cos, sin = normal(3, 4, seed=1).cos(), normal(3, 4, seed=1).sin()
+    placed = ops.mrope(qkv, cos, sin, 1, slots, 6)
+    assert placed.shape == (6, 24)
+    assert torch.equal(placed[slots], ops.mrope(qkv, cos, sin, 1))
+    assert not placed[[2, 3, 5]].any()
 
 
 def test_mrope_in_bfloat16_is_as_exact_as_the_plain_expression():
-    q, k = normal(2, 9, 4, 16, dtype=torch.bfloat16), normal(2, 9, 2, 16, dtype=torch.bfloat16, seed=1)
-    angles = normal(2, 9, 8, seed=2)
+    qkv = normal(18, 8, 16, dtype=torch.bfloat16)
+    angles = normal(18, 8, seed=2)
     cos, sin = angles.cos().float(), angles.sin().float()
-    for ours, x in zip(ops.mrope(q, k, cos, sin), (q, k), strict=True):
-        first, second = x.chunk(2, dim=-1)
-        c, s = cos.bfloat16()[:, :, None], sin.bfloat16()[:, :, None]
-        plain = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
-        assert_no_worse_than_bfloat16(ours, plain, rotation_formula(x, cos[:, :, None], sin[:, :, None]))
+    x = qkv[:, :6]
+    ours = ops.mrope(qkv.flatten(1), cos, sin, 2).view_as(qkv)[:, :6]
+    first, second = x.chunk(2, dim=-1)
+    c, s = cos.bfloat16()[:, None], sin.bfloat16()[:, None]
+    plain = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    assert_no_worse_than_bfloat16(ours, plain, rotation_formula(x, cos[:, None], sin[:, None]))
+
+
+# --- decoding ---
+
+
+@precision
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(1, 1, 2), (4, 2, 16), (3, 1, 6)])
+def test_decode_attention_equals_its_formula(heads, key_heads, size, dtype, tolerance):
+    lengths = [0, 4, 6]
+    qkv = normal(3, (heads + 2 * key_heads) * size, dtype=dtype)
+    cos, sin = normal(3, size // 2, seed=1).cos().to(dtype), normal(3, size // 2, seed=1).sin().to(dtype)
+    before = [normal(3, 7, key_heads, size, dtype=dtype, seed=seed) for seed in (2, 3)]
+    keys, values = (cache.clone() for cache in before)
+    ours = reference.decode_attention(qkv, cos, sin, keys, values, torch.tensor(lengths))
+    q, k, v = reference.mrope(qkv, cos, sin, key_heads).view(3, -1, size).split([heads, key_heads, key_heads], dim=1)
+    for sample, length in enumerate(lengths):
+        for cache, old, new in ((keys, before[0], k), (values, before[1], v)):
+            assert torch.equal(cache[sample, length], new[sample])
+            others = [slot for slot in range(7) if slot != length]
+            assert torch.equal(cache[sample, others], old[sample, others]), "older tokens stay"
+        seen = (keys[sample : sample + 1, : length + 1], values[sample : sample + 1, : length + 1])
+        everything = torch.ones(1, length + 1, dtype=torch.bool)
+        expected = causal_attention_formula(q[sample : sample + 1, None], *seen, everything)
+        assert_equal_to(ours[sample : sample + 1], expected[:, 0], tolerance)
 
 
 # --- images ---

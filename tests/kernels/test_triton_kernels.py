@@ -11,7 +11,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -19,71 +18,18 @@ from qwen_batched.config import VisionConfig
 from qwen_batched.kernels import backend, ops, reference
 from qwen_batched.kernels.segments import Run, Segments
 from qwen_batched.model.geometry import make_vision_plan, resize_axis
-from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise, relative_error
+from tests.kernels.support import assert_kernel_is_right, normal, rope_tables
+from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise
 
 launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
 rotary = pytest.importorskip("qwen_batched.kernels.triton.rotary").rotary
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 
-# A kernel may round in other places than the plain bfloat16 expression, but must not be much worse than it.
-BFLOAT16_ALLOWANCE = 2.0
-# Of a handful of values the plain expression may round all luckily; one rounding to bfloat16 is up to 2**-8.
-FEW, FEW_BFLOAT16 = 100, 2**-8
 # Sums of the same products in another order: values within about 1e-6 of a half may round to the other side. A small
 # frame may have one such value; a still image shows it twice.
 SHARE_APART, FEW_APART = 1e-4, 4
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(("cpu", torch.float32), id="interpreter-float32"),
-        pytest.param(("cuda", torch.float32), id="cuda-float32", marks=pytest.mark.gpu),
-        pytest.param(("cuda", torch.bfloat16), id="cuda-bfloat16", marks=pytest.mark.gpu),
-    ]
-)
-def where(request):
-    """Device and dtype."""
-    if request.param[0] == "cpu" and torch.cuda.is_available():
-        pytest.skip("kernels are compiled where there is a GPU")
-    return request.param
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that a kernel was to fill and did not is NaN."""
-
-    def poisoning(allocate):
-        def filled(*args, **options):
-            out = allocate(*args, **options)
-            return out.fill_(math.nan) if out.dtype.is_floating_point else out
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
-
-
-def normal(*shape, where=("cpu", torch.float32), seed=0, scale=1.0):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return values.to(*where)
-
-
-def assert_kernel_is_right(ours, exact, plain):
-    """float32 within rounding of `exact`; bfloat16 no worse than twice the `plain` bfloat16 expression."""
-    assert ours.shape == exact.shape
-    assert ours.is_contiguous()
-    if ours.numel() == 0:
-        return
-    if ours.dtype == torch.float32:
-        assert_equal_to(ours, exact, FLOAT32_TOLERANCE)
-        return
-    assert ours.dtype == plain.dtype == torch.bfloat16
-    allowed = BFLOAT16_ALLOWANCE * relative_error(plain, exact)
-    allowed = max(allowed, FEW_BFLOAT16) if ours.numel() < FEW else allowed
-    assert relative_error(ours, exact) <= allowed
 
 
 # --- add_rms_norm ---
@@ -211,11 +157,6 @@ def test_swiglu_stays_finite_far_from_zero(where):
 # --- rotary ---
 
 HEADS = [(1, 16), (3, 40), (2, 64), (3, 72), (5, 80), (2, 128)]
-
-
-def rope_tables(tokens, size, device):
-    angles = 3 * normal(tokens, size // 2, seed=9)
-    return angles.cos().to(device), angles.sin().to(device)
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [*HEADS, (1, 4), (16, 80), (1, 160)])
@@ -408,7 +349,7 @@ def patches_of(frames, after, dtype, patch_size=14, merge=2, repeat=2, launch=la
     pixels = frames.float()
     if frames.shape[-2:] != after:
         # Rounded once, as on a GPU; on a CPU `reference.resize` is Pillow's, which rounds after each axis.
-        pixels = F.interpolate(pixels, size=after, mode="bicubic", antialias=True, align_corners=False)
+        pixels = reference.resize(pixels, *after)
         pixels = pixels.round().clamp(0, 255) if frames.dtype == torch.uint8 else pixels
     return ours, reference.patchify(pixels, *how).to(dtype)
 
@@ -546,6 +487,14 @@ def test_halves_round_to_even(where):
 # --- the operators ---
 
 
+def decode_inputs(device="cpu"):
+    """Three samples of 0, 5 and 8 tokens in a cache of 9, with 4 heads on 2."""
+    cos, sin = rope_tables(3, 16, device)
+    keys, values = (normal(3, 9, 2, 16, seed=seed).to(device) for seed in (1, 2))
+    tickets = torch.zeros(6, dtype=torch.int32, device=device)
+    return normal(3, 128).to(device), cos, sin, keys, values, torch.tensor([0, 5, 8], device=device), tickets
+
+
 def op_cases():
     """(name, inputs) by case: each registered operator, also with inputs that are not contiguous."""
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device("cpu"))
@@ -574,6 +523,13 @@ def op_cases():
             "rotary_attention",
             (normal(2, 29, 96), cos, sin, [0, 1, 29], torch.tensor([[0, 29]], dtype=torch.int32), 2),
         ),
+        "linear": ("linear", (normal(1, 80), normal(7, 80, seed=1), normal(7, seed=2))),
+        "linear-strided": ("linear", (normal(80, 2)[:, :1].t(), normal(80, 7).t(), None)),
+        "swiglu_linear": ("swiglu_linear", (normal(1, 80), normal(14, 80), normal(7), normal(7, seed=1))),
+        "swiglu_linear-strided": ("swiglu_linear", (normal(80, 2)[:, :1].t(), normal(80, 14).t(), None, None)),
+        "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29)),
+        "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40)),
+        "decode_attention": ("decode_attention", decode_inputs()),
         "frames_to_patches": ("frames_to_patches", (noise(2, 1, 28, 28)[:, 0], 28, 28, *(None,) * 4, *how)),
         "frames_to_patches-resize": ("frames_to_patches", (noise(1, 1, 12, 10)[0], 28, 28, *tables, *how)),
         "frames_to_patches-float": ("frames_to_patches", (torch.rand(2, 3, 28, 28), 28, 28, *(None,) * 4, *how)),
@@ -623,6 +579,15 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
             qkv, torch.zeros(24, 8), torch.zeros(24, 8), Segments(segments.runs, table), num_heads=2
         )
         assert (out.shape, out.dtype) == ((2, 24, 32), dtype)
+        for rows in (1, 3):
+            assert ops.linear(x[0, :rows], torch.zeros(7, 80, dtype=dtype)).shape == (rows, 7)
+            assert ops.swiglu_linear(x[0, :rows], torch.zeros(14, 80, dtype=dtype)).shape == (rows, 7)
+        out = ops.mrope(x[0], torch.zeros(24, 8), torch.zeros(24, 8), 1, torch.arange(24), 30)
+        assert (out.shape, out.dtype) == ((30, 80), dtype)
+        cache = torch.zeros(2, 2, 9, 1, 16, dtype=dtype)
+        lengths, tickets = torch.zeros(2).long(), torch.zeros(2).int()
+        out = ops.decode_attention(x[0, :2], torch.zeros(2, 8), torch.zeros(2, 8), *cache, lengths, tickets)
+        assert (out.shape, out.dtype) == ((2, 48), dtype)
         frames, tables = torch.zeros(2, 3, 30, 40, dtype=torch.uint8), tuple(torch.zeros(3) for _ in range(4))
         mean = std = torch.zeros(3, 1, 1)
         patches = ops.frames_to_patches(frames, 56, 84, tables, 1.0, mean, std, torch.zeros(6).long(), 14, 2, 2, dtype)
@@ -639,7 +604,9 @@ def everything(x, weight, qkv, cos, sin, segments, frames, tables, order):
     attended = ops.rotary_attention(qkv, cos, sin, segments, 2)
     gate, up = normed.chunk(2, dim=-1)
     gated = ops.swiglu(gate, up), ops.swiglu(gate, up, *weight.chunk(2))
-    return normed, stream, *gated, attended, patches
+    products = ops.linear(normed[:1], weight[None]), ops.swiglu_linear(normed[:1], normed[:4])
+    turned = ops.mrope(qkv[0], cos, sin, 2)
+    return normed, stream, *gated, *products, turned, attended, patches
 
 
 def everything_inputs(device):
@@ -682,6 +649,7 @@ def gradient_cases(device):
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device(device))
     cos, sin = rope_tables(29, 16, device)
     frames = torch.rand(2, 3, 30, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    slots = torch.arange(29, device=device).flip(0) + 3
     how = (1.0, MEAN.to(device), STD.to(device), torch.arange(4, device=device), 14, 2, 2, torch.float32)
     tables = (*resize_axis(40, 56, torch.device(device)), *resize_axis(30, 56, torch.device(device)))
     x, y, weight, qkv = (
@@ -700,6 +668,13 @@ def gradient_cases(device):
         ),
         "swiglu": (ops.swiglu, reference.swiglu, (x, y)),
         "swiglu-biases": (ops.swiglu, reference.swiglu, (x, y, weight, 2 * weight)),
+        "linear": (ops.linear, reference.linear, (x[:1], y, weight[:5])),
+        "swiglu_linear": (ops.swiglu_linear, reference.swiglu_linear, (x[:1], y[:4], weight[:2], weight[2:4])),
+        "mrope": (
+            lambda qkv: ops.mrope(qkv, cos, sin, 2, slots, 40),
+            lambda qkv: reference.mrope(qkv, cos, sin, 2, slots, 40),
+            (qkv[0],),
+        ),
         "rotary_attention": (
             lambda qkv: ops.rotary_attention(qkv, cos, sin, segments, 2),
             lambda qkv: reference.rotary_attention(qkv, cos, sin, segments.runs, 2),

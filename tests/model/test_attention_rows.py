@@ -47,15 +47,14 @@ def test_rows_give_back_the_tokens_that_filled_them(case):
     mask, tokens = case
     _, rows = back_to_back(mask, tokens)
     x = torch.randn(tokens, 2, 3, generator=torch.Generator().manual_seed(0))
-    filled = rows.fill(x)
-    assert filled.shape == (*mask.shape, 2, 3)
+    slots = torch.arange(tokens) if rows.slots is None else rows.slots
+    filled = x.new_zeros(mask.numel(), 2, 3).index_copy(0, slots, x).view(*mask.shape, 2, 3)
     assert torch.equal(rows.take(filled), x)
-    assert (filled != 0).any(-1).any(-1).sum() == tokens, "zeros elsewhere"
 
 
 def test_rows_that_tokens_fill_are_not_copied():
-    x = torch.randn(6, 2)
-    assert AttentionRows(2, 3).fill(x).data_ptr() == x.data_ptr()
+    x = torch.randn(2, 3, 4)
+    assert AttentionRows(2, 3).take(x).data_ptr() == x.data_ptr()
 
 
 def block_inputs(model):

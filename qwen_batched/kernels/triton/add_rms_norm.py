@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, reads_ahead, wait_for_inputs
 
 # H200, bf16, width 1280: 16384 rows 45 us (bytes alone 40 us); 65536 rows 164 us (160 us). One to four rows a program
 # and 1 to 8 warps are within 3% of each other.
 WARPS, WARPS_OF_WIDE_ROWS = 4, 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def _add_rms_norm_kernel(
     update_ptr,
     residual_ptr,
@@ -22,16 +22,20 @@ def _add_rms_norm_kernel(
     normed_ptr,
     stream_ptr,
     eps,
+    ahead,
     D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    let_the_next_start(EARLY)
+    if ahead == 0:
+        wait_for_inputs(EARLY)
     offsets = tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_D)
     mask = column < D
-    wait_for_inputs(EARLY)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    wait_for_inputs(EARLY)
     stream = tl.load(update_ptr + offsets, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
@@ -59,6 +63,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
         normed,
         stream,
         eps,
+        int(reads_ahead(update)),
         D=dim,
         HAS_RESIDUAL=residual is not None,
         BLOCK_D=block,

@@ -7,11 +7,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 try:
-    from triton.language.extra.cuda import gdc_wait
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton before programmatic dependent launch
-    gdc_wait = None
+    gdc_launch_dependents = gdc_wait = None
 
 
 @triton.jit
@@ -22,6 +23,21 @@ def wait_for_inputs(EARLY: tl.constexpr):
     """
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def let_the_next_start(EARLY: tl.constexpr):
+    """A kernel whose successor reads ahead (see `reads_ahead`) calls this first."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+def reads_ahead(x: Tensor) -> bool:
+    """Whether a kernel may read before `wait_for_inputs` what no kernel just before it makes: weights, older keys.
+
+    In a graph, whose replay begins when all is done that came before. Elsewhere somebody may just have written them.
+    """
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -1,8 +1,20 @@
 """Every Triton launcher under its operation's name."""
 
 from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm
+from qwen_batched.kernels.triton.decode_attention import decode_attention
 from qwen_batched.kernels.triton.frames_to_patches import frames_to_patches
+from qwen_batched.kernels.triton.mrope import mrope
+from qwen_batched.kernels.triton.one_row_linear import linear, swiglu_linear
 from qwen_batched.kernels.triton.rotary_attention import rotary_attention
 from qwen_batched.kernels.triton.swiglu import swiglu
 
-__all__ = ["add_rms_norm", "frames_to_patches", "rotary_attention", "swiglu"]
+__all__ = [
+    "add_rms_norm",
+    "decode_attention",
+    "frames_to_patches",
+    "linear",
+    "mrope",
+    "rotary_attention",
+    "swiglu",
+    "swiglu_linear",
+]

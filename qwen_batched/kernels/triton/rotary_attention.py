@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
+from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.segments import Run
 from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
 from qwen_batched.kernels.triton.rotary import rotary
+from qwen_batched.kernels.triton.rotation import angles, rotated
 
 # A tile of 128 tokens in float32 takes minutes to compile with 2 warps; no published config has such windows.
 MAX_WINDOW, MAX_HEAD = 64, 128
@@ -30,28 +31,6 @@ LOG2_E = math.log2(math.e)
 WARPS = 2
 # Float32 has no matrix instruction of its own precision; with 2 warps its unrolled products compile for 8 s.
 WARPS_OF_FLOAT32 = 8
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, token, seen, e, E: tl.constexpr):
-    """Cosine and signed sine for columns `e`: rotated[e] = x[e] * cos + x[partner of e] * sin."""
-    half: tl.constexpr = E // 2
-    mask = seen[:, None] & (e < E)[None, :]
-    index = token[:, None] * half + tl.where(e < half, e, e - half)[None, :]
-    cos = tl.load(cos_ptr + index, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + index, mask=mask, other=0.0)
-    return cos, tl.where(e < half, -1.0, 1.0)[None, :] * sin
-
-
-@triton.jit
-def _rotated(base_ptr, row, seen, e, cos, sin, E: tl.constexpr):
-    """Columns `e` of the rotated queries or keys of the tokens at `row`."""
-    half: tl.constexpr = E // 2
-    mask = seen[:, None] & (e < E)[None, :]
-    partner = tl.where(e < half, e + half, e - half)
-    x = tl.load(base_ptr + row[:, None] + e[None, :], mask=mask, other=0.0)
-    y = tl.load(base_ptr + row[:, None] + partner[None, :], mask=mask, other=0.0)
-    return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
 
 
 @triton.jit
@@ -83,18 +62,18 @@ def _window_attention_kernel(
     D: tl.constexpr = N * E
     row = (image * tokens_per_image + token) * (3 * D) + head * E
     high = tl.arange(0, E_HIGH)
-    cos, sin = _angles(cos_ptr, sin_ptr, token, seen, high, E)
+    cos, sin = angles(cos_ptr, sin_ptr, token, seen, high, E)
     if E_LOW > 0:
         low = E_HIGH + tl.arange(0, E_LOW)
-        cos_low, sin_low = _angles(cos_ptr, sin_ptr, token, seen, low, E)
+        cos_low, sin_low = angles(cos_ptr, sin_ptr, token, seen, low, E)
     wait_for_inputs(EARLY)
 
-    k = _rotated(qkv_ptr + D, row, seen, high, cos, sin, E)
-    q = _rotated(qkv_ptr, row, seen, high, cos, sin, E)
+    k = rotated(qkv_ptr + D, row, seen, high, cos, sin, E)
+    q = rotated(qkv_ptr, row, seen, high, cos, sin, E)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if E_LOW > 0:
-        k = _rotated(qkv_ptr + D, row, seen, low, cos_low, sin_low, E)
-        q = _rotated(qkv_ptr, row, seen, low, cos_low, sin_low, E)
+        k = rotated(qkv_ptr + D, row, seen, low, cos_low, sin_low, E)
+        q = rotated(qkv_ptr, row, seen, low, cos_low, sin_low, E)
         scores += tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores = tl.where(seen[None, :], scores * scale, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
@@ -171,19 +150,7 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Te
         rearrange(x[:, run.start : run.stop], "i (g s) (n e) -> (i g) n s e", g=run.count, n=num_heads)
         for x in (q, k, v)
     )
-    return rearrange(_fastest_attention(q, k, v), "(i g) n s e -> i (g s) (n e)", g=run.count)
-
-
-def _fastest_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """cuDNN's attention where it takes the shape, else what PyTorch chooses.
-
-    H200, bf16, 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us. It is called by its own name:
-    `sdpa_kernel` would change the choice of every thread.
-    """
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
-    if torch.backends.cuda.can_use_cudnn_attention(params):
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, compute_log_sumexp=False)[0]
-    return F.scaled_dot_product_attention(q, k, v)
+    return rearrange(fastest_attention(q, k, v), "(i g) n s e -> i (g s) (n e)", g=run.count)
 
 
 def _split(head_dim: int) -> tuple[int, int]:

@@ -1,0 +1,31 @@
+"""Dense attention by the fastest kernel that PyTorch has for the shape, chosen by name."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fastest_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """cuDNN's attention where it takes the shape, else what PyTorch chooses.
+
+    H200, bf16: 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us; 8 texts of 817 tokens, 16 heads
+    of 128 on 2, causal: 70 us and 135 us. It is called by its own name: `sdpa_kernel` would change the choice of every
+    thread.
+
+    Args:
+        q: (B, N, S, E).
+        k: (B, K, S, E), K dividing N.
+        v: (B, K, S, E).
+        is_causal: Whether a token sees only those before it and itself.
+
+    Returns:
+        (B, N, S, E).
+    """
+    grouped = k.shape[1] != q.shape[1]
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped)
+    if torch.backends.cuda.can_use_cudnn_attention(params):
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return cudnn(q, k, v, None, compute_log_sumexp=False, is_causal=is_causal)[0]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
