@@ -120,6 +120,16 @@ def single_times(call: Callable[[], object], device: torch.device, calls: int) -
     return [_wall(call, device) for _ in range(calls)]
 
 
+def paced_times(call: Callable[[], object], device: torch.device, calls: int, hz: float) -> list[float]:
+    """As `single_times`, each call begun at a tick of a clock, as in a control loop: the device rests in between."""
+    times, tick = [], time.perf_counter()
+    for _ in range(calls):
+        tick = max(tick + 1 / hz, time.perf_counter())  # a tick that a call has run over is lost
+        time.sleep(max(0.0, tick - time.perf_counter()))
+        times.append(_wall(call, device))
+    return times
+
+
 def _wall(call: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     started = time.perf_counter()
@@ -220,6 +230,14 @@ def peak_gib(call: Callable[[], object], device: torch.device) -> float:
     with PeakMemory(device) as peak:
         call()
     return peak.bytes / GIB
+
+
+def held_mib(device: torch.device) -> dict[str, float]:
+    """What is allocated and what the allocator holds; 0 on the CPU."""
+    if device.type != "cuda":
+        return {"allocated": 0.0, "reserved": 0.0}
+    held = {"allocated": torch.cuda.memory_allocated(device), "reserved": torch.cuda.memory_reserved(device)}
+    return {name: size / 2**20 for name, size in held.items()}
 
 
 def release(device: torch.device) -> None:

@@ -15,11 +15,10 @@ import argparse
 import math
 import os
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
 import peers
+import runs
 import torch
 from measure import Goal, Rotation, Spread, Work, note, print_table
 from peers import TowerInputs
@@ -91,22 +91,8 @@ SMOKE = Shapes(
 
 
 @dataclass
-class Run:
-    """What the steps share, and what they found: `missing` by name with the reason, `wrong` results."""
-
-    options: argparse.Namespace
-    shapes: Shapes
-    device: torch.device
-    model: QwenBatchedVL
-    report: dict[str, Any] = field(default_factory=dict)
-    goals: list[Goal] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-
-    @property
-    def like(self) -> Tensor:
-        """Of the model's dtype and device."""
-        return torch.empty(0, dtype=self.model.dtype, device=self.device)
+class Run(runs.Run):
+    """With what the steps ask of the vision tower."""
 
     @property
     def vision(self) -> VisionConfig:
@@ -130,41 +116,11 @@ class Run:
         """What transformers makes of the raw frames, which it lets nobody bring to another aspect."""
         return smart_resize(*self.shapes.raw.size, self.vision.cell_size, self.pixels, self.pixels)
 
-    def times(self, calls: dict[str, Callable[[], object]], seconds: float = 1.0, **options: Any) -> dict[str, Any]:
-        """Spreads as dicts, by name."""
-        seconds = 0.02 if self.options.smoke else seconds
-        found = measure.interleaved(calls, self.device, seconds=seconds, **options)
-        return {name: asdict(spread) for name, spread in found.items()}
-
-    def attempt(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns; None where this machine cannot, with the reason kept for the report."""
-        try:
-            return make()
-        except Exception as error:  # whatever a compiler or another library raises
-            self.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            note(f"{name}: {self.missing[name]}")
-            return None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint folder; None: one is written, with random weights")
-    parser.add_argument("--quick", action="store_true", help="leave transformers' times out")
-    parser.add_argument("--compile-seconds", type=float, default=150, help="compile no further shape after that long")
-    parser.add_argument("--commit", help=f"what to report as the commit; None: ${measure.COMMIT_VARIABLE} or git")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: tests this file, claims nothing")
-    options = parser.parse_args()
-    if not (options.smoke or torch.cuda.is_available()):
-        parser.error("needs an NVIDIA GPU; --smoke runs through the code without one")
-    torch.backends.cudnn.allow_tf32 = False  # transformers' patch embedding in float32 is a convolution
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"  # else an earlier run has compiled for this one
-        sys.exit(run_all(options, folder))
-
 
 @torch.no_grad()
 def run_all(options: argparse.Namespace, temporary: str) -> int:
     started = time.perf_counter()
+    os.environ["TRITON_CACHE_DIR"] = f"{temporary}/triton"  # else an earlier run has compiled for this one
     device = torch.device("cpu" if options.smoke else "cuda")
     shapes = SMOKE if options.smoke else FULL
     torch.manual_seed(0)
@@ -172,19 +128,14 @@ def run_all(options: argparse.Namespace, temporary: str) -> int:
         f"{temporary}/checkpoint", shapes.preset, dtype=torch.bfloat16, shards=1, text={"num_hidden_layers": 1}
     )
     note("checkpoint ready")
-    if options.smoke:
-        print("SMOKE RUN: tiny shapes on the CPU. It tests the benchmark; its numbers mean nothing.")
     model = QwenBatchedVL.from_pretrained(folder, num_layers=1, dtype=torch.bfloat16, device=device)
-    run = Run(options, shapes, device, model.requires_grad_(False))
+    run = Run(options, shapes, device, model.requires_grad_(False), started)
     first = first_calls(run)
     towers, processors = check_results(run, str(folder))
     if not run.wrong:
         measure_times(run, first, towers, processors)
         set_goals(run)
-    summary = {"smoke": options.smoke, "quick": options.quick, "dtype": str(model.dtype), "model": options.model}
-    seconds = {"seconds": round(time.perf_counter() - started, 1)}
-    facts = measure.environment("vision", device, options.commit) | summary | seconds
-    return measure.finish(facts | run.report, run.goals, run.missing, run.wrong, claims=not options.smoke)
+    return run.finish("vision")
 
 
 def measure_times(run: Run, first: dict[str, Any], towers: dict[str, nn.Module], processors: dict[str, Any]) -> None:
@@ -446,4 +397,4 @@ def set_goals(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.main(runs.parser(__doc__), run_all)
