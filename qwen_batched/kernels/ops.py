@@ -17,14 +17,16 @@ from torch.autograd import forward_ad
 from qwen_batched.kernels import reference
 from qwen_batched.kernels.backend import backend, refuse_forced_triton, triton_kernels, use_backend
 from qwen_batched.kernels.dense_attention import fastest_attention
-from qwen_batched.kernels.reference import mrope_tables
+from qwen_batched.kernels.reference import NO_TOKEN, mrope_tables
 from qwen_batched.kernels.segments import Run, Segments
 
 __all__ = [
+    "NO_TOKEN",
     "add_rms_norm",
     "backend",
     "causal_attention",
     "decode_attention",
+    "expand_prompts",
     "frames_to_patches",
     "linear",
     "mrope",
@@ -130,6 +132,21 @@ def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None = None, u
         # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
         return swiglu(*reference.linear(x, gate_up).chunk(2, dim=-1), gate_bias, up_bias)
     return torch.ops.qwen_batched.swiglu_linear(x, gate_up, gate_bias, up_bias)
+
+
+def expand_prompts(
+    prompts: Tensor,
+    grids: Tensor,
+    camera_mask: Tensor | None,
+    image_token_id: int,
+    pad_token_id: int,
+    length: int,
+    tokens: int,
+    left: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.expand_prompts`."""
+    how = (image_token_id, pad_token_id, length, tokens, left)
+    return torch.ops.qwen_batched.expand_prompts(prompts, grids, camera_mask, *how)
 
 
 def _is_one_row(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -262,6 +279,32 @@ def _rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: list[int], ta
     if kernels is None:
         return reference.rotary_attention(qkv, cos, sin, parsed, num_heads).contiguous()
     return kernels.rotary_attention(qkv, cos, sin, parsed, table, num_heads).contiguous()
+
+
+@_register(
+    "expand_prompts(Tensor prompts, Tensor grids, Tensor? camera_mask, int image_token_id, int pad_token_id, "
+    "int length, int tokens, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left: (
+        prompts.new_empty(len(prompts), length),
+        prompts.new_empty(len(prompts), length, dtype=torch.bool),
+        prompts.new_empty(3, len(prompts), length),
+        prompts.new_empty(len(prompts), length),
+        prompts.new_empty(len(prompts), length),
+        prompts.new_empty(tokens),
+    ),
+)
+def _expand_prompts(
+    prompts: Tensor,
+    grids: Tensor,
+    camera_mask: Tensor | None,
+    image_token_id: int,
+    pad_token_id: int,
+    length: int,
+    tokens: int,
+    left: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernels = triton_kernels(prompts.device) or reference
+    return kernels.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left)
 
 
 @_register(

@@ -22,7 +22,7 @@ from qwen_batched.kernels import ops
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
 from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
 from qwen_batched.model.prompt import PromptEncoder
-from qwen_batched.model.sequence import NO_TOKEN, Sequences, expand_prompts
+from qwen_batched.model.sequence import Sequences, expand_prompts
 from qwen_batched.weights import resolve_device
 
 Grid = tuple[int, int]  # height and width of an image in merged cells
@@ -315,7 +315,7 @@ class TensorProcessor:
             lengths = [len(row) + span for row, span in zip(rows, spans, strict=True)]
             if min(lengths) == 0:
                 raise ValueError(f"a prompt must have at least one token, got none for sample {lengths.index(0)}")
-            return pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN), max(lengths), sum(lengths)
+            return _as_one(rows), max(lengths), sum(lengths)
         return (*self._prompts_by_device_mask(texts, template, cells, camera_mask), None)
 
     def _check_length(self, length: int, max_new_tokens: int) -> None:
@@ -336,7 +336,7 @@ class TensorProcessor:
         largest = sorted(cells, reverse=True)
         spans = [sum(largest[:count]) - count for count in counts] * len(texts)
         length = max(len(row) + span for row, span in zip(rows, spans, strict=True))
-        options = pad_sequence(rows, batch_first=True, padding_value=NO_TOKEN).unflatten(0, (len(texts), len(counts)))
+        options = _as_one(rows).unflatten(0, (len(texts), len(counts)))
         chosen = camera_mask.sum(dim=1)[:, None, None].expand(-1, 1, options.shape[-1])
         return options.gather(1, chosen)[:, 0], length
 
@@ -398,6 +398,13 @@ class TensorProcessor:
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
         return self._tables.get(("normalisation", device), make)
+
+
+def _as_one(rows: list[Tensor]) -> Tensor:
+    """Rows of ids as a tensor (rows, longest), filled up with `NO_TOKEN`."""
+    if len(rows) == 1:
+        return rows[0][None]  # a control loop's only prompt: two launches less
+    return pad_sequence(rows, batch_first=True, padding_value=ops.NO_TOKEN)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

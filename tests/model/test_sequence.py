@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.model.sequence import NO_TOKEN, expand_prompts
+from qwen_batched.kernels.ops import NO_TOKEN
+from qwen_batched.model.sequence import expand_prompts
 from qwen_batched.model.tensor_processor import Request
 from tests.support import assert_equal_to, photos
 

@@ -2,6 +2,7 @@
 
 from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm
 from qwen_batched.kernels.triton.decode_attention import decode_attention
+from qwen_batched.kernels.triton.expand_prompts import expand_prompts
 from qwen_batched.kernels.triton.frames_to_patches import frames_to_patches
 from qwen_batched.kernels.triton.mrope import mrope
 from qwen_batched.kernels.triton.one_row_linear import linear, swiglu_linear
@@ -11,6 +12,7 @@ from qwen_batched.kernels.triton.swiglu import swiglu
 __all__ = [
     "add_rms_norm",
     "decode_attention",
+    "expand_prompts",
     "frames_to_patches",
     "linear",
     "mrope",

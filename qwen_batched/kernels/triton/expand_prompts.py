@@ -1,0 +1,188 @@
+"""expand_prompts in one launch, where PyTorch makes sixty. See `reference.expand_prompts`.
+
+A program makes some places of a sample's sequence. It goes through the prompt once to see where it ends, and once more
+to see which token each place belongs to.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen_batched.kernels.reference import NO_TOKEN
+from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, wait_for_inputs
+
+PLACES, TOKENS, SAMPLES, WARPS = 128, 64, 16, 4
+
+
+@triton.jit
+def _ranks(present, AXIS: tl.constexpr):
+    """Each camera's turn: the present ones in their order, then the absent ones."""
+    here = present.to(tl.int32)
+    turn_of_absent = tl.cumsum(1 - here, axis=AXIS) - 1 + tl.expand_dims(tl.sum(here, axis=AXIS), AXIS)
+    return tl.where(present, tl.cumsum(here, axis=AXIS) - 1, turn_of_absent)
+
+
+@triton.jit
+def _cameras_present(mask_ptr, sample, exists, c, V: tl.constexpr, HAS_MASK: tl.constexpr):
+    """(samples, cameras)."""
+    inside = exists[:, None] & (c < V)[None, :]
+    if HAS_MASK:
+        return inside & (tl.load(mask_ptr + sample[:, None] * V + c[None, :], mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def _expand_prompts_kernel(
+    prompts_ptr,
+    grids_ptr,
+    mask_ptr,
+    ids_ptr,
+    real_ptr,
+    positions_ptr,
+    cameras_ptr,
+    features_ptr,
+    index_ptr,
+    batch,
+    prompt_length,
+    length,
+    tokens,
+    image_token,
+    pad_token,
+    NO_TOKEN: tl.constexpr,
+    V: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    LEFT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PLACES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    let_the_next_start(EARLY)
+    wait_for_inputs(EARLY)
+    sample = tl.program_id(0)
+    s = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    b, c, u = tl.arange(0, SAMPLES), tl.arange(0, BLOCK_V), tl.arange(0, TOKENS)
+    heights = tl.load(grids_ptr + 2 * c, mask=c < V, other=0).to(tl.int32)
+    widths = tl.load(grids_ptr + 2 * c + 1, mask=c < V, other=0).to(tl.int32)
+    cells = heights * widths
+    features = tl.cumsum(cells, axis=0) - cells
+
+    # How long this sample is, how long those before it are together, and how long all are.
+    own, before, everything = 0, 0, 0
+    for start in range(0, batch, SAMPLES):
+        exists = start + b < batch
+        texts, images = tl.zeros((SAMPLES,), tl.int32), tl.zeros((SAMPLES,), tl.int32)
+        for at in range(0, prompt_length, TOKENS):
+            inside = exists[:, None] & (at + u < prompt_length)[None, :]
+            place = (start + b)[:, None] * prompt_length + (at + u)[None, :]
+            token = tl.load(prompts_ptr + place, mask=inside, other=NO_TOKEN).to(tl.int32)
+            images += tl.sum((token == image_token).to(tl.int32), axis=1)
+            texts += tl.sum(((token != image_token) & (token != NO_TOKEN)).to(tl.int32), axis=1)
+        ranks = _ranks(_cameras_present(mask_ptr, start + b, exists, c, V, HAS_MASK), 1)
+        totals = texts + tl.sum(tl.where(ranks < images[:, None], cells[None, :], 0), axis=1)
+        totals = tl.where(exists, totals, 0)
+        own += tl.sum(tl.where(start + b == sample, totals, 0), axis=0)
+        before += tl.sum(tl.where(start + b < sample, totals, 0), axis=0)
+        everything += tl.sum(totals, axis=0)
+
+    slot = s - (length - own) if LEFT else s
+    one = tl.arange(0, 1)
+    ranks = _ranks(_cameras_present(mask_ptr, sample + one, one == 0, c, V, HAS_MASK), 1)
+    nothing = tl.zeros((PLACES,), tl.int32)
+    token_of, cell_of, first_of, camera_of, width_of, feature_of = nothing, nothing, nothing, nothing, nothing, nothing
+    images, cells_before, steps_before = 0, 0, 0
+    for at in range(0, prompt_length, TOKENS):
+        token = tl.load(prompts_ptr + sample * prompt_length + at + u, mask=at + u < prompt_length, other=NO_TOKEN).to(
+            tl.int32
+        )
+        is_image = (token == image_token).to(tl.int32)
+        is_text = ((token != image_token) & (token != NO_TOKEN)).to(tl.int32)
+        turn = images + tl.cumsum(is_image, axis=0) - 1
+        chosen = (ranks == turn[:, None]) & (is_image[:, None] == 1)  # (TOKENS, BLOCK_V)
+        height = tl.sum(tl.where(chosen, heights[None, :], 0), axis=1) + is_text
+        width = tl.sum(tl.where(chosen, widths[None, :], 0), axis=1) + is_text
+        camera = tl.sum(tl.where(chosen, c[None, :], 0), axis=1) + V * is_text
+        feature = tl.sum(tl.where(chosen, features[None, :], 0), axis=1)
+        count, step = height * width, tl.maximum(height, width)
+        begin = cells_before + tl.cumsum(count, axis=0) - count
+        first = steps_before + tl.cumsum(step, axis=0) - step
+        belongs = (begin[None, :] <= slot[:, None]) & (slot[:, None] < (begin + count)[None, :])
+        token_of += tl.sum(tl.where(belongs, token[None, :], 0), axis=1)
+        cell_of += tl.sum(tl.where(belongs, slot[:, None] - begin[None, :], 0), axis=1)
+        first_of += tl.sum(tl.where(belongs, first[None, :], 0), axis=1)
+        camera_of += tl.sum(tl.where(belongs, camera[None, :], 0), axis=1)
+        width_of += tl.sum(tl.where(belongs, width[None, :], 0), axis=1)
+        feature_of += tl.sum(tl.where(belongs, feature[None, :], 0), axis=1)
+        images += tl.sum(is_image, axis=0)
+        cells_before += tl.sum(count, axis=0)
+        steps_before += tl.sum(step, axis=0)
+
+    inside = s < length
+    real = (slot >= 0) & (slot < own)
+    is_image = real & (camera_of < V)
+    place = sample * length + s
+    row, column = cell_of // tl.maximum(width_of, 1), cell_of % tl.maximum(width_of, 1)
+    tl.store(ids_ptr + place, tl.where(real, token_of, pad_token).to(tl.int64), mask=inside)
+    tl.store(real_ptr + place, real, mask=inside)
+    tl.store(positions_ptr + place, tl.where(real, first_of, 0).to(tl.int64), mask=inside)
+    tl.store(positions_ptr + batch * length + place, tl.where(real, first_of + row, 0).to(tl.int64), mask=inside)
+    tl.store(positions_ptr + 2 * batch * length + place, tl.where(real, first_of + column, 0).to(tl.int64), mask=inside)
+    tl.store(cameras_ptr + place, tl.where(is_image, camera_of, NO_TOKEN).to(tl.int64), mask=inside)
+    tl.store(features_ptr + place, tl.where(is_image, feature_of + cell_of, NO_TOKEN).to(tl.int64), mask=inside)
+    # The tokens of all samples come first, then the padding.
+    real_before = before + tl.minimum(tl.maximum(slot, 0), own)
+    rank = tl.where(real, real_before, everything + place - real_before)
+    tl.store(index_ptr + rank, place.to(tl.int64), mask=inside & (rank < tokens))
+
+
+def expand_prompts(
+    prompts: Tensor,
+    grids: Tensor,
+    camera_mask: Tensor | None,
+    image_token_id: int,
+    pad_token_id: int,
+    length: int,
+    tokens: int,
+    left: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, U) to five (B, S), one of them thrice, and (T,)."""
+    batch, cameras = prompts.shape[0], grids.shape[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=prompts.device)
+
+    ids, camera_ids, features = (empty(batch, length) for _ in range(3))
+    real, positions, index = empty(batch, length, dtype=torch.bool), empty(3, batch, length), empty(tokens)
+    if ids.numel() > 0:
+        _expand_prompts_kernel[(batch, triton.cdiv(length, PLACES))](
+            prompts.contiguous(),
+            grids.contiguous(),
+            prompts if camera_mask is None else camera_mask.contiguous(),
+            ids,
+            real,
+            positions,
+            camera_ids,
+            features,
+            index,
+            batch,
+            prompts.shape[1],
+            length,
+            tokens,
+            image_token_id,
+            pad_token_id,
+            NO_TOKEN=NO_TOKEN,
+            V=cameras,
+            HAS_MASK=camera_mask is not None,
+            LEFT=left,
+            BLOCK_V=triton.next_power_of_2(max(1, cameras)),
+            SAMPLES=SAMPLES,
+            TOKENS=TOKENS,
+            PLACES=PLACES,
+            num_warps=WARPS,
+            **launch_options(prompts.device),
+        )
+    return ids, real, positions, camera_ids, features, index
