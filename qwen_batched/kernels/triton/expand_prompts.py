@@ -178,7 +178,7 @@ def expand_prompts(
             V=cameras,
             HAS_MASK=camera_mask is not None,
             LEFT=left,
-            BLOCK_V=triton.next_power_of_2(max(1, cameras)),
+            BLOCK_V=triton.next_power_of_2(max(2, cameras)),  # Triton 3.6 cannot sum up along an axis of one
             SAMPLES=SAMPLES,
             TOKENS=TOKENS,
             PLACES=PLACES,
