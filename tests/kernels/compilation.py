@@ -1,0 +1,215 @@
+"""Compiles every Triton kernel for GPUs that need not be there: `python -m tests.kernels.compilation`.
+
+The launchers are called with tensors on the device "meta", which have shapes but no memory. A stand-in for Triton's
+driver names a GPU; Triton specialises and compiles for it what is launched, and stops there. It takes a process without
+TRITON_INTERPRET: the interpreter, which the other tests use where there is no GPU, accepts what the compiler refuses.
+
+Prints JSON: the kernels that the package has, and what each launch on each target came to.
+"""
+
+import ast
+import importlib
+import json
+import pkgutil
+import sys
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+import qwen_batched.kernels.triton as package
+from qwen_batched.kernels.segments import Run
+from qwen_batched.kernels.triton import launch, launchers
+from qwen_batched.kernels.triton.rotary import rotary
+from qwen_batched.model.geometry import resize_axis
+
+# Name, compute capability, dtypes, and whether kernels start early where the GPU can (see `launch.launch_options`). No
+# dtype on every target: an attention kernel compiles for a second or two.
+TARGETS = (
+    ("sm_80", 80, (torch.bfloat16, torch.float32), True),
+    ("sm_90", 90, (torch.bfloat16,), True),
+    ("sm_90, late", 90, (torch.float16,), False),
+)
+
+
+def all_kernels():
+    """Every function of the package that Triton compiles and no other such function calls."""
+    names = [f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)]
+    members = [member for name in names for member in vars(importlib.import_module(name)).values()]
+    jitted = [one for one in members if isinstance(one, JITFunction) and one.fn.__module__ in names]
+    called = {node.id for one in jitted for node in ast.walk(one.parse()) if isinstance(node, ast.Name)}
+    return sorted({name_of(one) for one in jitted if one.fn.__name__ not in called})
+
+
+def name_of(kernel):
+    return f"{kernel.fn.__module__.removeprefix(package.__name__ + '.')}.{kernel.fn.__name__}"
+
+
+# --- launches ---
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_norm(rows, width, dtype, with_residual=True):
+    x = zeros(rows, width, dtype=dtype)
+    launchers.add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
+
+
+def launch_swiglu(rows, width, dtype, with_bias):
+    biases = zeros(2 * width, dtype=dtype).chunk(2) if with_bias else ()
+    launchers.swiglu(*zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1), *biases)
+
+
+def launch_one_row(inner, outer, dtype, with_bias, gated):
+    weight = zeros(2 * outer if gated else outer, inner, dtype=dtype)
+    biases = [zeros(outer, dtype=dtype) if with_bias else None for _ in range(2 if gated else 1)]
+    (launchers.swiglu_linear if gated else launchers.linear)(zeros(1, inner, dtype=dtype), weight, *biases)
+
+
+def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots):
+    tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
+    slots = zeros(tokens, dtype=torch.int64) if with_slots else None
+    launchers.mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens)
+
+
+def launch_decoding(batch, capacity, heads, kv_heads, size, dtype):
+    qkv = zeros(batch, (heads + 2 * kv_heads) * size, dtype=dtype)
+    tables = zeros(batch, size // 2), zeros(batch, size // 2)
+    keys, values = (zeros(batch, capacity, kv_heads, size, dtype=dtype) for _ in range(2))
+    tickets = zeros(batch * kv_heads, dtype=torch.int32)
+    launchers.decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets)
+
+
+def launch_windows(images, count, length, heads, size, dtype):
+    tokens = count * length
+    tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
+    segments = (Run(0, count, length),), zeros(count, 2, dtype=torch.int32)
+    launchers.rotary_attention(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, *segments, heads)
+
+
+def launch_rotary(images, tokens, heads, size, dtype):
+    """What comes before attention over whole images; that itself is PyTorch's."""
+    tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
+    rotary(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, heads)
+
+
+def launch_prompts(batch, tokens, cameras, length, with_mask, left):
+    prompts, grids = zeros(batch, tokens, dtype=torch.int64), zeros(cameras, 2, dtype=torch.int64)
+    mask = zeros(batch, cameras, dtype=torch.bool) if with_mask else None
+    launchers.expand_prompts(prompts, grids, mask, 151655, 151643, length, batch * length, left)
+
+
+def launch_frames(source, target, frames_dtype, dtype):
+    """Frames of `source` height and width, resized where `target` is another."""
+    rows, columns = None, None
+    if source != target:
+        tables = [resize_axis(*sizes, torch.device("cpu")) for sizes in zip(source, target, strict=True)]
+        rows, columns = ([x.to("meta") for x in table] for table in tables)
+    frames, colours = zeros(2, 3, *source, dtype=frames_dtype), zeros(3, 1, 1)
+    cells = zeros(target[0] * target[1] // 28**2, dtype=torch.int64)
+    launchers.frames_to_patches(frames, columns, rows, target[1], 1 / 255, colours, colours, cells, 14, 2, 2, dtype)
+
+
+def launch_real_shapes(dtype):
+    """Those of the 3B model."""
+    launch_norm(768, 1280, dtype)
+    launch_swiglu(768, 3456, dtype, with_bias=True)
+    launch_swiglu(512, 11008, dtype, with_bias=False)
+    launch_one_row(2048, 2560, dtype, with_bias=True, gated=False)
+    launch_one_row(11008, 2048, dtype, with_bias=False, gated=False)
+    launch_one_row(2048, 11008, dtype, with_bias=False, gated=True)
+    for with_slots in (True, False):
+        launch_mrope(512, 16, 2, 128, dtype, with_slots)
+    launch_decoding(1, 512, 16, 2, 128, dtype)
+    launch_windows(3, 4, 64, 16, 80, dtype)
+    launch_rotary(3, 256, 16, 80, dtype)
+    launch_frames((480, 640), (224, 224), torch.uint8, dtype)
+    launch_frames((224, 224), (224, 224), dtype, dtype)
+    launch_prompts(8, 64, 3, 512, with_mask=True, left=True)
+
+
+def launch_odd_shapes(dtype):
+    """Sizes that no tile divides, one of what there are many of, the widest rows, the largest head and frame."""
+    launch_norm(5, 33, dtype, with_residual=False)
+    launch_norm(5, 3584, dtype)
+    launch_swiglu(5, 33, dtype, with_bias=True)
+    launch_one_row(1100, 9, dtype, with_bias=True, gated=True)
+    launch_one_row(7, 1, dtype, with_bias=False, gated=False)
+    launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
+    launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
+    launch_windows(1, 5, 17, 1, 20, dtype)
+    launch_windows(1, 1, 64, 1, 128, dtype)
+    launch_windows(1, 1, 64, 1, 128, torch.float32)  # takes the most shared memory of all
+    launch_rotary(1, 65, 3, 20, dtype)
+    launch_frames((37, 61), (28, 56), dtype, dtype)
+    launch_frames((2160, 3840), (224, 224), torch.uint8, dtype)  # more taps than are unrolled
+    launch_prompts(1, 1, 1, 1, with_mask=False, left=False)
+
+
+# --- compiling ---
+
+
+class NoGPU:
+    """What Triton asks of its driver before it compiles."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return self.capability  # Triton remembers the target of each device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def options_on(capability, early):
+    """What `launch.launch_options` says on such a GPU."""
+    if not early:
+        return {"EARLY": False}
+    with (
+        mock.patch.object(torch.version, "cuda", "12.8"),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
+    ):
+        return launch.launch_options.__wrapped__(torch.device("cuda"))
+
+
+def compile_all(target, capability, dtypes, early):
+    """Calls the launchers, and says of each of their launches what compiling it came to."""
+    driver.set_active(NoGPU(capability))
+    options = options_on(capability, early)
+    launches, compile_and_launch = [], JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **named):
+        named |= options if "EARLY" in named else {}
+        done = {"target": target, "kernel": name_of(kernel), "arguments": described(args, named), "error": None}
+        done["flags"] = {name: value for name, value in named.items() if isinstance(value, bool)}
+        print(target, done["kernel"], done["arguments"], file=sys.stderr, flush=True)  # the compiler may crash
+        try:
+            done["shared"] = compile_and_launch(kernel, *args, grid=grid, warmup=True, **named).metadata.shared
+        except Exception as error:
+            done["error"] = f"{type(error).__name__}: {error}"
+        launches.append(done)
+
+    with mock.patch.object(JITFunction, "run", compile_only):
+        for dtype in dtypes:
+            launch_real_shapes(dtype)
+        if early:
+            launch_odd_shapes(torch.bfloat16)
+    return launches
+
+
+def described(args, named):
+    values = [f"{x.dtype}{list(x.shape)}" if isinstance(x, torch.Tensor) else str(x) for x in args]
+    return ", ".join([*values, *(f"{name}={value}" for name, value in named.items())])
+
+
+if __name__ == "__main__":
+    launches = [one for target in TARGETS for one in compile_all(*target)]
+    print(json.dumps({"kernels": all_kernels(), "launches": launches}))

@@ -1,0 +1,64 @@
+"""Every Triton kernel compiles for GPUs that are not there: the interpreter accepts what the compiler refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+# "Maximum amount of shared memory per thread block" among the technical specifications of each compute capability in
+# NVIDIA's CUDA programming guide. "Late": without programmatic dependent launch, as where Triton does not have it.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_90, late": 227 * 1024}
+
+targets = pytest.mark.parametrize("target", SHARED_MEMORY)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What `compilation` prints, from a process without the interpreter."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.compilation"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+    report = json.loads(done.stdout)
+    assert {launch["target"] for launch in report["launches"]} == set(SHARED_MEMORY)
+    return report
+
+
+def launches_on(report, target):
+    return [launch for launch in report["launches"] if launch["target"] == target]
+
+
+@targets
+def test_every_launch_compiles(report, target):
+    failed = [launch for launch in launches_on(report, target) if launch["error"]]
+    assert not failed, "\n\n".join(f"{one['kernel']}({one['arguments']})\n{one['error']}" for one in failed)
+
+
+@targets
+def test_every_launch_fits_into_shared_memory(report, target):
+    compiled = [launch for launch in launches_on(report, target) if not launch["error"]]
+    assert [launch for launch in compiled if launch["shared"] > SHARED_MEMORY[target]] == []
+
+
+@targets
+def test_every_kernel_of_the_package_is_compiled(report, target):
+    assert report["kernels"]
+    assert {launch["kernel"] for launch in launches_on(report, target)} == set(report["kernels"])
+
+
+def test_every_flag_of_a_kernel_is_compiled_both_ways(report):
+    values = defaultdict(set)
+    for launch in report["launches"]:
+        for name, value in launch["flags"].items():
+            values[launch["kernel"], name].add(value)
+    chosen_by_targets = ("EARLY", "launch_pdl")
+    one_way = [key for key, seen in values.items() if len(seen) == 1 and key[1] not in chosen_by_targets]
+    assert one_way == []
