@@ -9,6 +9,7 @@ def is_plain(module: nn.Module) -> bool:
     """Not hooked, wrapped on the instance, compiled, pruned, quantised or sharded; its submodules are not looked at."""
     return (
         not any(hooks_of(module))
+        and not module._load_state_dict_post_hooks  # fully_shard leaves them where it takes the parameters
         and "forward" not in vars(module)
         and module._compiled_call_impl is None
         and not any(isinstance(value, Tensor) for value in vars(module).values())

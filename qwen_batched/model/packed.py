@@ -116,6 +116,8 @@ class PackingModule(nn.Module):
             and all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters)
             and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
             and len(set(map(id, parameters))) == len(parameters)
+            # A part of somebody's buffer (FSDP2, ZeRO, flat optimisers) stays there: its owner writes to that.
+            and all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
             # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
             and (
                 all(packed.holds(*parts) for packed, parts in self._packings())

@@ -892,3 +892,27 @@ def test_the_real_path_on_a_gpu_packs_and_equals_the_plain_mlp(dim, hidden_dim, 
         assert_equal_to(out, exact)
     else:
         assert (out - exact).norm() <= 2 * (expected - exact).norm()
+
+
+# --- memory that is somebody else's ---
+
+
+def test_views_of_a_flat_buffer_stay_there(always_packed):
+    """FSDP2, ZeRO and flat optimisers write to their buffer: a parameter moved out of it would not see that."""
+    mlp, x = make_mlp(), inputs()
+    flat = torch.cat([parameter.data.flatten() for parameter in mlp.parameters()])
+    parts = flat.split([parameter.numel() for parameter in mlp.parameters()])
+    for parameter, part in zip(mlp.parameters(), parts, strict=True):
+        parameter.data = part.view(parameter.shape)
+    mlp(x)
+    flat.mul_(1.5)
+    assert_equal_to(mlp(x), plain(mlp, x), TOLERANCE)
+    assert all(lies_in(parameter, flat) for parameter in mlp.parameters())
+
+
+def test_layers_with_the_hooks_of_fully_shard_are_not_packed(always_packed):
+    mlp = make_mlp()
+    mlp(inputs())
+    assert is_packed(mlp)
+    mlp.up_proj.register_load_state_dict_post_hook(lambda module, keys: None)
+    assert not mlp._can_be_packed()
