@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_batched.kernels import ops
+from qwen_batched.model.inputs import check_hidden_states
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
@@ -262,6 +263,7 @@ def _stretches(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[lis
 
 def project(hidden_states: Tensor, head: nn.Linear | None, decoder: BatchedDecoder) -> Tensor:
     """Logits (..., vocabulary) of hidden states (..., D), by `head` or the embeddings that it is tied to."""
+    check_hidden_states(hidden_states, decoder.config.hidden_size)
     if head is None:
         return ops.linear(hidden_states, decoder.embed_tokens.weight)
     return apply_linear(head, hidden_states)

@@ -326,7 +326,7 @@ class QwenBatchedVL(nn.Module):
         """Logits (..., vocabulary) of hidden states (..., D) after the final norm.
 
         Raises:
-            ValueError: The output projection was left out.
+            ValueError: The output projection was left out, or D is not the model's.
         """
         self._check_lm_head()
         return project(hidden_states, self.lm_head, self.model)

@@ -512,3 +512,13 @@ def test_fuzz_any_input_works_or_raises_value_error_or_type_error(model, good, d
         assert out.last_hidden_state.shape[0] == len(texts)
     if data.draw(st.integers(0, 19)) == 0:
         assert all(map(torch.equal, results(model), good))
+
+
+def test_hidden_states_of_another_width_are_refused(model):
+    width = model.config.text.hidden_size
+    mask, positions = torch.ones(1, 1).bool(), torch.zeros(3, 1, 1).long()
+    for other in (width - 2, width + 2):
+        with pytest.raises(ValueError, match=rf"{width}.*{other}"):
+            model.logits(torch.zeros(1, other))
+        with pytest.raises(ValueError, match=rf"{width}.*{other}"):
+            model.model(torch.zeros(1, 1, other), positions, mask)

@@ -16,6 +16,7 @@ import torch
 BACKENDS = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports, and the first with bfloat16
 _backend: ContextVar[str] = ContextVar("qwen_batched_backend", default="auto")
+_reads_ahead: ContextVar[bool] = ContextVar("qwen_batched_reads_ahead", default=False)
 
 
 @contextlib.contextmanager
@@ -62,6 +63,25 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
     _log_fallback(obstacle)
     return None
+
+
+@contextlib.contextmanager
+def reading_ahead() -> Iterator[None]:
+    """Inside the `with` block kernels may read parameters and older keys before those launched earlier have ended.
+
+    For the capture of a graph in which no kernel writes any of these. Its replay begins when all is done that came
+    before; elsewhere somebody may just have written them.
+    """
+    token = _reads_ahead.set(True)
+    try:
+        yield
+    finally:
+        _reads_ahead.reset(token)
+
+
+def reads_ahead() -> bool:
+    """Whether this is inside `reading_ahead`."""
+    return _reads_ahead.get()
 
 
 def refuse_forced_triton(reason: str) -> None:

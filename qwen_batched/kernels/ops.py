@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qwen_batched.kernels import reference
-from qwen_batched.kernels.backend import backend, refuse_forced_triton, triton_kernels, use_backend
+from qwen_batched.kernels.backend import backend, reading_ahead, refuse_forced_triton, triton_kernels, use_backend
 from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.reference import NO_TOKEN, mrope_tables
 from qwen_batched.kernels.segments import Run, Segments
@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "mrope",
     "mrope_tables",
+    "reading_ahead",
     "rotary_attention",
     "swiglu",
     "swiglu_linear",
@@ -104,7 +105,12 @@ def mrope(
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See `reference.causal_attention`."""
-    if not q.is_cuda or torch.compiler.is_compiling() or _only_the_reference_serves(q, k, v):
+    if (
+        not q.is_cuda
+        or backend() == "reference"
+        or torch.compiler.is_compiling()
+        or _only_the_reference_serves(q, k, v)
+    ):
         return reference.causal_attention(q, k, v)
     out = fastest_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     return rearrange(out, "b n s e -> b s (n e)")
@@ -149,11 +155,17 @@ def expand_prompts(
     return torch.ops.qwen_batched.expand_prompts(prompts, grids, camera_mask, *how)
 
 
-def _is_one_row(x: Tensor, *parameters: Tensor | None) -> bool:
+def _is_one_row(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
+    """Whether the kernel for a single row takes these; what fits nowhere is left to PyTorch, which says why."""
+    biases = [bias for bias in biases if bias is not None]
+    parameters = (weight, *biases)
     return (
-        x.ndim == 2
+        x.ndim == weight.ndim == 2
         and x.shape[0] == 1
-        and all(parameter is None or parameter.dtype == x.dtype for parameter in parameters)
+        and x.shape[1] == weight.shape[1]
+        and weight.is_contiguous()
+        and all(bias.shape == (len(weight) // len(biases),) for bias in biases)
+        and all(parameter.dtype == x.dtype and parameter.device == x.device for parameter in parameters)
         and x.device.type != "meta"
         and not torch.is_autocast_enabled(x.device.type)
         and not _only_the_reference_serves(x, parameters=parameters)

@@ -133,11 +133,11 @@ def check_norm(norm: str) -> None:
 
 
 def check_decoder_inputs(
-    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None
+    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None, width: int
 ) -> None:
-    """Raises `ValueError` where the decoder's inputs do not fit together."""
-    if inputs_embeds.ndim != 3:
-        raise ValueError(f"inputs_embeds must be (B, S, D), got {_shape(inputs_embeds)}")
+    """Raises `ValueError` where the decoder's inputs do not fit together, or not its `width`."""
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width:
+        raise ValueError(f"inputs_embeds must be (B, S, {width}), got {_shape(inputs_embeds)}")
     batch, length = inputs_embeds.shape[:2]
     if position_ids.shape != (3, batch, length) or attention_mask.shape != (batch, length):
         raise ValueError(
@@ -148,6 +148,12 @@ def check_decoder_inputs(
         raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
     if token_index is not None:
         _check_token_index(token_index, batch * length)
+
+
+def check_hidden_states(hidden_states: Tensor, width: int) -> None:
+    """Raises `ValueError` where `hidden_states` do not have the model's `width`."""
+    if hidden_states.shape[-1:] != (width,):
+        raise ValueError(f"hidden_states must be (..., {width}), got {_shape(hidden_states)}")
 
 
 def _check_token_index(token_index: object, places: int) -> None:

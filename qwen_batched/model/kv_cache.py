@@ -22,7 +22,7 @@ class KVCache:
 
     def __init__(self, num_layers: int, batch: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
         shape = (num_layers, batch, capacity, num_heads, head_dim)
-        # Zeros, not garbage: keys past a sample's end are masked, but a NaN would survive the mask.
+        # Zeros, not garbage: the reference multiplies values past a sample's end by 0, which a NaN would survive.
         self.keys_LBCKE, self.values_LBCKE = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.tickets = torch.zeros(batch * num_heads, dtype=torch.int32, device=like.device)

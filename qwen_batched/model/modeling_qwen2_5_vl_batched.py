@@ -305,7 +305,7 @@ class BatchedDecoder(nn.Module):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
-        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, token_index)
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, token_index, self.config.hidden_size)
         tokens = attention_mask.numel() if token_index is None else token_index.numel()
         places_T, rows = back_to_back(attention_mask, tokens)
         x_TD = inputs_embeds.flatten(0, 1).index_select(0, places_T)

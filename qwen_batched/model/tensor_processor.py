@@ -362,7 +362,7 @@ class TensorProcessor:
 
         def make() -> Tensor:
             ids = torch.tensor(self.prompts.encode(text, template, cameras), dtype=torch.int64, device="cpu")
-            return ids.to(device, non_blocking=True)
+            return ids.to(device)  # at once: another stream may be the next to read them
 
         return self._token_ids.get((text, template, cameras, device), make)
 

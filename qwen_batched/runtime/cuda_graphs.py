@@ -41,7 +41,7 @@ class CudaGraphs:
         self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
-        self._admits_all = False
+        self._thread = threading.local()  # `admits_all`, of the calls of a thread
         self._lock = threading.RLock()
 
     def run(
@@ -67,11 +67,12 @@ class CudaGraphs:
         if not _graphs_serve(inputs):
             return function(*inputs)
         key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
+        obstacle = None
         with self._lock:
             self._let_go()
             call = self._calls.get(key)
             if call is None and self._earns_graph(key) and self._still_matches(modules):
-                call = self._capture(key, function, inputs, device)
+                call, obstacle = self._capture(key, function, inputs, device)
             if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
@@ -79,16 +80,18 @@ class CudaGraphs:
                     return outputs
         outputs = function(*inputs)
         self._remember(modules, key)
+        if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
+            warnings.warn(f"no CUDA graph for this shape, it runs without: {obstacle}", RuntimeWarning, stacklevel=3)
         return outputs
 
     @contextlib.contextmanager
     def admitting_all(self) -> Iterator[None]:
         """Inside the `with` block the second call of a kind is captured, whatever has to give way."""
-        self._admits_all = True
+        self._thread.admits_all = True
         try:
             yield
         finally:
-            self._admits_all = False
+            self._thread.admits_all = False
 
     def forget(self) -> None:
         """Forgets all calls; their memory stays for others."""
@@ -132,14 +135,15 @@ class CudaGraphs:
     def _earns_graph(self, key: Hashable) -> bool:
         """Whether a call has run, and there is room or it is worth the place of another."""
         return key in self._uses and (
-            self._admits_all
+            getattr(self._thread, "admits_all", False)
             or len(self._calls) < self.max_graphs
             or self._uses.is_commoner(key, self._uses.least_common(self._calls))
         )
 
     def _capture(
         self, key: Hashable, function: Callable[..., Outputs], inputs: Sequence[Tensor], device: torch.device
-    ) -> CapturedCall | None:
+    ) -> tuple[CapturedCall | None, str | None]:
+        """The call as a graph, or why there is none."""
         if len(self._calls) >= self.max_graphs:
             self._displace(self._uses.least_common(self._calls))
             self._let_go()
@@ -153,8 +157,8 @@ class CudaGraphs:
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
-            warnings.warn(f"no CUDA graph for this shape, it runs without: {error}", RuntimeWarning, stacklevel=4)
-        return self._calls.get(key)
+            return None, str(error)
+        return self._calls[key], None
 
     def _displace(self, key: Hashable) -> None:
         """A graph gives up its place; its memory is no one else's until the device is through with it."""
@@ -179,7 +183,7 @@ class CapturedCall:
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
-            with hold_values() as self.tables, arena.capture() as self.graph:
+            with hold_values() as self.tables, arena.capture() as self.graph, ops.reading_ahead():
                 self.outputs = function(*self.inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_batched.kernels import reference
+from qwen_batched.kernels import ops, reference
 from tests.kernels.support import assert_kernel_is_right, normal, rope_tables
 
 launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
@@ -183,3 +183,26 @@ def test_one_row_equals_the_reference_at_real_shapes(inner, outer, dtype):
     assert_kernel_is_right(launchers.linear(x, weight), exact, reference.linear(x, weight))
     exact = reference.swiglu_linear(x.double(), weight.double())
     assert_kernel_is_right(launchers.swiglu_linear(x, weight, None, None), exact, reference.swiglu_linear(x, weight))
+
+
+# --- what the operations leave to others ---
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((6, 16), None), ((6, 8), (3,)), ((6, 8), (12,))], ids=["inner", "short bias", "long bias"]
+)
+def test_one_row_that_does_not_fit_is_refused(weight, bias, where):
+    """The kernel walks the weight in steps of the row's width, and would take what it finds."""
+    x, weight = normal(1, 8, where=where), normal(*weight, where=where)
+    bias = None if bias is None else normal(*bias, where=where)
+    with pytest.raises(RuntimeError):
+        ops.linear(x, weight, bias)
+
+
+def test_a_full_cache_loses_nothing(where):
+    """What does not fit is not written into the next sample's place."""
+    qkv, cos, sin, keys, values, lengths = decode_case([3, 1], 3, 2, 1, 16, where)
+    keys_before, values_before = keys.clone(), values.clone()
+    launchers.decode_attention(qkv, cos, sin, keys, values, lengths, torch.zeros(2, dtype=torch.int32, device=where[0]))
+    keys_before[1, 1], values_before[1, 1] = keys[1, 1], values[1, 1]
+    assert torch.equal(keys, keys_before) and torch.equal(values, values_before)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import warnings
 import weakref
 
@@ -165,6 +166,18 @@ def test_where_all_are_admitted_the_second_call_is_captured_whoever_gives_way(fa
     assert fake.captured == 3
 
 
+def test_a_thread_that_admits_all_does_so_for_itself_alone(fake, linear):
+    graphs = CudaGraphs(max_graphs=1)
+    run_twice(graphs, linear, "key", linear, torch.randn(1, 3))
+    with graphs.admitting_all():
+        other = threading.Thread(target=lambda: run_twice(graphs, linear, "key", linear, torch.randn(2, 3)))
+        other.start()
+        other.join()
+        assert fake.captured == 1
+        run_twice(graphs, linear, "key", linear, torch.randn(3, 3))
+    assert fake.captured == 2
+
+
 def test_modules_are_prepared_once_before_anything_is_captured_and_again_after_a_change(fake, linear):
     prepared = []
     graphs = CudaGraphs(prepare=lambda *modules: prepared.append((modules, fake.captured)))
@@ -258,6 +271,25 @@ def test_a_shape_that_cannot_be_captured_is_tried_once_and_leaves_the_others_the
     replayed = fake.replayed
     run(graphs, linear, "key", linear, a)
     assert fake.replayed == replayed + 1
+
+
+def test_where_warnings_are_errors_the_call_is_made_before_the_warning(fake, linear):
+    graphs, calls = CudaGraphs(), []
+
+    def function(x):
+        calls.append(x)
+        return linear(x)
+
+    x = torch.randn(1, 3)
+    run(graphs, linear, "key", function, x)
+    fake.error = RuntimeError("not in a capture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning):
+            run(graphs, linear, "key", function, x)
+    made = len(calls)
+    assert torch.equal(run(graphs, linear, "key", function, x), linear(x))
+    assert len(calls) == made + 1, "it was not tried again"
 
 
 def test_inputs_of_other_strides_give_right_results(fake, linear):

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, reads_ahead, wait_for_inputs
+from qwen_batched.kernels.backend import reads_ahead
+from qwen_batched.kernels.triton.launch import begin, launch_options, wait_for_inputs
 
 # H200, bf16, width 1280: 16384 rows 45 us (bytes alone 40 us); 65536 rows 164 us (160 us). One to four rows a program
 # and 1 to 8 warps are within 3% of each other.
@@ -28,9 +29,7 @@ def _add_rms_norm_kernel(
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    let_the_next_start(EARLY)
-    if ahead == 0:
-        wait_for_inputs(EARLY)
+    begin(ahead, EARLY)
     offsets = tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_D)
     mask = column < D
@@ -63,7 +62,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
         normed,
         stream,
         eps,
-        int(reads_ahead(update)),
+        int(reads_ahead() and weight.is_contiguous()),
         D=dim,
         HAS_RESIDUAL=residual is not None,
         BLOCK_D=block,

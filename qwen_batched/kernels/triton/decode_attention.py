@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, reads_ahead, wait_for_inputs
+from qwen_batched.kernels.backend import reads_ahead
+from qwen_batched.kernels.triton.launch import begin, launch_options, wait_for_inputs
 from qwen_batched.kernels.triton.rotation import angles, rotated
 
 LOG2_E = math.log2(math.e)
@@ -24,7 +25,15 @@ TILE, WARPS = 64, 4
 PROGRAMS, MAX_PARTS = 256, 32
 
 
-@triton.jit(do_not_specialize=["ahead"])
+@triton.jit
+def _keys_and_values(keys_ptr, values_ptr, base, token, stop, e, STRIDE: tl.constexpr, E: tl.constexpr):
+    seen = (token < stop)[:, None] & (e < E)[None, :]
+    place = base + token[:, None] * STRIDE + e[None, :]
+    return tl.load(keys_ptr + place, mask=seen, other=0.0), tl.load(values_ptr + place, mask=seen, other=0.0)
+
+
+# Not compiled anew for another context.
+@triton.jit(do_not_specialize=["capacity", "parts", "ahead"])
 def _decode_attention_kernel(
     qkv_ptr,
     cos_ptr,
@@ -37,22 +46,20 @@ def _decode_attention_kernel(
     sums_ptr,
     out_ptr,
     capacity,
-    part_tokens,
+    parts,
     scale,
     ahead,
     G: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    let_the_next_start(EARLY)
-    if ahead == 0:
-        wait_for_inputs(EARLY)
+    begin(ahead, EARLY)
     head = tl.program_id(0) % K
     sample = (tl.program_id(0) // K).to(tl.int64)
     part = tl.program_id(1)
@@ -61,13 +68,11 @@ def _decode_attention_kernel(
     mask_ge = (g < G)[:, None] & (e < E)[None, :]
     mask_e = (e < E)[None, :]
     length = tl.load(lengths_ptr + sample)
+    part_tokens = tl.cdiv(tl.cdiv(length, parts), TILE) * TILE
     start = part * part_tokens
     stop = tl.minimum(start + part_tokens, length)
     base = sample * capacity * K * E + head * E
-    first_seen = (start + s < stop)[:, None] & mask_e
-    first_at = base + (start + s)[:, None] * (K * E) + e[None, :]
-    k = tl.load(keys_ptr + first_at, mask=first_seen, other=0.0)
-    v = tl.load(values_ptr + first_at, mask=first_seen, other=0.0)
+    k, v = _keys_and_values(keys_ptr, values_ptr, base, start + s, stop, e, K * E, E)
     wait_for_inputs(EARLY)
 
     width: tl.constexpr = (G * K + 2 * K) * E
@@ -81,8 +86,9 @@ def _decode_attention_kernel(
         new_k = rotated(qkv_ptr, row + (G * K + head) * E + one, one == 0, e, cos, sin, E)
         new_v = tl.load(qkv_ptr + row + (G * K + K + head) * E + e[None, :], mask=mask_e, other=0.0)
         new_at = base + length * K * E + e[None, :]
-        tl.store(keys_ptr + new_at, new_k, mask=mask_e)
-        tl.store(values_ptr + new_at, new_v, mask=mask_e)
+        fits = mask_e & (length + one < capacity)[:, None]
+        tl.store(keys_ptr + new_at, new_k, mask=fits)
+        tl.store(values_ptr + new_at, new_v, mask=fits)
         maximum = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
         total += 1.0
         out += new_v.to(tl.float32)
@@ -95,26 +101,23 @@ def _decode_attention_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         maximum = higher
-        seen = (at + TILE + s < stop)[:, None] & mask_e
-        place = base + (at + TILE + s)[:, None] * (K * E) + e[None, :]
-        k = tl.load(keys_ptr + place, mask=seen, other=0.0)
-        v = tl.load(values_ptr + place, mask=seen, other=0.0)
+        k, v = _keys_and_values(keys_ptr, values_ptr, base, at + TILE + s, stop, e, K * E, E)
 
     out_at = sample * (G * K * E) + (head * G + g)[:, None] * E + e[None, :]
-    if PARTS == 1:
+    if SPLIT == 0:
         tl.store(out_ptr + out_at, (out / total[:, None]).to(q.dtype), mask=mask_ge)
     else:
-        first = tl.program_id(0).to(tl.int64) * PARTS * BLOCK_G
+        first = tl.program_id(0).to(tl.int64) * parts * BLOCK_G
         tl.store(parts_ptr + (first + part * BLOCK_G + g)[:, None] * BLOCK_E + e[None, :], out)
         tl.store(sums_ptr + 2 * (first + part * BLOCK_G + g), maximum)
         tl.store(sums_ptr + 2 * (first + part * BLOCK_G + g) + 1, total)
         tl.debug_barrier()  # every thread has stored before the ticket says so
         ticket = tl.atomic_add(tickets_ptr + tl.program_id(0), 1, sem="acq_rel")
-        if ticket == PARTS - 1:
+        if ticket == parts - 1:
             maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_G,), tl.float32)
             out = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
-            for index in range(PARTS):
+            for index in range(parts):
                 rows = first + index * BLOCK_G + g
                 # Past the L1 cache, which may hold what was there before.
                 part_maximum = tl.load(sums_ptr + 2 * rows, cache_modifier=".cg")
@@ -155,13 +158,13 @@ def decode_attention(
         qkv.new_empty(rows, 2, dtype=torch.float32),
         out,
         capacity,
-        triton.cdiv(triton.cdiv(capacity, parts), TILE) * TILE,
+        parts,
         head_dim**-0.5 * LOG2_E,  # exp2 is what the hardware has
-        int(reads_ahead(qkv)),
+        int(reads_ahead()),
         G=group,
         K=kv_heads,
         E=head_dim,
-        PARTS=parts,
+        SPLIT=int(parts > 1),
         BLOCK_G=block_g,
         BLOCK_E=block_e,
         TILE=TILE,

@@ -34,7 +34,8 @@ def _cameras_present(mask_ptr, sample, exists, c, V: tl.constexpr, HAS_MASK: tl.
     return inside
 
 
-@triton.jit
+# Not compiled anew for another text.
+@triton.jit(do_not_specialize=["batch", "prompt_length", "length", "tokens", "image_token", "pad_token"])
 def _expand_prompts_kernel(
     prompts_ptr,
     grids_ptr,

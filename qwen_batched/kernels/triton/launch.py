@@ -7,7 +7,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -19,7 +18,7 @@ except ImportError:  # Triton before programmatic dependent launch
 def wait_for_inputs(EARLY: tl.constexpr):
     """Every program of a kernel calls this before it touches what an earlier kernel may have written or still reads.
 
-    Before it, a kernel may read the tables of a plan alone: they are copied from the host, not made by kernels.
+    Before it a kernel may read the tables of a plan, which are copied from the host; and what `begin` says.
     """
     if EARLY:
         gdc_wait()
@@ -27,17 +26,20 @@ def wait_for_inputs(EARLY: tl.constexpr):
 
 @triton.jit
 def let_the_next_start(EARLY: tl.constexpr):
-    """A kernel whose successor reads ahead (see `reads_ahead`) calls this first."""
+    """A kernel whose successor may read ahead calls this first."""
     if EARLY:
         gdc_launch_dependents()
 
 
-def reads_ahead(x: Tensor) -> bool:
-    """Whether a kernel may read before `wait_for_inputs` what no kernel just before it makes: weights, older keys.
+@triton.jit
+def begin(ahead, EARLY: tl.constexpr):
+    """The first line of a kernel that reads weights or older keys before `wait_for_inputs`, where it may.
 
-    In a graph, whose replay begins when all is done that came before. Elsewhere somebody may just have written them.
+    `ahead` is 1 inside `backend.reading_ahead`, where no kernel writes them, else 0.
     """
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    let_the_next_start(EARLY)
+    if ahead == 0:
+        wait_for_inputs(EARLY)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Linear layers of a single row, at the speed of memory: each weight is read once, and used at once.
 
 See `reference.linear` and `reference.swiglu_linear`. In a graph the first weights are on their way before the row is
-there (see `reads_ahead`).
+there (see `backend.reading_ahead`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, reads_ahead, wait_for_inputs
+from qwen_batched.kernels.backend import reads_ahead
+from qwen_batched.kernels.triton.launch import begin, launch_options, wait_for_inputs
 
 # H200, bf16, the products of 36 decoder blocks of the 3B model in a CUDA graph, norms between them: 1.60 ms, cuBLAS
 # 2.12 ms (bytes alone 1.32 ms). Without reading ahead 1.72 ms. With two rows cuBLAS is as fast, with four much faster.
@@ -37,9 +38,7 @@ def _one_row_linear_kernel(
     BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    let_the_next_start(EARLY)
-    if ahead == 0:
-        wait_for_inputs(EARLY)
+    begin(ahead, EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = n < width
@@ -104,7 +103,7 @@ def _launch(
         weight if up_bias is None else up_bias.contiguous(),
         out,
         width,
-        int(reads_ahead(x)),
+        int(reads_ahead() and weight.is_contiguous()),  # a copy of it was made just now
         D=dim,
         GATED=gated,
         HAS_BIAS=bias is not None,
