@@ -78,10 +78,13 @@ class CudaGraphs:
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._uses.note(key)
                     return outputs
-        outputs = function(*inputs)
+        try:
+            outputs = function(*inputs)
+        finally:
+            if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
+                message = f"no CUDA graph for this shape, it runs without: {obstacle}"
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
         self._remember(modules, key)
-        if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
-            warnings.warn(f"no CUDA graph for this shape, it runs without: {obstacle}", RuntimeWarning, stacklevel=3)
         return outputs
 
     @contextlib.contextmanager
