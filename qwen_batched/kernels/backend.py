@@ -84,6 +84,12 @@ def reads_ahead() -> bool:
     return _reads_ahead.get()
 
 
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Whether `triton_kernels` has any for tensors of `device`; it raises as that does."""
+    return triton_kernels(device) is not None
+
+
 def refuse_forced_triton(reason: str) -> None:
     """Raises `RuntimeError` where Triton was asked for and `reason` is why only the reference can serve."""
     if backend() == "triton":

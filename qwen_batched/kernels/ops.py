@@ -1,7 +1,8 @@
 """The one door to the fused operations: each a PyTorch operator `qwen_batched::<name>`.
 
 What an operation computes is said in `reference`. On a GPU it runs a Triton kernel, elsewhere the reference. Where a
-derivative is wanted, or in float64, it is the reference itself, which autograd sees through.
+gradient is wanted, a kernel runs that has one for its backward too (`derivatives`); else, for forward-mode derivatives
+and in float64, it is the reference itself, which autograd sees through.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from einops import rearrange
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qwen_batched.kernels import reference
-from qwen_batched.kernels.backend import backend, reading_ahead, refuse_forced_triton, triton_kernels, use_backend
+from qwen_batched.kernels import derivatives, reference
+from qwen_batched.kernels.backend import (
+    backend,
+    has_kernels,
+    reading_ahead,
+    refuse_forced_triton,
+    triton_kernels,
+    use_backend,
+)
 from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.reference import NO_TOKEN, mrope_tables
 from qwen_batched.kernels.segments import Run, Segments
@@ -43,8 +51,14 @@ _library = torch.library.Library("qwen_batched", "DEF")
 
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.add_rms_norm`."""
-    if _only_the_reference_serves(update, residual, parameters=(weight,)):
+    if _only_the_reference_serves(update, residual, parameters=(weight,), has_backward=True):
         return reference.add_rms_norm(update, residual, weight, eps)
+    if _wants_gradient(update, residual, weight):
+        if residual is not None and not _wants_gradient(update, residual):
+            update, residual = residual + update, None  # the stream is no one's function that wants a gradient
+        if residual is None:
+            return derivatives.RMSNorm.apply(update, weight, eps), update
+        return derivatives.AddRMSNorm.apply(update, residual, weight, eps)
     if residual is None:
         return torch.ops.qwen_batched.rms_norm(update, weight, eps), update
     return torch.ops.qwen_batched.add_rms_norm(update, residual, weight, eps)
@@ -52,15 +66,20 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 
 def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
     """See `reference.swiglu`."""
-    if _only_the_reference_serves(gate, up, parameters=(gate_bias, up_bias)):
+    if _only_the_reference_serves(gate, up, parameters=(gate_bias, up_bias), has_backward=gate_bias is None):
         return reference.swiglu(gate, up, gate_bias, up_bias)
+    if _wants_gradient(gate, up):
+        return derivatives.SwiGLU.apply(gate, up)
     return torch.ops.qwen_batched.swiglu(gate, up, gate_bias, up_bias)
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
     """See `reference.rotary_attention`."""
-    if _only_the_reference_serves(qkv):
+    if _only_the_reference_serves(qkv, has_backward=True):
         return reference.rotary_attention(qkv, cos, sin, segments.runs, num_heads)
+    if _wants_gradient(qkv):
+        turned_IPHE = mrope(qkv.flatten(0, 1), cos, sin, num_heads).view(*qkv.shape[:2], 3 * num_heads, -1)
+        return reference.segment_attention(*turned_IPHE.chunk(3, dim=2), segments.runs)
     runs = [number for run in segments.runs for number in (run.start, run.count, run.length)]
     return torch.ops.qwen_batched.rotary_attention(qkv, cos, sin, runs, segments.table, num_heads)
 
@@ -98,9 +117,10 @@ def mrope(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
 ) -> Tensor:
     """See `reference.mrope`."""
-    if _only_the_reference_serves(qkv):
+    if _only_the_reference_serves(qkv, has_backward=True):
         return reference.mrope(qkv, cos, sin, num_kv_heads, slots, rows)
-    return torch.ops.qwen_batched.mrope(qkv, cos, sin, num_kv_heads, slots, len(qkv) if slots is None else rows)
+    run = derivatives.MRope.apply if _wants_gradient(qkv) else torch.ops.qwen_batched.mrope
+    return run(qkv, cos, sin, num_kv_heads, slots, len(qkv) if slots is None else rows)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,6 +154,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
     """See `reference.swiglu_linear`."""
+    if _wants_gradient(x, gate_up, gate_bias, up_bias):
+        bias = None if gate_bias is None else torch.cat((gate_bias, up_bias))
+        product = reference.linear(x, gate_up, bias)
+        if _only_the_reference_serves(product, has_backward=True):
+            return reference.swiglu(*product.chunk(2, dim=-1))
+        return derivatives.SwiGLU.apply(product, None)
     if not _is_one_row(x, gate_up, gate_bias, up_bias):
         # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
         return swiglu(*reference.linear(x, gate_up).chunk(2, dim=-1), gate_bias, up_bias)
@@ -172,8 +198,16 @@ def _is_one_row(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
     )
 
 
-def _only_the_reference_serves(*activations: Tensor | None, parameters: tuple[Tensor | None, ...] = ()) -> bool:
-    """Whether the kernels cannot: they have no derivative, compute in float32, and take one dtype of activations.
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _only_the_reference_serves(
+    *activations: Tensor | None, parameters: tuple[Tensor | None, ...] = (), has_backward: bool = False
+) -> bool:
+    """Whether the kernels cannot: most have no derivative, all compute in float32 and take one dtype of activations.
+
+    Where there are no kernels, autograd is to see through the reference too.
 
     Raises:
         RuntimeError: Triton was asked for all the same.
@@ -181,8 +215,11 @@ def _only_the_reference_serves(*activations: Tensor | None, parameters: tuple[Te
     given = [tensor for tensor in (*activations, *parameters) if tensor is not None]
     dtypes = {tensor.dtype for tensor in activations if tensor is not None}
     reason = None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    wants_gradient = _wants_gradient(*given)
+    if wants_gradient and not has_backward:
         reason = "its kernels have no backward: call them under torch.no_grad()"
+    elif wants_gradient and not has_kernels(given[0].device):
+        return True
     elif any(tensor.dtype == torch.float64 for tensor in given):
         reason = "its kernels compute in float32, and there is a float64 input"
     elif len(dtypes) > 1:
@@ -234,11 +271,32 @@ def _add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 
 @_register(
+    "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_stream, Tensor stream, Tensor weight, float eps) "
+    "-> (Tensor, Tensor)",
+    fake=lambda grad_normed, grad_stream, stream, weight, eps: (_like(stream), _like(weight)),
+)
+def _add_rms_norm_backward(
+    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    kernels = triton_kernels(stream.device) or reference
+    grad, grad_weight = kernels.add_rms_norm_backward(grad_normed, grad_stream, stream, weight, eps)
+    return grad.contiguous(), grad_weight.contiguous()
+
+
+@_register(
     "swiglu(Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias) -> Tensor",
     fake=lambda gate, up, gate_bias, up_bias: _like(gate),
 )
 def _swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
     return (triton_kernels(gate.device) or reference).swiglu(gate, up, gate_bias, up_bias).contiguous()
+
+
+@_register(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> Tensor",
+    fake=lambda grad, gate, up: gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1]),
+)
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return (triton_kernels(gate.device) or reference).swiglu_backward(grad, gate, up).contiguous()
 
 
 @_register(

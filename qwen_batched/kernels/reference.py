@@ -34,6 +34,29 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     return (x * _widen(weight)).to(stream.dtype), stream
 
 
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `add_rms_norm`.
+
+    Args:
+        grad_normed: (..., D), of the normalised stream.
+        grad_stream: (..., D), of the stream; None for zeros.
+        stream: (..., D), as `add_rms_norm` returned it.
+        weight: (D,).
+        eps: As there.
+
+    Returns:
+        (..., D), of the update and of the residual alike; and (D,), of the weight.
+    """
+    x, grad = _widen(stream), _widen(grad_normed)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit, scaled = x * scale, grad * weight
+    out = scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+    out = out if grad_stream is None else out + grad_stream
+    return out.to(stream.dtype), (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
     """SiLU(gate + gate_bias) * (up + up_bias) (Shazeer 2020, arXiv:2002.05202).
 
@@ -52,6 +75,14 @@ def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: T
     return (F.silu(x) * y).to(gate.dtype)
 
 
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradient of `swiglu` without biases: three times (..., F) to (..., 2F), the gate's and the up's."""
+    grad, x, y = (_widen(tensor) for tensor in (grad, gate, up))
+    share = torch.sigmoid(x)
+    grad_gate = grad * y * share * (1 + x * (1 - share))
+    return torch.cat((grad_gate, grad * x * share), dim=-1).to(gate.dtype)
+
+
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
     """Rotary embedding and attention within each segment of each image.
 
@@ -68,6 +99,11 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...
     q_IPNE, k_IPNE, v_IPNE = rearrange(qkv, "i p (three n e) -> three i p n e", three=3, n=num_heads)
     cos, sin = cos[:, None], sin[:, None]
     q_IPNE, k_IPNE = rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin)
+    return segment_attention(q_IPNE, k_IPNE, v_IPNE, runs)
+
+
+def segment_attention(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    """Attention within each segment of each image: (I, P, N, E), thrice, to (I, P, N * E)."""
     outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in runs]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
@@ -75,7 +111,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...
 def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
     """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
     q, k, v = (
-        rearrange(x[:, run.start : run.stop], "i (g s) n e -> (i g) n s e", g=run.count)
+        rearrange(x.narrow(1, run.start, run.count * run.length), "i (g s) n e -> (i g) n s e", g=run.count)
         for x in (q_IPNE, k_IPNE, v_IPNE)
     )
     out = F.scaled_dot_product_attention(q, k, v)
@@ -99,8 +135,8 @@ def mrope(
 
     Args:
         qkv: (T, (N + 2K) * E): the heads of all queries, then of the keys, then of the values.
-        cos: (T, E / 2), from `mrope_tables`.
-        sin: (T, E / 2).
+        cos: (T, E / 2), from `mrope_tables`; or (P, E / 2), P dividing T: every P tokens begin the table anew.
+        sin: As `cos`.
         num_kv_heads: K.
         slots: Int64 (T,), the row of each token; None where tokens stand as they come.
         rows: How many rows there are; T where `slots` is None.
@@ -109,6 +145,8 @@ def mrope(
         (rows, (N + 2K) * E), zero in rows without a token.
     """
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
+    if 0 < len(cos) < len(qkv):
+        cos, sin = (table.repeat(len(qkv) // len(table), 1) for table in (cos, sin))
     turning, values = heads[..., :-num_kv_heads, :], heads[..., -num_kv_heads:, :]
     out = torch.cat((rotate(turning, cos[:, None], sin[:, None]), values), dim=-2).flatten(-2)
     return out if slots is None else out.new_zeros(rows, out.shape[-1]).index_copy(0, slots, out)

@@ -59,6 +59,15 @@ def launch_norm(rows, width, dtype, with_residual=True):
     launchers.add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
 
 
+def launch_norm_backward(rows, dim, dtype, with_stream=True):
+    grad, stream = zeros(rows, dim, dtype=dtype), zeros(rows, dim, dtype=dtype)
+    launchers.add_rms_norm_backward(grad, grad if with_stream else None, stream, zeros(dim, dtype=dtype), 1e-6)
+
+
+def launch_swiglu_backward(rows, width, dtype):
+    launchers.swiglu_backward(zeros(rows, width, dtype=dtype), *zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1))
+
+
 def launch_swiglu(rows, width, dtype, with_bias):
     biases = zeros(2 * width, dtype=dtype).chunk(2) if with_bias else ()
     launchers.swiglu(*zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1), *biases)
@@ -117,6 +126,8 @@ def launch_frames(source, target, frames_dtype, dtype):
 def launch_real_shapes(dtype):
     """Those of the 3B model."""
     launch_norm(768, 1280, dtype)
+    launch_norm_backward(8192, 1280, dtype)
+    launch_swiglu_backward(8192, 3456, dtype)
     launch_swiglu(768, 3456, dtype, with_bias=True)
     launch_swiglu(512, 11008, dtype, with_bias=False)
     launch_one_row(2048, 2560, dtype, with_bias=True, gated=False)
@@ -136,6 +147,9 @@ def launch_odd_shapes(dtype):
     """Sizes that no tile divides, one of what there are many of, the widest rows, the largest head and frame."""
     launch_norm(5, 33, dtype, with_residual=False)
     launch_norm(5, 3584, dtype)
+    launch_norm_backward(5, 33, dtype, with_stream=False)
+    launch_norm_backward(5, 3584, dtype)
+    launch_swiglu_backward(5, 33, dtype)
     launch_swiglu(5, 33, dtype, with_bias=True)
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)
     launch_one_row(7, 1, dtype, with_bias=False, gated=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.config import VisionConfig
 from qwen_batched.kernels import backend, ops, reference
@@ -85,6 +86,42 @@ def test_add_rms_norm_changes_none_of_its_inputs(where):
     assert all(map(torch.equal, inputs, before))
 
 
+@pytest.mark.parametrize("with_stream", [True, False])
+@pytest.mark.parametrize("shape", [*NORM_SHAPES[1:], (1030, 16)], ids=str)  # a single value's is 0 but for eps
+def test_the_gradient_of_add_rms_norm_equals_autograds(shape, with_stream, where):
+    check_add_rms_norm_backward(shape, with_stream, where)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8192, 1280), (2901, 2048)], ids=str)
+def test_the_gradient_of_add_rms_norm_equals_autograds_at_real_shapes(shape, dtype):
+    check_add_rms_norm_backward(shape, True, ("cuda", dtype))
+
+
+def test_the_gradient_of_add_rms_norm_counts_eps(where):
+    check_add_rms_norm_backward((3, 33), True, where, eps=0.3)
+
+
+def check_add_rms_norm_backward(shape, with_stream, where, eps=1e-6):
+    stream, grad = normal(*shape, where=where, scale=3), normal(*shape, where=where, seed=1)
+    grad_stream = normal(*shape, where=where, seed=2) if with_stream else torch.zeros(shape).to(*where)
+    weight = normal(shape[-1], where=where, seed=3)
+
+    def autograds(dtype, norm):
+        leaves = [x.to(dtype).requires_grad_() for x in (stream, weight)]
+        normed = norm(*leaves)
+        return torch.autograd.grad((normed, leaves[0] * 1), leaves, (grad.to(dtype), grad_stream.to(dtype)))
+
+    exact = autograds(torch.float64, lambda x, weight: reference.add_rms_norm(x, None, weight, eps)[0])
+    plain = autograds(where[1], lambda x, weight: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight)
+    ours = launchers.add_rms_norm_backward(grad, grad_stream if with_stream else None, stream, weight, eps)
+    spec = reference.add_rms_norm_backward(grad, grad_stream if with_stream else None, stream, weight, eps)
+    for found in (ours, spec):
+        for mine, right, rounded in zip(found, exact, plain, strict=True):
+            assert_kernel_is_right(mine, right, rounded)
+
+
 # --- swiglu ---
 
 SWIGLU_SHAPES = [(1, 1), (5, 90), (2, 3, 33), (7,), (3, 2048), (2, 3420), (2, 3456), (1, 5000), (0, 90), (2, 0, 3)]
@@ -124,6 +161,36 @@ def test_swiglu_equals_the_reference_at_the_real_shape(dtype, with_bias):
     bias = normal(2 * 3456, where=where, seed=2)
     halves = normal(16384, 2 * 3456, where=where, scale=3).chunk(2, dim=-1)
     check_swiglu(*halves, *(bias.chunk(2) if with_bias else ()))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("shape", [shape for shape in SWIGLU_SHAPES if len(shape) > 1], ids=str)
+def test_the_gradient_of_swiglu_equals_autograds(shape, halves, where):
+    check_swiglu_backward(shape, halves, where)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_swiglu_equals_autograds_at_the_real_shape(dtype):
+    check_swiglu_backward((8192, 3456), True, ("cuda", dtype))
+
+
+def check_swiglu_backward(shape, halves, where):
+    width = shape[-1]
+    packed = normal(*shape[:-1], 2 * width, where=where, scale=3)
+    gate, up = packed.chunk(2, dim=-1) if halves else (x.contiguous() for x in packed.chunk(2, dim=-1))
+    grad = normal(*shape, where=where, seed=1)
+
+    def autograds(dtype):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (gate, up)]
+        out = leaves[0] / (1 + torch.exp(-leaves[0])) * leaves[1]
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    for found in (launchers.swiglu_backward(grad, gate, up), reference.swiglu_backward(grad, gate, up)):
+        for mine, right, rounded in zip(
+            found.chunk(2, dim=-1), autograds(torch.float64), autograds(where[1]), strict=True
+        ):
+            assert_kernel_is_right(mine.contiguous(), right, rounded)
 
 
 def test_swiglu_takes_inputs_of_any_strides(where):
@@ -519,6 +586,15 @@ def op_cases():
             "swiglu",
             (normal(90, 5).t(), normal(90, 5, seed=1).t(), normal(90, 2)[:, 0], normal(90, 2)[:, 1]),
         ),
+        "add_rms_norm_backward": (
+            "add_rms_norm_backward",
+            (normal(5, 80), normal(5, 80, seed=1), normal(5, 80, seed=2), normal(80), 1e-6),
+        ),
+        "add_rms_norm_backward-strided": (
+            "add_rms_norm_backward",
+            (normal(80, 5).t(), None, normal(80, 5, seed=2).t(), normal(80, 2)[:, 0], 1e-6),
+        ),
+        "swiglu_backward": ("swiglu_backward", (normal(5, 90, seed=1), packed[:, :90], packed[:, 90:])),
         "rotary_attention": ("rotary_attention", (normal(2, 29, 96), cos, sin, runs, segments.table, 2)),
         "rotary_attention-strided": (
             "rotary_attention",
@@ -675,8 +751,20 @@ def gradient_cases(device):
             lambda x, y, w: torch.cat(reference.add_rms_norm(x, y, w, 1e-6)),
             (x, y, weight),
         ),
+        "add_rms_norm-eps": (
+            lambda x, y, w: ops.add_rms_norm(x, y, w, 0.3)[0],
+            lambda x, y, w: reference.add_rms_norm(x, y, w, 0.3)[0],
+            (x, y, weight),
+        ),
+        "add_rms_norm-stream": (
+            lambda x, y: ops.add_rms_norm(x, y, weight, 1e-6)[1] ** 2,
+            lambda x, y: reference.add_rms_norm(x, y, weight, 1e-6)[1] ** 2,
+            (x, y),
+        ),
         "swiglu": (ops.swiglu, reference.swiglu, (x, y)),
         "swiglu-biases": (ops.swiglu, reference.swiglu, (x, y, weight, 2 * weight)),
+        "swiglu-halves": (ops.swiglu_linear, reference.swiglu_linear, (x, y[:4])),
+        "swiglu-halves-biases": (ops.swiglu_linear, reference.swiglu_linear, (x, y[:4], weight[:2], weight[2:4])),
         "linear": (ops.linear, reference.linear, (x[:1], y, weight[:5])),
         "swiglu_linear": (ops.swiglu_linear, reference.swiglu_linear, (x[:1], y[:4], weight[:2], weight[2:4])),
         "mrope": (
@@ -698,6 +786,7 @@ def gradient_cases(device):
 
 
 GRADIENT_CASES = list(gradient_cases("cpu"))
+WITHOUT_BACKWARD = ("swiglu-biases", "linear", "frames_to_patches")
 
 
 def wanted_inputs(inputs):
@@ -705,9 +794,11 @@ def wanted_inputs(inputs):
     return [(index,) for index in range(len(inputs))] + [tuple(range(len(inputs)))]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_gradients_equal_the_references_and_are_never_dropped(case, backend, device):
+    if backend == "triton" and (case in WITHOUT_BACKWARD or (device == "cpu" and torch.cuda.is_available())):
+        pytest.skip("not for this kernel, or not on this device")
     function, expected, inputs = gradient_cases(device)[case]
     with ops.use_backend(backend):
         for wanted in wanted_inputs(inputs):
@@ -722,7 +813,34 @@ def test_gradients_equal_the_references_and_are_never_dropped(case, backend, dev
                 assert_equal_to(ours, theirs)
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("case", [case for case in GRADIENT_CASES if case != "frames_to_patches"])
+def test_second_derivatives_equal_the_references_and_are_never_dropped(case, backend, device):
+    """As a penalty on gradients wants them."""
+    if backend == "triton" and (case in WITHOUT_BACKWARD or (device == "cpu" and torch.cuda.is_available())):
+        pytest.skip("not for this kernel, or not on this device")
+    function, expected, inputs = gradient_cases(device)[case]
+    seconds = []
+    with ops.use_backend(backend), sdpa_kernel(SDPBackend.MATH):  # PyTorch's other attentions have none
+        for run in (function, expected):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            out = run(*leaves)
+            firsts = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+            penalty = sum(first.square().sum() for first in firsts)
+            seconds.append(torch.autograd.grad(penalty, leaves))
+    for ours, theirs in zip(*seconds, strict=True):
+        assert_equal_to(ours, theirs)
+
+
+def test_a_stream_that_wants_no_gradient_gets_none(where):
+    """Where the final norm alone is trained."""
+    x, weight = normal(5, 80, where=where), normal(80, where=where, seed=1).requires_grad_()
+    with ops.use_backend("triton"):
+        normed, stream = ops.add_rms_norm(x, x, weight, 1e-6)
+    assert normed.requires_grad and not stream.requires_grad
+
+
+@pytest.mark.parametrize("case", WITHOUT_BACKWARD)
 def test_a_forced_triton_refuses_to_drop_a_gradient(case, device):
     function, _, inputs = gradient_cases(device)[case]
     with ops.use_backend("triton"):

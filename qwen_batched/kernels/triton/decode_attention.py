@@ -104,9 +104,7 @@ def _decode_attention_kernel(
         k, v = _keys_and_values(keys_ptr, values_ptr, base, at + TILE + s, stop, e, K * E, E)
 
     out_at = sample * (G * K * E) + (head * G + g)[:, None] * E + e[None, :]
-    if SPLIT == 0:
-        tl.store(out_ptr + out_at, (out / total[:, None]).to(q.dtype), mask=mask_ge)
-    else:
+    if SPLIT:
         first = tl.program_id(0).to(tl.int64) * parts * BLOCK_G
         tl.store(parts_ptr + (first + part * BLOCK_G + g)[:, None] * BLOCK_E + e[None, :], out)
         tl.store(sums_ptr + 2 * (first + part * BLOCK_G + g), maximum)
@@ -130,6 +128,8 @@ def _decode_attention_kernel(
                 maximum = higher
             tl.store(out_ptr + out_at, (out / total[:, None]).to(q.dtype), mask=mask_ge)
             tl.store(tickets_ptr + tl.program_id(0), 0)
+    else:
+        tl.store(out_ptr + out_at, (out / total[:, None]).to(q.dtype), mask=mask_ge)
 
 
 def decode_attention(
@@ -164,7 +164,7 @@ def decode_attention(
         G=group,
         K=kv_heads,
         E=head_dim,
-        SPLIT=int(parts > 1),
+        SPLIT=parts > 1,
         BLOCK_G=block_g,
         BLOCK_E=block_e,
         TILE=TILE,

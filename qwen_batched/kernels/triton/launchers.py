@@ -1,16 +1,17 @@
 """Every Triton launcher under its operation's name."""
 
-from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm
+from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_backward
 from qwen_batched.kernels.triton.decode_attention import decode_attention
 from qwen_batched.kernels.triton.expand_prompts import expand_prompts
 from qwen_batched.kernels.triton.frames_to_patches import frames_to_patches
 from qwen_batched.kernels.triton.mrope import mrope
 from qwen_batched.kernels.triton.one_row_linear import linear, swiglu_linear
 from qwen_batched.kernels.triton.rotary_attention import rotary_attention
-from qwen_batched.kernels.triton.swiglu import swiglu
+from qwen_batched.kernels.triton.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_backward",
     "decode_attention",
     "expand_prompts",
     "frames_to_patches",
@@ -18,5 +19,6 @@ __all__ = [
     "mrope",
     "rotary_attention",
     "swiglu",
+    "swiglu_backward",
     "swiglu_linear",
 ]

@@ -21,6 +21,7 @@ def _mrope_kernel(
     sin_ptr,
     slots_ptr,
     out_ptr,
+    period,
     WIDTH: tl.constexpr,
     ROTATED: tl.constexpr,
     E: tl.constexpr,
@@ -39,8 +40,9 @@ def _mrope_kernel(
     x = tl.load(qkv_ptr + token * WIDTH + first, mask=mask, other=0.0)
     y = tl.load(qkv_ptr + token * WIDTH + first + half, mask=mask, other=0.0)
     # The values, behind the keys, are turned by nothing.
-    cos = tl.load(cos_ptr + token * half + column % half, mask=turns, other=1.0)
-    sin = tl.load(sin_ptr + token * half + column % half, mask=turns, other=0.0)
+    angle = token % period * half + column % half
+    cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+    sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
     row = tl.load(slots_ptr + token) if HAS_SLOTS else token
     rotated_x = x.to(tl.float32) * cos - y.to(tl.float32) * sin
     rotated_y = y.to(tl.float32) * cos + x.to(tl.float32) * sin
@@ -64,6 +66,7 @@ def mrope(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tenso
         sin.contiguous(),
         qkv if slots is None else slots.contiguous(),
         out,
+        len(cos),
         WIDTH=width,
         ROTATED=width - num_kv_heads * head_dim,
         E=head_dim,

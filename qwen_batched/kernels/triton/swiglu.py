@@ -1,4 +1,4 @@
-"""swiglu in one pass; gate and up may be halves of one packed product. See `reference.swiglu`."""
+"""swiglu and its gradient, each in one pass; gate and up may be halves of one packed product. See `reference`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,57 @@ def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: T
         up.stride(0),
         width,
         HAS_BIAS=gate_bias is not None,
+        BLOCK=block,
+        num_warps=WARPS,
+        **launch_options(gate.device),
+    )
+    return out
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    F,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < F
+    wait_for_inputs(EARLY)
+    grad = tl.load(grad_ptr + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0)
+    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    x = gate.to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-x))
+    out = out_ptr + row * 2 * F + column
+    tl.store(out, (grad * up * share * (1.0 + x * (1.0 - share))).to(gate.dtype), mask=mask)
+    tl.store(out + F, (grad * x * share).to(gate.dtype), mask=mask)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """(..., F), thrice, to (..., 2F)."""
+    width = gate.shape[-1]
+    out = gate.new_empty(*gate.shape[:-1], 2 * width)
+    if out.numel() == 0:
+        return out
+    grad, gate, up = _rows(grad), _rows(gate), _rows(up)
+    block = min(triton.next_power_of_2(width), BLOCK)
+    _swiglu_backward_kernel[(gate.shape[0], triton.cdiv(width, block))](
+        grad,
+        gate,
+        up,
+        out,
+        grad.stride(0),
+        gate.stride(0),
+        up.stride(0),
+        width,
         BLOCK=block,
         num_warps=WARPS,
         **launch_options(gate.device),
