@@ -47,13 +47,14 @@ class SwiGLU(PackingModule):
         self._down = PackedParameters(padded, [gate], transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not self._can_be_packed():
-            return down(ops.swiglu(gate(x), up(x)))
-        biases = self._gate_up_bias.of(gate.bias, up.bias).chunk(2) if self.bias else ()
+        packed = self._packed_tensors()
+        if packed is None:
+            return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate_up, *rest = packed
+        biases = rest.pop(0).chunk(2) if self.bias else ()
+        down = rest.pop() if self._pads_down() else self.down_proj.weight
         # The padding stays zero: silu(0) * 0, times columns of zeros.
-        x = ops.swiglu_linear(x, self._gate_up.of(gate.weight, up.weight), *biases)
-        return ops.linear(x, self._down.of(down.weight) if self._pads_down() else down.weight, down.bias)
+        return ops.linear(ops.swiglu_linear(x, gate_up, *biases), down, self.down_proj.bias)
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         inner, outer = (self.dim, self.hidden_dim, self.bias), (self.hidden_dim, self.dim, self.bias)
@@ -67,6 +68,9 @@ class SwiGLU(PackingModule):
         if self._pads_down():
             packings.append((self._down, (down.weight,)))
         return packings
+
+    def _joining_pays(self) -> bool:
+        return self._pads_down()
 
     def _pads_down(self) -> bool:
         return self._down.rows != self.hidden_dim

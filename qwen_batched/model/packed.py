@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qwen_batched.plain_modules import is_plain
+from qwen_batched.plain_modules import has_lent_parameters, is_plain
 
 Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
@@ -53,6 +53,16 @@ class PackedParameters:
                 self._pack(parameters)
             return self._turn(self._packed)
 
+    def joined(self, *parameters: nn.Parameter) -> Tensor:
+        """The same tensor made anew, so that gradients find their way back to `parameters`, which stay."""
+        dim = 1 if self.transposed else 0
+        parts, end = [], 0
+        for parameter, place in zip(parameters, self.places, strict=True):
+            parts += [_zeros_like(parameter, dim, place.start - end), parameter]
+            end = place.stop
+        parts.append(_zeros_like(parameters[-1], dim, self.rows - end))
+        return torch.cat([part for part in parts if part is not None], dim=dim)
+
     def holds(self, *parameters: nn.Parameter) -> bool:
         """Whether `parameters` lie in the tensor already."""
         return self._packed is not None and list(map(_layout, parameters)) == self._layouts
@@ -62,6 +72,14 @@ class PackedParameters:
         with self._lock:
             parameters = [owner() for owner in self._owners]
             if any(parameter is None for parameter in parameters) or not self.holds(*parameters):
+                self._packed, self._layouts, self._owners = None, [], []
+
+    def give_back(self, *parameters: nn.Parameter) -> None:
+        """Gives `parameters` memory of their own again, row after row."""
+        with self._lock, torch.no_grad():
+            if self.holds(*parameters):
+                for parameter in parameters:
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
                 self._packed, self._layouts, self._owners = None, [], []
 
     def _pack(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -89,8 +107,9 @@ class PackedParameters:
 class PackingModule(nn.Module):
     """A module that runs linear layers with packed weights where it can, and else as they are.
 
-    It cannot where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, where a gradient
-    is wanted, or while compiling. Nor does it on a CPU, which has nothing to gain from it.
+    It cannot where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, or while
+    compiling. Nor does it on a CPU, which has nothing to gain from it. Where gradients of the weights are wanted they
+    stay where they are, and are joined anew at each call if that pays.
     """
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
@@ -101,7 +120,36 @@ class PackingModule(nn.Module):
         """What is packed where; asked only while all layers are plain."""
         raise NotImplementedError
 
+    def _joining_pays(self) -> bool:
+        """Whether the product of the joined weights saves more time than joining them costs."""
+        return True
+
+    def _packed_tensors(self) -> list[Tensor] | None:
+        """Those of `_packings`, in their order; None where the layers have to be called as they are."""
+        if self._can_be_packed():
+            return [packed.of(*parameters) for packed, parameters in self._packings()]
+        if self._are_plain() and self._wants_gradient() and self._joining_pays():
+            return [packed.joined(*parameters) for packed, parameters in self._packings()]
+        return None
+
     def _can_be_packed(self) -> bool:
+        if not self._are_plain() or self._wants_gradient():
+            return False
+        parameters = self._parameters_of_linears()
+        return (
+            len(set(map(id, parameters))) == len(parameters)
+            # What is in somebody's buffer (FSDP2, ZeRO, flat optimisers) stays: its owner writes there, or frees it.
+            and all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
+            and not any(has_lent_parameters(layer) for layer, *_ in self._linears())
+            # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
+            and (
+                all(packed.holds(*parts) for packed, parts in self._packings())
+                or not torch.cuda.is_current_stream_capturing()
+            )
+        )
+
+    def _are_plain(self) -> bool:
+        """Whether the layers, on a GPU, are what they were built as, and nobody listens to them."""
         if torch.compiler.is_compiling() or _has_any_global_hook():
             return False
         linears = self._linears()
@@ -109,21 +157,16 @@ class PackingModule(nn.Module):
             type(layer) is nn.Linear and is_plain(layer) and _has_shape(layer, *shape) for layer, *shape in linears
         ):
             return False
-        parameters = [parameter for layer, *_ in linears for parameter in layer.parameters()]
-        first = parameters[0]
-        return (
-            first.is_cuda
-            and all(parameter.dtype == first.dtype and parameter.device == first.device for parameter in parameters)
-            and not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters))
-            and len(set(map(id, parameters))) == len(parameters)
-            # A part of somebody's buffer (FSDP2, ZeRO, flat optimisers) stays there: its owner writes to that.
-            and all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
-            # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
-            and (
-                all(packed.holds(*parts) for packed, parts in self._packings())
-                or not torch.cuda.is_current_stream_capturing()
-            )
+        first, *others = self._parameters_of_linears()
+        return first.is_cuda and all(
+            parameter.dtype == first.dtype and parameter.device == first.device for parameter in others
         )
+
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters_of_linears())
+
+    def _parameters_of_linears(self) -> list[nn.Parameter]:
+        return [parameter for layer, *_ in self._linears() for parameter in layer.parameters()]
 
     def _apply(self, *arguments: Any, **keywords: Any) -> PackingModule:
         """`.to()` and the like: parameters may leave the packed tensors, which must not stay behind on the GPU."""
@@ -145,6 +188,22 @@ def pack(*modules: nn.Module) -> None:
             if child._can_be_packed():
                 for packed, parameters in child._packings():
                     packed.of(*parameters)
+
+
+def unpack(*modules: nn.Module) -> None:
+    """Undoes packing, for who takes parameters over: `fully_shard` wants them contiguous."""
+    for module in modules:
+        for child in module.modules():
+            if isinstance(child, PackingModule) and child._are_plain():
+                for packed, parameters in child._packings():
+                    packed.give_back(*parameters)
+
+
+def _zeros_like(parameter: nn.Parameter, dim: int, count: int) -> Tensor | None:
+    """Padding for `torch.cat` along `dim`; None for none."""
+    if count == 0:
+        return None
+    return parameter.new_zeros(*parameter.shape[:dim], count, *parameter.shape[dim + 1 :])
 
 
 def _has_shape(layer: nn.Linear, in_features: int, out_features: int, bias: bool) -> bool:

@@ -7,7 +7,7 @@ from operator import is_
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qwen_batched.plain_modules import hooks_of, is_plain
+from qwen_batched.plain_modules import has_lent_parameters, hooks_of, is_plain
 
 OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
 
@@ -48,11 +48,13 @@ class ModuleSnapshot:
 def is_capturable(*modules: nn.Module) -> bool:
     """Whether a graph would leave nothing out: no hooks, and only code and parameters that are known to be plain.
 
-    A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call.
+    A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call; lent parameters are
+    elsewhere at the next one.
     """
     children = (child for module in modules for child in module.modules())
     return not _has_any_global_hook() and all(
-        type(child).__module__.startswith(OWN_CODE) and is_plain(child) for child in children
+        type(child).__module__.startswith(OWN_CODE) and is_plain(child) and not has_lent_parameters(child)
+        for child in children
     )
 
 

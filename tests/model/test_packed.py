@@ -16,7 +16,7 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.config import TextConfig
 from qwen_batched.model.layers import SwiGLU
 from qwen_batched.model.modeling_qwen2_5_vl_batched import DecoderAttention
-from qwen_batched.model.packed import PackedParameters, PackingModule, pack
+from qwen_batched.model.packed import PackedParameters, PackingModule, pack, unpack
 from tests.support import Scaled, assert_equal_to, photos
 
 # The packed product sums the same terms in another order.
@@ -421,6 +421,37 @@ def test_one_trainable_parameter_gets_its_gradient(name, always_packed):
     (ours,) = torch.autograd.grad(mlp(x).square().sum(), parameter)
     (theirs,) = torch.autograd.grad(plain(mlp, x).square().sum(), parameter)
     assert_equal_to(ours, theirs)
+
+
+@pytest.mark.parametrize("hidden_dim", [90, 128])
+def test_training_multiplies_by_padded_weights_where_there_is_padding(hidden_dim, always_packed, monkeypatch):
+    """Padded, rows begin at multiples of 16 bytes; without padding, joining two large weights would only cost."""
+    mlp = make_mlp(80, hidden_dim).requires_grad_(True)
+    before = [parameter.data_ptr() for parameter in mlp.parameters()]
+    products, linear = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: products.append(tuple(args[1].shape)) or linear(*args))
+    mlp(inputs())
+    separate = [(128, 80), (128, 80), (80, 128)]
+    assert products == ([(256, 80), (80, 128)] if hidden_dim == 90 else separate)
+    assert [parameter.data_ptr() for parameter in mlp.parameters()] == before
+
+
+def test_training_multiplies_by_queries_keys_and_values_at_once(always_packed, monkeypatch):
+    attention, x = make_attention().requires_grad_(True), inputs(48)
+    products, linear = [], nn.functional.linear
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda *args: products.append(tuple(args[1].shape)) or linear(*args))
+        ours = attention._project(x)
+    assert products == [(48 + 16 + 16, 48)]
+    wanted = [
+        parameter
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        for parameter in layer.parameters()
+    ]
+    probe = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    theirs = torch.cat(projections(attention, x), dim=-1)
+    for mine, other in zip(*(torch.autograd.grad(out, wanted, probe) for out in (ours, theirs)), strict=True):
+        assert_equal_to(mine, other, TOLERANCE)
 
 
 def test_gradients_flow_through_frozen_packed_weights(always_packed, device):
@@ -916,3 +947,24 @@ def test_layers_with_the_hooks_of_fully_shard_are_not_packed(always_packed):
     assert is_packed(mlp)
     mlp.up_proj.register_load_state_dict_post_hook(lambda module, keys: None)
     assert not mlp._can_be_packed()
+
+
+def test_unpacked_parameters_are_contiguous_and_packed_again_at_the_next_call(always_packed):
+    """`fully_shard` wants them so."""
+    mlp, x = make_mlp(), inputs()
+    expected, state = mlp(x), {name: value.clone() for name, value in mlp.state_dict().items()}
+    unpack(mlp)
+    assert not is_packed(mlp)
+    assert all(parameter.is_contiguous() for parameter in mlp.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in mlp.state_dict().items())
+    assert torch.equal(mlp(x), expected)
+    assert is_packed(mlp)
+
+
+def test_training_under_fully_shard_multiplies_by_padded_weights_too(always_packed, monkeypatch):
+    """Joining moves nothing."""
+    mlp, products, linear = make_mlp().requires_grad_(True), [], nn.functional.linear
+    mlp.up_proj.register_load_state_dict_post_hook(lambda module, keys: None)
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: products.append(tuple(args[1].shape)) or linear(*args))
+    mlp(inputs())
+    assert products == [(256, 80), (80, 128)]

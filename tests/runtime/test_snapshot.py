@@ -122,6 +122,7 @@ NOT_PLAIN = {
     "a layer of the user's": lambda module: setattr(module[0], "__class__", Special),
     "a tensor as attribute": lambda module: setattr(module[0], "kept", torch.ones(3)),
     "parametrized": lambda module: nn.utils.parametrizations.orthogonal(module[0]),
+    "as fully_shard leaves it": lambda module: module[0].register_load_state_dict_post_hook(lambda *args: None),
     "pruned": lambda module: prune.random_unstructured(module[0], "weight", 0.5),
     "another kind of parameter": lambda module: setattr(
         module[0], "weight", SpecialParameter(module[0].weight.detach())
