@@ -86,7 +86,10 @@ class Checkpoint:
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def save(self, folder: Path) -> None:
-        """Writes everything but the weights into `folder`."""
+        """Writes everything but the weights into `folder`. Raises `ValueError` where that is a file."""
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.tokenizer.items():
             (folder / name).write_bytes(data)
         files = {

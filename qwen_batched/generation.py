@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_batched.kernels import ops
-from qwen_batched.model.inputs import check_hidden_states
+from qwen_batched.head import last_tokens, project
 from qwen_batched.model.kv_cache import KVCache
-from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
+from qwen_batched.model.prompt import PromptEncoder
+from qwen_batched.outputs import GenerateOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
@@ -189,6 +189,32 @@ class HostCopy:
         return self._tokens_BN.tolist()
 
 
+def generate_texts(
+    decoding: Decoding,
+    prompts: PromptEncoder,
+    end_tokens: Collection[int],
+    graphs: CudaGraphs | None = None,
+    stream: Callable[[list[str]], None] | None = None,
+    progress: bool = False,
+) -> GenerateOutput:
+    """As `generate_tokens`, and the text of the tokens; `stream` takes text."""
+    pieces = prompts.stream(len(decoding.tokens))
+    tokens, rows = generate_tokens(
+        decoding,
+        end_tokens,
+        graphs,
+        stream=None if stream is None else lambda new: stream(pieces.pieces(new)),
+        progress=progress,
+    )
+    if stream is not None:
+        stream(pieces.rest())
+    return GenerateOutput(
+        texts=[prompts.decode(row) for row in rows],
+        token_ids=tokens,
+        finish_reasons=["eos" if row[-1] in end_tokens else "length" for row in rows],
+    )
+
+
 def generate_tokens(
     decoding: Decoding,
     end_tokens: Collection[int],
@@ -259,21 +285,6 @@ def _stretches(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[lis
             waiting = None
     if waiting is not None:
         yield waiting.rows()
-
-
-def project(hidden_states: Tensor, head: nn.Linear | None, decoder: BatchedDecoder) -> Tensor:
-    """Logits (..., vocabulary) of hidden states (..., D), by `head` or the embeddings that it is tied to."""
-    check_hidden_states(hidden_states, decoder.config.hidden_size)
-    if head is None:
-        return ops.linear(hidden_states, decoder.embed_tokens.weight)
-    return apply_linear(head, hidden_states)
-
-
-def last_tokens(x_BSD: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last real token's row of each sample, (B, D), whichever side the padding is on."""
-    slots_S = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last_B = (attention_mask * slots_S).amax(dim=1)
-    return x_BSD.gather(1, last_B[:, None, None].expand(-1, 1, x_BSD.shape[-1]))[:, 0]
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,7 @@ class VLOutput:
         image_features: (B, V, h, w, D) in row-major order, a list of V tensors (B, h, w, D) when the cameras'
             feature grids differ, None without images.
         logits: None, (B, vocabulary) for `logits="last"`, (B, S, vocabulary) for `logits="all"`.
+        loss: Float32 scalar, the mean cross entropy of all tokens of the batch's answers; None without targets.
     """
 
     hidden_states: list[Tensor]
@@ -32,6 +34,7 @@ class VLOutput:
     input_ids: Tensor
     image_features: Tensor | list[Tensor] | None
     logits: Tensor | None
+    loss: Tensor | None
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -52,3 +55,7 @@ class GenerateOutput:
     texts: list[str]
     token_ids: list[Tensor]
     finish_reasons: list[str]
+
+
+# So that FSDP2, whose older releases look for tensors in known containers alone, finds those that gradients come from.
+torch.export.register_dataclass(VLOutput)

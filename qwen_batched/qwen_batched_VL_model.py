@@ -1,8 +1,8 @@
-"""QwenBatchedVL: camera frames and texts -> hidden states, image features, logits or new text."""
+"""QwenBatchedVL: camera frames and texts -> hidden states, image features, logits, new text or the loss of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,30 @@ from torch import Tensor, nn
 
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
-from qwen_batched.generation import Decoding, Sampling, generate_tokens, last_tokens, project
+from qwen_batched.generation import Decoding, Sampling, generate_texts
+from qwen_batched.head import answer_loss, last_tokens, project
+from qwen_batched.model.embedding import Features, embed
 from qwen_batched.model.inputs import (
     Resize,
     check_batch,
     check_batch_alone,
     check_chunk_size,
+    check_given,
+    check_logits,
     check_norm,
     resolve_layers,
 )
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
-from qwen_batched.model.sequence import place_features
-from qwen_batched.model.tensor_processor import Request, TensorProcessor
+from qwen_batched.model.request import Request
+from qwen_batched.model.tensor_processor import TensorProcessor, to_device
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers
+from qwen_batched.training import Trainable
+from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers, whole_tensors
 
-Features = Tensor | list[Tensor]
 
-
-class QwenBatchedVL(nn.Module):
+class QwenBatchedVL(Trainable):
     """Qwen2.5-VL for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -115,29 +118,34 @@ class QwenBatchedVL(nn.Module):
         )
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes a folder that transformers, vLLM and `from_pretrained` load.
 
+        Args:
+            folder: Is made where there is none.
+            state_dict: The whole tensors of a sharded model, as gathered by accelerate or `get_model_state_dict`; None
+                for the model's own.
+
         Raises:
-            ValueError: The output projection was left out, and transformers would put random weights in its place.
+            ValueError: The output projection was left out, and transformers would put random weights in its place. Or
+                tensors are missing, unknown, of another shape, or sharded.
         """
         if not (self.has_lm_head or self.config.tie_word_embeddings):
             raise ValueError(
                 "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
             )
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        tensors = whole_tensors(
+            self.state_dict() if state_dict is None else state_dict,
+            lambda: QwenBatchedVL(self.config, self.processor, self.checkpoint, self.has_lm_head),
+        )
         image = self.processor.image
-        files = self.checkpoint.describing(
+        self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
             dtype=self.dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
-        )
-        files.save(folder)
-        save_weights(self, folder)
+        ).save(Path(folder))
+        save_weights(tensors, Path(folder))
 
     @property
     def device(self) -> torch.device:
@@ -160,9 +168,13 @@ class QwenBatchedVL(nn.Module):
         template: str = "chat",
         resize: Resize = "hf",
         cuda_graph: bool = True,
+        targets: Sequence[str] | None = None,
         **batch: Tensor | list[Tensor],
     ) -> VLOutput:
-        """Hidden states of a batch.
+        """Hidden states of a batch, and the loss of its answers where there are `targets`.
+
+        Gradients reach every parameter and floating frames. A frame that is not finite spoils its own sample, outputs
+        and gradients of frames, and what all samples share: the loss and the gradients of parameters.
 
         On a GPU, with gradients off, the second call of a shape is captured as one CUDA graph, which later calls
         replay; `capture` does so ahead of time. Of more than 32 shapes the commonest have graphs. Results are the same,
@@ -183,19 +195,28 @@ class QwenBatchedVL(nn.Module):
                 already have a size that the model takes.
             cuda_graph: False never captures and never replays. Nor are graphs made for a prepared batch, or of a model
                 with hooks, wrapped layers or a processor of another class.
-            **batch: In place of images and texts, what `processor(images, texts, ...)` returned.
+            targets: B strings, each sample's answer. It follows the generation prompt, with the end token of the chat
+                template's turn, in other templates of the tokenizer; `loss` is that of these tokens alone. Like texts,
+                whatever they contain is text.
+            **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned.
 
         Raises:
-            TypeError, ValueError: An argument is not as described. Nothing was done.
+            TypeError, ValueError: An argument is not as described, or gradients are wanted while a CUDA graph is
+                captured. Nothing was done.
         """
-        wanted = self._check_outputs(layers, norm, logits)
+        wanted = self._check_outputs(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
-            check_batch_alone(batch, images, texts, camera_mask, template, resize)
-            check_batch(batch, self.config.vision.patch_dim, self.config.vision.cell_patches)
-            batch = {name: _to_device(value, self.device) for name, value in batch.items()}
+            check_batch_alone(batch, images, texts, camera_mask, targets, template, resize)
+            check_batch(
+                batch, self.config.vision.patch_dim, self.config.vision.cell_patches, self.config.text.vocab_size
+            )
+            batch = to_device(batch, self.device)
             return VLOutput(*self._run(batch, wanted, norm, logits))
-        texts, device = _given(texts), self.device
-        request = self.processor.request(images, texts, camera_mask, template=template, resize=resize, device=device)
+        check_given("texts", texts, "a list of str")
+        device = self.device
+        request = self.processor.request(
+            images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device
+        )
 
         def run(*tensors: Tensor) -> list[object]:
             batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
@@ -226,18 +247,22 @@ class QwenBatchedVL(nn.Module):
         self, batch: dict[str, Tensor | list[Tensor]], wanted: list[int], norm: str, logits: str | None
     ) -> list[object]:
         """The fields of `VLOutput`, in its order."""
-        inputs_embeds, features = self._embed(batch)
-        if logits is not None:
+        inputs_embeds, features = embed(self.visual, self.model, batch)
+        has_targets = "labels" in batch
+        if logits is not None or has_targets:
             wanted = [*wanted, self.config.text.num_hidden_layers]
         attention_mask = batch["attention_mask"]
         hidden_states = self.model(
             inputs_embeds, batch["position_ids"], attention_mask, wanted, norm, token_index=batch["token_index"]
         )
-        scores = None
-        if logits is not None:
+        scores = loss = None
+        if logits is not None or has_targets:
             last = hidden_states.pop()
             last = last if norm == "post" else self.model.norm(last)[0]
+        if logits is not None:
             scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
+        if has_targets:
+            loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_index"], self.logits)
         return [
             hidden_states,
             attention_mask,
@@ -247,6 +272,7 @@ class QwenBatchedVL(nn.Module):
             batch["input_ids"],
             features,
             scores,
+            loss,
         ]
 
     def encode_images(
@@ -283,8 +309,8 @@ class QwenBatchedVL(nn.Module):
         if layers is not None:
             resolve_layers(layers, self.config.vision.depth)
         check_chunk_size(chunk_size)
-        if images is None:
-            raise TypeError("encode_images needs images, got None")
+        check_given("images", images, "a tensor or a list of tensors")
+        self.check_no_gradient_in_a_capture()
         request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
 
         def run(*tensors: Tensor) -> Features | list[Features]:
@@ -378,9 +404,10 @@ class QwenBatchedVL(nn.Module):
             raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
+        check_given("texts", texts, "a list of str")
         request = self.processor.request(
             images,
-            _given(texts),
+            texts,
             camera_mask,
             template=template,
             resize=resize,
@@ -389,7 +416,7 @@ class QwenBatchedVL(nn.Module):
         )
         batch = self.processor.batch(request, self.dtype)
         with torch.no_grad():
-            inputs_embeds, _ = self._embed(batch)
+            inputs_embeds, _ = embed(self.visual, self.model, batch)
         decoding = Decoding(
             self.model,
             self.lm_head,
@@ -399,52 +426,24 @@ class QwenBatchedVL(nn.Module):
             sampling=sampling,
             repetition_penalty=self.generation_config.repetition_penalty,
         )
-        prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
-        text_stream = prompts.stream(len(texts))
-        tokens, rows = generate_tokens(
+        return generate_texts(
             decoding,
-            end_tokens,
+            self.processor.prompts,
+            self.generation_config.eos_token_ids,
             graphs=self._step_graphs if self._graphs_may_serve(cuda_graph) else None,
-            stream=None if stream is None else lambda new: stream(text_stream.pieces(new)),
+            stream=stream,
             progress=progress,
         )
-        if stream is not None:
-            stream(text_stream.rest())
-        return GenerateOutput(
-            texts=[prompts.decode(row) for row in rows],
-            token_ids=tokens,
-            finish_reasons=["eos" if row[-1] in end_tokens else "length" for row in rows],
-        )
 
-    def _embed(self, batch: dict[str, Tensor | list[Tensor]]) -> tuple[Tensor, Features | None]:
-        """Input embeddings (B, S, D) with each image token's feature in its place, and the features."""
-        if "pixel_values" not in batch:
-            return self.model.embed_tokens(batch["input_ids"]), None
-        features = self.visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
-        embeds_BSD = self.model.embed_tokens(batch["input_ids"])
-        return place_features(embeds_BSD, features, batch["feature_index"]), features
-
-    def _check_outputs(self, layers: Sequence[int], norm: str, logits: str | None) -> list[int]:
+    def _check_outputs(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> list[int]:
         """`layers` as indices from 0, where what is asked for can be given."""
         check_norm(norm)
-        if logits not in (None, "last", "all"):
-            raise ValueError(f"logits must be None, 'last' or 'all', got {logits!r}")
-        if logits is not None:
+        check_logits(logits)
+        if logits is not None or has_targets:
             self._check_lm_head()
+        self.check_no_gradient_in_a_capture()
         return resolve_layers(layers, self.config.text.num_hidden_layers + 1)
 
     def _check_lm_head(self) -> None:
         if not self.has_lm_head:
-            raise ValueError("logits and generation need the output projection: load with lm_head=True")
-
-
-def _given(texts: Sequence[str] | None) -> Sequence[str]:
-    if texts is None:
-        raise TypeError("texts must be a list of str, got None")
-    return texts
-
-
-def _to_device(value: Tensor | Sequence[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return [_to_device(item, device) for item in value]
+            raise ValueError("logits, targets and generation need the output projection: load with lm_head=True")

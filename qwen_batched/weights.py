@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -108,10 +108,32 @@ def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[s
     return unread
 
 
-def save_weights(module: nn.Module, folder: Path) -> None:
-    """Writes the module's parameters under their own names, in shards of at most 5 GB."""
+def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """What there is to save: `state_dict`, where it is that of what `build` makes.
+
+    Raises:
+        ValueError: It has other tensors, or they are sharded or quantised.
+    """
+    tensors = dict(state_dict)
+    fresh = build_on_meta(build).state_dict()
+    shapes, expected = ({name: tuple(x.shape) for name, x in each.items()} for each in (tensors, fresh))
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(
+            f"a checkpoint must hold the model's own tensors, got others for {wrong[:5]} ({len(wrong)} in all): an "
+            "adapter has to be merged or unloaded first"
+        )
+    parts = [name for name, tensor in tensors.items() if type(tensor) not in (Tensor, nn.Parameter)]
+    if parts:
+        kind = type(tensors[parts[0]]).__name__
+        raise ValueError(f"tensors to save must be whole, got a {kind} for {parts[0]}: give a gathered state_dict")
+    return tensors
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes tensors under their names, in shards of at most 5 GB."""
     # Where weights are packed, a tensor's rows may lie further apart than they are long.
-    tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size="5GB")
     for file in folder.glob("*.safetensors"):
         # safetensors leaves them to the owner alone; they are as readable as the files beside them.
@@ -136,6 +158,14 @@ def published_name(key: str) -> str:
         if key.startswith(nested):
             return published + key.removeprefix(nested)
     return key
+
+
+def nested_name(name: str) -> str:
+    """The key that transformers 4.52 and later use, of a published one."""
+    for nested, published in NESTED_PREFIXES:
+        if name.startswith(published):
+            return nested + name.removeprefix(published)
+    return name
 
 
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:

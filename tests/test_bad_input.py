@@ -323,6 +323,85 @@ def test_just_the_models_maximum_is_taken(model):
         model.processor(None, ["a " * (words + 1)], template="{images}{text}")
 
 
+BAD_TARGETS = {
+    "a string": ("left", "targets", "list of str", "str"),
+    "bytes": ([b"left", b"up"], "targets", "list of str", "bytes"),
+    "None among them": (["left", None], "targets", "list of str", "NoneType"),
+    "token ids": ([[1, 2], [3]], "targets", "list of str", "list"),
+    "a tensor": (torch.zeros(2, 3), "targets", "list of str", "Tensor"),
+    "empty": ([], "targets", "0 answers", "2 texts"),
+    "too few": (["left"], "targets", "1 answers", "2 texts"),
+    "too many": (["left"] * 3, "targets", "3 answers", "2 texts"),
+    "half a surrogate pair": (["left", "\ud800"], "targets[1]", "surrogate"),
+    "longer than the model's maximum": (["left", "robot " * 5000], "4096", "tokens"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TARGETS)
+@pytest.mark.parametrize("images", [FRAMES, None], ids=["images", "text only"])
+def test_bad_targets_are_refused_before_any_work(refuses, name, images):
+    targets, *messages = BAD_TARGETS[name]
+    refuses(lambda model: model(images, TEXTS, targets=targets), *messages)
+    refuses(lambda model: model.processor(images, TEXTS, targets=targets), *messages)
+
+
+def test_targets_without_texts_are_refused(refuses):
+    refuses(lambda model: model(FRAMES, targets=["left", "up"]), "texts")
+    refuses(lambda model: model.processor(FRAMES, targets=["left", "up"]), "texts")
+
+
+def test_targets_need_a_token_before_them(refuses):
+    refuses(lambda model: model(None, ["a", ""], targets=["left", "up"], template="plain"), "at least one token", "1")
+
+
+def test_targets_without_an_output_projection_are_refused(load):
+    model = load(lm_head=False)
+    batch = model.processor(FRAMES, TEXTS, targets=["left", "up"])
+    for call in (lambda: model(FRAMES, TEXTS, targets=["left", "up"]), lambda: model(**batch)):
+        with no_work(model), pytest.raises(ValueError, match="lm_head=True"):
+            call()
+
+
+@pytest.mark.parametrize("field", ["labels", "answer_index"])
+def test_a_batch_with_damaged_labels_is_refused(refuses, model, field):
+    batch = model.processor(FRAMES, TEXTS, MASK, targets=["left", "up"])
+    other = {"labels": "answer_index", "answer_index": "labels"}[field]
+    refuses(lambda model: model(**{name: value for name, value in batch.items() if name != field}), field)
+    refuses(lambda model: model(**{**batch, field: batch[field].float()}), field)
+    refuses(lambda model: model(**{**batch, field: None}), field)
+    refuses(lambda model: model(**{**batch, field: batch[field].tolist()}), field)
+    refuses(lambda model: model(**{**batch, field: batch[other]}), field)
+    refuses(lambda model: model(**batch, targets=["left", "up"]), "targets")
+    everywhere = {**batch, "labels": torch.zeros_like(batch["labels"])}
+    refuses(lambda model: model(**everywhere), "answer_index")
+
+
+def test_labels_and_places_out_of_range_are_refused(refuses, model):
+    batch = model.processor(FRAMES, TEXTS, MASK, targets=["left", "up"])
+    places, vocabulary = batch["answer_index"], model.config.text.vocab_size
+    for wrong in (
+        places + batch["labels"].numel(),
+        torch.cat((places, torch.tensor([-1]))),
+        places[[0, 0, *range(len(places))]],
+    ):
+        refuses(lambda model, wrong=wrong: model(**{**batch, "answer_index": wrong}), "answer_index")
+    for wrong in (-1, vocabulary):
+        labels = batch["labels"].where(batch["labels"] < 0, wrong)
+        refuses(lambda model, labels=labels: model(**{**batch, "labels": labels}), "labels", str(vocabulary - 1))
+
+
+def test_gradients_in_a_cuda_graph_are_refused(load, monkeypatch):
+    model = load()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for call in (lambda: model(FRAMES, TEXTS), lambda: model.encode_images(FRAMES)):
+        with no_work(model), pytest.raises(ValueError, match="no_grad"):
+            call()
+    with torch.no_grad():
+        model.check_no_gradient_in_a_capture()
+    model.requires_grad_(False).check_no_gradient_in_a_capture()
+
+
 @pytest.mark.parametrize("field", ["input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"])
 def test_a_damaged_batch_is_refused(refuses, model, field):
     batch = model.processor(FRAMES, TEXTS, MASK)
@@ -461,6 +540,7 @@ def test_fuzz_good_input_works(model, data):
     mask = data.draw(st.none() | st.lists(rows, min_size=batch, max_size=batch).map(torch.tensor))
     layers = data.draw(st.lists(st.integers(-5, 4), min_size=1, max_size=3))
     logits = data.draw(st.sampled_from([None, "last", "all"]))
+    targets = data.draw(st.none() | st.lists(STRINGS, min_size=batch, max_size=batch))
     template = data.draw(st.sampled_from(["chat", "plain", "{images}{text}", "{text} see {images}."]))
     if template in ("plain", "{images}{text}"):
         texts = [text or "." for text in texts]  # without cameras, an empty text would leave no token
@@ -474,11 +554,14 @@ def test_fuzz_good_input_works(model, data):
             logits=logits,
             template=template,
             resize=data.draw(st.sampled_from(["hf", (28, 56), (56, 56), [56, 28]])),
+            targets=targets,
         )
     assert len(out.hidden_states) == len(layers)
     for hidden in out.hidden_states:
         assert hidden.shape == (batch, out.input_ids.shape[1], 64)
         assert hidden.isfinite().all()
+    assert (out.loss is not None) == (targets is not None)
+    assert targets is None or bool(out.loss.isfinite())
     if logits is not None:
         assert out.logits.shape == ((batch, 600) if logits == "last" else (*out.input_ids.shape, 600))
         assert out.logits.isfinite().all()
@@ -499,6 +582,7 @@ def test_fuzz_any_input_works_or_raises_value_error_or_type_error(model, good, d
         "logits": st.sampled_from([None, "last", "all", "", True, 1]),
         "template": TEMPLATES,
         "resize": RESIZES,
+        "targets": st.just(["a"] * batch) | st.sampled_from([["a"], "a", [3], [], 1, [None] * 2, ["", "<|im_end|>"]]),
     }
     chosen = data.draw(st.lists(st.sampled_from(sorted(options)), max_size=2, unique=True))
     given_options = {name: data.draw(options[name], label=name) for name in chosen}

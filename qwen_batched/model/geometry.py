@@ -47,11 +47,6 @@ class VisionPlan:
     cos: Tensor
     sin: Tensor
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) in merged cells."""
-        return tuple(self.raster_order.shape)
-
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The size to which transformers' Qwen2-VL image processor resizes: multiples of `factor` near the same aspect.

@@ -21,7 +21,7 @@ class ImageGroup:
 
     @property
     def patches(self) -> int:
-        return self.count * self.plan.image.tokens
+        return self.count * len(self.plan.cos)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 def to_raster(x: Tensor, group: ImageGroup, patch_rows: int) -> Tensor:
     """Tokens of a group in window order to (count, rows, columns, width); a cell has `patch_rows` x `patch_rows`."""
-    h, w = group.plan.grid
+    h, w = group.plan.raster_order.shape
     cells = rearrange(x, "(i m a) c -> i m a c", i=group.count, a=patch_rows**2)
     cells = cells.index_select(1, group.plan.raster_order.flatten())
     return rearrange(cells, "i (h w) (y x) c -> i (h y) (w x) c", h=h, w=w, y=patch_rows, x=patch_rows)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from qwen_batched.model.geometry import MAX_ASPECT_RATIO
+from qwen_batched.model.sequence import NO_LABEL
 
 TEXT_NAMES = ("input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index")
 IMAGE_NAMES = ("pixel_values", "raster_order")
+LABEL_NAMES = ("labels", "answer_index")
 Resize = str | tuple[int, int] | None
 
 
@@ -65,16 +67,29 @@ def _check_group(frames: Tensor, min_side: int) -> None:
 
 def check_texts(texts: Sequence[str], batch: int | None) -> int:
     """The number of texts. Raises `TypeError` or `ValueError` where it is not a list of `batch` strings."""
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"texts must be a list of str, got {_describe(texts)}")
+    _check_strings("texts", texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got an empty list")
-    for index, text in enumerate(texts):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"texts[{index}] must be Unicode text, got half of a surrogate pair in {text!r}")
     if batch is not None and len(texts) != batch:
         raise ValueError(f"texts must hold one text per sample, got {len(texts)} texts for {batch} samples of images")
     return len(texts)
+
+
+def check_targets(targets: Sequence[str], texts: Sequence[str] | None) -> None:
+    """Raises `TypeError` or `ValueError` where `targets` is not a list of one string for each of `texts`."""
+    if texts is None:
+        raise ValueError("targets need texts that they answer, got texts=None")
+    _check_strings("targets", targets)
+    if len(targets) != len(texts):
+        raise ValueError(f"targets must hold one answer per text, got {len(targets)} answers for {len(texts)} texts")
+
+
+def _check_strings(name: str, strings: Sequence[str]) -> None:
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
+        raise TypeError(f"{name} must be a list of str, got {_describe(strings)}")
+    for index, string in enumerate(strings):
+        if any("\ud800" <= character <= "\udfff" for character in string):
+            raise ValueError(f"{name}[{index}] must be Unicode text, got half of a surrogate pair in {string!r}")
 
 
 def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: torch.device) -> None:
@@ -132,6 +147,18 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
 
 
+def check_logits(logits: str | None) -> None:
+    """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
+    if logits not in (None, "last", "all"):
+        raise ValueError(f"logits must be None, 'last' or 'all', got {logits!r}")
+
+
+def check_given(name: str, value: object, kind: str) -> None:
+    """Raises `TypeError` where `value` is None."""
+    if value is None:
+        raise TypeError(f"{name} must be {kind}, got None")
+
+
 def check_decoder_inputs(
     inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None, width: int
 ) -> None:
@@ -147,7 +174,7 @@ def check_decoder_inputs(
     if attention_mask.dtype != torch.bool:
         raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
     if token_index is not None:
-        _check_token_index(token_index, batch * length)
+        _check_index("token_index", token_index, batch * length)
 
 
 def check_hidden_states(hidden_states: Tensor, width: int) -> None:
@@ -156,37 +183,49 @@ def check_hidden_states(hidden_states: Tensor, width: int) -> None:
         raise ValueError(f"hidden_states must be (..., {width}), got {_shape(hidden_states)}")
 
 
-def _check_token_index(token_index: object, places: int) -> None:
-    fits = isinstance(token_index, Tensor) and token_index.dtype == torch.int64 and token_index.ndim == 1
-    if not fits or not 0 < token_index.numel() <= places:
-        raise ValueError(
-            f"token_index must be torch.int64 (T,) with 1 to {places} tokens, got {_describe_tensor(token_index)}"
-        )
+def _check_index(name: str, index: object, places: int) -> None:
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1
+    if not fits or not 0 < index.numel() <= places:
+        raise ValueError(f"{name} must be torch.int64 (T,) with 1 to {places} tokens, got {_describe_tensor(index)}")
 
 
 def check_batch_names(names: Collection[str]) -> None:
     """Raises `TypeError` where there are names that no processor's batch has."""
-    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, "token_index", "camera_present"})
+    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, *LABEL_NAMES, "token_index", "camera_present"})
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
 
 
 def check_batch_alone(
-    batch: Collection[str], images: object, texts: object, camera_mask: object, template: str, resize: Resize
+    batch: Collection[str],
+    images: object,
+    texts: object,
+    camera_mask: object,
+    targets: object,
+    template: str,
+    resize: Resize,
 ) -> None:
     """Raises `TypeError` or `ValueError` where a processor's batch comes with what shapes one when it is made."""
     check_batch_names(batch)
     if images is not None or texts is not None:
         raise ValueError("give either images and texts or a processor's batch, got both")
-    if camera_mask is not None or template != "chat" or resize != "hf":
-        raise ValueError("camera_mask, template and resize shape a batch when the processor makes it, not later")
+    if camera_mask is not None or targets is not None or template != "chat" or resize != "hf":
+        raise ValueError(
+            "camera_mask, targets, template and resize shape a batch when the processor makes it, not later"
+        )
 
 
-def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) -> None:
+def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int, vocab_size: int) -> None:
     """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
     check_batch_names(batch)
     has_images = "pixel_values" in batch
-    expected = (*TEXT_NAMES, "token_index", *(IMAGE_NAMES if has_images else ()))
+    has_labels = any(name in batch for name in LABEL_NAMES)
+    expected = (
+        *TEXT_NAMES,
+        "token_index",
+        *(IMAGE_NAMES if has_images else ()),
+        *(LABEL_NAMES if has_labels else ()),
+    )
     missing = [name for name in expected if name not in batch]
     stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
     if missing or stray:
@@ -197,7 +236,11 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
     for name in TEXT_NAMES:
         shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
-    _check_token_index(batch["token_index"], input_ids.numel())
+    _check_index("token_index", batch["token_index"], input_ids.numel())
+    if has_labels:
+        _check_tensor("labels", batch["labels"], tuple(input_ids.shape), torch.int64)
+        _check_index("answer_index", batch["answer_index"], input_ids.numel())
+        _check_labels(batch["labels"], batch["answer_index"], vocab_size)
     mask = batch["attention_mask"]
     if mask.device.type == "cpu" and mask.sum() > batch["token_index"].numel():
         raise ValueError(
@@ -207,6 +250,22 @@ def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int) 
         cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
         if "camera_present" in batch:
             _check_tensor("camera_present", batch["camera_present"], (len(input_ids), cameras), torch.bool)
+
+
+def _check_labels(labels: Tensor, answer_index: Tensor, vocab_size: int) -> None:
+    """Of tensors on the host alone: elsewhere nothing is read back."""
+    if labels.device.type == answer_index.device.type == "cpu":
+        if not 0 <= answer_index.min() <= answer_index.max() < labels.numel():
+            raise ValueError(f"answer_index must hold places in 0..{labels.numel() - 1}, got others")
+        uses = torch.zeros_like(labels).flatten().index_add(0, answer_index, torch.ones_like(answer_index))
+        if (uses > 1).any():
+            raise ValueError(f"answer_index must hold each place once, got one twice in {len(answer_index)}")
+        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= vocab_size))
+        if wrong.any():
+            raise ValueError(f"labels must be {NO_LABEL} or 0 to {vocab_size - 1}, got {wrong.sum()} others")
+        outside = labels.flatten().index_fill(0, answer_index, NO_LABEL) != NO_LABEL
+        if outside.any():
+            raise ValueError(f"answer_index must hold the places of all labels, got labels at {outside.sum()} others")
 
 
 def check_pixels(

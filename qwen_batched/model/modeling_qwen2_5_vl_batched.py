@@ -25,6 +25,7 @@ from qwen_batched.kernels import ops
 from qwen_batched.model.attention_rows import back_to_back
 from qwen_batched.model.contexts import Context, NextTokenContext, PromptContext
 from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
+from qwen_batched.model.gradient_checkpointing import CheckpointedBlock, GradientCheckpointing
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.inputs import (
     check_camera_mask,
@@ -37,6 +38,8 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
+from qwen_batched.plain_modules import has_lent_parameters
+from qwen_batched.process_group import is_waited_for
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
 # transformers' vision transformer takes this from no config.
@@ -44,7 +47,7 @@ VISION_NORM_EPS = 1e-6
 MAX_PLANS, MAX_DEVICES = 64, 8
 
 
-class BatchedVisionTransformer(nn.Module):
+class BatchedVisionTransformer(GradientCheckpointing):
     """The vision tower: windowed attention in most blocks, attention over each whole image in a few.
 
     Every image attends to itself only. Linear layers run over the patches of all images at once; attention runs as
@@ -75,6 +78,7 @@ class BatchedVisionTransformer(nn.Module):
             skip=lambda name: name.startswith((TEXT_PREFIX, HEAD_NAME)),
         ).eval()
 
+    @torch.compiler.assume_constant_result
     def plan(self, h: int, w: int, device: torch.device) -> VisionPlan:
         """The geometry of an image of `h` x `w` merged cells, made once."""
         return self._plans.get((h, w, device), lambda: make_vision_plan(self.config, h, w, device))
@@ -96,7 +100,8 @@ class BatchedVisionTransformer(nn.Module):
             camera_present: Bool (B, V), False where a camera is absent; those features are zero. None where none is.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
-            chunk_size: Most images per pass; None for about 16384 patches. It changes memory and speed, not results.
+            chunk_size: Most images per pass; None for about 16384 patches, or for one pass where other processes wait
+                (`is_waited_for`). It changes memory and speed, not results.
 
         Returns:
             (B, V, h, w, D), or V tensors (B, h_v, w_v, D) when sizes differ. With `layers`, a list of one such item
@@ -126,7 +131,9 @@ class BatchedVisionTransformer(nn.Module):
     ) -> list[list[Tensor]]:
         """Pixels (count, P, patch_dim) of each size: for each output, (count, rows, columns, width) of each size."""
         collected = [[[] for _ in plans] for _ in wanted or (None,)]
-        counts, patches = [len(part) for part in pixels], [plan.image.tokens for plan in plans]
+        counts, patches = [len(part) for part in pixels], [len(plan.cos) for plan in plans]
+        if chunk_size is None and is_waited_for(self):
+            chunk_size = sum(counts)  # one pass: as many as the others make, whatever images they have
         for rows in split_into_passes(counts, patches, chunk_size):
             outputs = self._run_pass([(pixels[size][images], plans[size]) for size, images in rows.items()], wanted)
             for sizes, output in zip(collected, outputs, strict=True):
@@ -168,7 +175,7 @@ class BatchedVisionTransformer(nn.Module):
         return [to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(CheckpointedBlock):
     """Attention and MLP, each added to the residual stream by the next norm."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -179,6 +186,11 @@ class VisionBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(
+        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
+    ) -> tuple[Tensor, Tensor]:
+        return self.run(self._compute, update_TC, residual_TC, groups, whole_image)
+
+    def _compute(
         self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
     ) -> tuple[Tensor, Tensor]:
         x_TC, residual_TC = self.norm1(update_TC, residual_TC)
@@ -213,11 +225,15 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         size = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_shape = (config.in_channels, *size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        patches = patches.to(self.proj.weight.dtype)
+        if type(self.proj) is not nn.Conv3d:  # a layer around it, LoRA's
+            return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
         # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        return F.linear(patches, self.proj.weight.flatten(1))
 
 
 class PatchMerger(nn.Module):
@@ -235,7 +251,7 @@ class PatchMerger(nn.Module):
         return self.mlp(rearrange(x_TC, "(m a) c -> m (a c)", a=self.cell_patches))
 
 
-class BatchedDecoder(nn.Module):
+class BatchedDecoder(GradientCheckpointing):
     """The language model: causal grouped-query attention with multimodal rope.
 
     Inside, the tokens of all samples stand back to back, so that padding costs nothing. For attention alone each
@@ -325,11 +341,12 @@ class BatchedDecoder(nn.Module):
         return hidden_states[0]
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        device = position_ids.device
-        inv_freq = self._inv_freq.get(
-            device, lambda: inverse_frequencies(self.config.head_dim, self.config.rope_theta).to(device)
-        )
-        return ops.mrope_tables(position_ids, inv_freq, self.config.mrope_section)
+        return ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), self.config.mrope_section)
+
+    @torch.compiler.assume_constant_result
+    def _inverse_frequencies(self, device: torch.device) -> Tensor:
+        config = self.config
+        return self._inv_freq.get(device, lambda: inverse_frequencies(config.head_dim, config.rope_theta).to(device))
 
     def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
         last = self.config.num_hidden_layers
@@ -345,7 +362,7 @@ class BatchedDecoder(nn.Module):
         return [outputs[index] for index in wanted]
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(CheckpointedBlock):
     """Attention and MLP, each added to the residual stream by the next norm."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
@@ -356,6 +373,9 @@ class DecoderBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        return self.run(self._compute, update_TD, residual_TD, context)
+
+    def _compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
         x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, context), residual_TD)
         return self.mlp(x_TD), residual_TD
@@ -382,14 +402,18 @@ class DecoderAttention(PackingModule):
 
     def _project(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values, (T, D + 2 * K * E)."""
-        if not self._can_be_packed():
+        packed = self._packed_tensors()
+        if packed is None:
             return torch.cat((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), dim=-1)
-        (qkv, weights), (qkv_bias, biases) = self._packings()
-        return ops.linear(x_TD, qkv.of(*weights), qkv_bias.of(*biases))
+        return ops.linear(x_TD, *packed)
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
         return [(layer, self.dim, width, True) for layer, width in layers]
+
+    def _joining_pays(self) -> bool:
+        # Autograd would keep the joined weights of all blocks, which FSDP2 takes back one by one.
+        return not has_lent_parameters(self.q_proj)
 
     def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         layers = (self.q_proj, self.k_proj, self.v_proj)

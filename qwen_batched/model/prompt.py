@@ -11,15 +11,15 @@ import json
 import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from qwen_batched.cache import LRUCache
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-# Stands for the user's text while a layout is rendered and cut; from Unicode's private use area.
-TEXT_MARK = "\ue000text\ue001"
+# Stand for the user's text and the answer while a layout is rendered and cut; from Unicode's private use area.
+TEXT_MARK, ANSWER_MARK = "\ue000text\ue001", "\ue000answer\ue001"
 MAX_LAYOUTS = 256
 
 
@@ -53,15 +53,28 @@ class PromptEncoder:
 
     def encode(self, text: str, template: str, cameras: int) -> list[int]:
         """Token ids of one prompt with `cameras` image tokens, not yet repeated for each image cell."""
-        layout = self._layouts.get((template, cameras), lambda: self._layout(template, cameras))
-        ids: list[int] = []
-        for piece in layout:
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                piece = piece.replace(TEXT_MARK, text)
-                ids.extend(self._text_tokenizer.encode(piece, add_special_tokens=False).ids)
-        return ids
+        return self._ids(self._filled(text, template, cameras))
+
+    def encode_with_answer(self, text: str, answer: str, template: str, cameras: int) -> tuple[list[int], int]:
+        """Token ids of a prompt, its answer and the end token, and how many of them, at the end, are the answer's.
+
+        The prompt's tokens are those of `encode`, with which new text will begin. "chat" alone follows transformers,
+        which tokenises a conversation whole: an answer's leading line breaks merge with the last of the generation
+        prompt into one token, which counts as the answer's.
+        """
+        pieces = self._filled(text, template, cameras)
+        before = pieces.pop() if template == "chat" and isinstance(pieces[-1], str) else ""
+        last = self._encode_text(before + answer)
+        of_answer = sum(end > len(before) for _, end in last.offsets)
+        return [*self._ids(pieces), *last.ids, self.end_token(template)], of_answer + 1
+
+    def end_token(self, template: str) -> int:
+        """What ends an answer: the end of the chat template's assistant turn, in other layouts the tokenizer's own.
+
+        Raises:
+            ValueError: There is none, or the assistant's turn is not what the generation prompt begins.
+        """
+        return self._layouts.get(("end token", template), lambda: self._end_token(template))
 
     def check_template(self, template: str) -> None:
         """Raises `TypeError` or `ValueError` where `template` is no layout."""
@@ -86,6 +99,20 @@ class PromptEncoder:
         """Decodes the tokens of `batch` samples as they come."""
         return TextStream(self, batch)
 
+    def _filled(self, text: str, template: str, cameras: int) -> list[int | str]:
+        """The layout with the text in its place: ids of special tokens, and strings."""
+        layout = self._layouts.get((template, cameras), lambda: self._layout(template, cameras))
+        return [piece if isinstance(piece, int) else piece.replace(TEXT_MARK, text) for piece in layout]
+
+    def _ids(self, pieces: Sequence[int | str]) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces:
+            ids.extend([piece] if isinstance(piece, int) else self._encode_text(piece).ids)
+        return ids
+
+    def _encode_text(self, text: str) -> Encoding:
+        return self._text_tokenizer.encode(text, add_special_tokens=False)
+
     def _layout(self, template: str, cameras: int) -> tuple[int | str, ...]:
         """The layout cut at its special tokens: ids, and strings of which one holds `TEXT_MARK`."""
         self.check_template(template)
@@ -104,14 +131,30 @@ class PromptEncoder:
             )
         return layout
 
-    def _render_chat(self, cameras: int) -> str:
+    def _end_token(self, template: str) -> int:
+        if template != "chat":
+            if self.tokenizer.eos_token_id is None:
+                raise ValueError("targets need an end token, and the checkpoint's tokenizer has none")
+            return self.tokenizer.eos_token_id
+        prompt, conversation = self._render_chat(0), self._render_chat(0, answer=ANSWER_MARK)
+        _, _, end = conversation.partition(prompt + ANSWER_MARK)
+        found = self._special_pattern.match(end)
+        if found is None:
+            raise ValueError(
+                "targets need a chat template whose assistant turn is the generation prompt, the answer and a special "
+                f"token, got {conversation!r} after {prompt!r}"
+            )
+        return self._special_ids[found.group()]
+
+    def _render_chat(self, cameras: int, answer: str | None = None) -> str:
+        """A user's turn with the generation prompt, or with the assistant's turn where there is an answer."""
         content = [{"type": "image"}] * cameras + [{"type": "text", "text": TEXT_MARK}]
+        turns = [{"role": "user", "content": content}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
+                turns, chat_template=self.chat_template, tokenize=False, add_generation_prompt=answer is None
             )
         except Exception as error:  # a template is a program, and may raise anything
             raise ValueError(f"the checkpoint's chat template fails: {type(error).__name__}: {error}") from error

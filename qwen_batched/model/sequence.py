@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qwen_batched.kernels import ops
 
+NO_LABEL = -100  # of a token that is not trained on, as in transformers
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -63,6 +65,25 @@ def expand_prompts(
     return Sequences(
         *ops.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left)
     )
+
+
+def label_answers(sequences: Sequences, answers: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """What to train on: the tokens at the end of each sequence that are its answer's.
+
+    Args:
+        sequences: Prompts with their answers.
+        answers: Int64 (B,), how many tokens of each are its answer's.
+        places: A, how many these are in all, or more where only the device knows.
+
+    Returns:
+        Labels, int64 (B, S): the answers' tokens, `NO_LABEL` elsewhere; each is to be predicted from the token before.
+        And int64 (A,): the places b * S + s of the labels, in ascending order; others follow where A is more.
+    """
+    mask_BS = sequences.attention_mask
+    tokens_BS = mask_BS.long().cumsum(1)
+    is_answer_BS = mask_BS & (tokens_BS > tokens_BS[:, -1:] - answers[:, None])
+    labels_BS = sequences.input_ids.masked_fill(~is_answer_BS, NO_LABEL)
+    return labels_BS, torch.argsort((~is_answer_BS).flatten().to(torch.uint8), stable=True)[:places]
 
 
 def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:

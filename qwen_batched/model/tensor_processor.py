@@ -1,12 +1,12 @@
 """Camera frames and texts -> everything the model needs, as tensors on the frames' device.
 
 frames (B, V, 3, H, W) -> resize -> normalise -> patches in window order (B, V, P, patch_dim)
-texts -> token ids -> sequences with a place for each image cell (B, S), rope positions (3, B, S)
+texts, targets -> token ids -> sequences with a place for each image cell and labels (B, S), rope positions (3, B, S)
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,57 +20,31 @@ from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
-from qwen_batched.model.inputs import Resize, check_camera_mask, check_device, check_frames, check_resize, check_texts
+from qwen_batched.model.inputs import (
+    Resize,
+    check_camera_mask,
+    check_device,
+    check_frames,
+    check_resize,
+    check_targets,
+    check_texts,
+)
 from qwen_batched.model.prompt import PromptEncoder
-from qwen_batched.model.sequence import Sequences, expand_prompts
+from qwen_batched.model.request import Grid, Prompts, Request
+from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
-Grid = tuple[int, int]  # height and width of an image in merged cells
 MAX_CACHED_TEXTS = 4096
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """A checked call: its tensors, and all that the host knows of them.
+class TokenRow:
+    """A prompt's tokens (U,) on a device; the last `answer_tokens`, there also as `count` (1,), are its answer's."""
 
-    Attributes:
-        frames: (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text
-            alone.
-        camera_mask: Bool (B, V) on `device`, False where a camera is absent; None where none is.
-        prompts: Int64 (B, U) on `device`, as `expand_prompts` takes them; None for images alone.
-        grids: Height and width of each camera's image in merged cells.
-        length: S of the sequences.
-        tokens: How many tokens they have in all; None where only the device knows.
-        device: Where the batch goes.
-    """
-
-    frames: tuple[Tensor, ...]
-    camera_mask: Tensor | None
-    prompts: Tensor | None
-    grids: tuple[Grid, ...]
-    length: int
-    tokens: int | None
-    device: torch.device
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that differ from call to call."""
-        return tuple(x for x in (*self.frames, self.camera_mask, self.prompts) if x is not None)
-
-    @property
-    def key(self) -> tuple[Hashable, ...]:
-        """All else that shapes the batch."""
-        present = self.camera_mask is not None, self.prompts is not None
-        return len(self.frames), *present, self.grids, self.length, self.tokens, self.device
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Request:
-        """The same request for other `tensors` of the same shapes."""
-        rest = list(tensors)
-        frames = tuple(rest.pop(0) for _ in self.frames)
-        mask = None if self.camera_mask is None else rest.pop(0)
-        prompts = None if self.prompts is None else rest.pop(0)
-        return replace(self, frames=frames, camera_mask=mask, prompts=prompts)
+    ids: Tensor
+    count: Tensor
+    answer_tokens: int
 
 
 class TensorProcessor:
@@ -97,7 +71,7 @@ class TensorProcessor:
         self.image = image
         self.prompts = prompts
         self.padding_side = padding_side
-        self._token_ids = LRUCache(MAX_CACHED_TEXTS)
+        self._rows = LRUCache(MAX_CACHED_TEXTS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
 
@@ -140,6 +114,7 @@ class TensorProcessor:
         texts: Sequence[str] | None = None,
         camera_mask: Tensor | None = None,
         *,
+        targets: Sequence[str] | None = None,
         template: str = "chat",
         resize: Resize = "hf",
         device: torch.device | None = None,
@@ -152,6 +127,7 @@ class TensorProcessor:
             images: (B, V, 3, H, W), RGB, uint8 in 0..255 or floating in 0..1; or V tensors (B, 3, H_i, W_i); or None.
             texts: B strings; None for images alone.
             camera_mask: Bool (B, V), False where a camera is absent; None where none is.
+            targets: B strings, the answers to train on; each follows its prompt, with its end token. None for no loss.
             template: "chat", "plain", or a layout with `{images}` and `{text}`.
             resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
                 already have a size that the model takes.
@@ -162,7 +138,8 @@ class TensorProcessor:
         Returns:
             With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (V, h, w), see
             `BatchedVisionTransformer.forward`; both are lists of one per camera when the feature grids differ.
-            `camera_present` (B, V), where a camera mask was given. With texts: the fields of `Sequences`.
+            `camera_present` (B, V), where a camera mask was given. With texts: the fields of `Sequences`. With targets:
+            `labels` (B, S) and `answer_index` (A,), see `label_answers`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
@@ -172,6 +149,7 @@ class TensorProcessor:
             images,
             texts,
             camera_mask,
+            targets=targets,
             template=template,
             resize=resize,
             device=device,
@@ -179,12 +157,14 @@ class TensorProcessor:
         )
         return self.batch(request, dtype)
 
+    @torch.compiler.disable  # work of the host, different at every call
     def request(
         self,
         images: Tensor | Sequence[Tensor] | None,
         texts: Sequence[str] | None = None,
         camera_mask: Tensor | None = None,
         *,
+        targets: Sequence[str] | None = None,
         template: str = "chat",
         resize: Resize = "hf",
         device: torch.device | None = None,
@@ -197,23 +177,25 @@ class TensorProcessor:
         if texts is not None:
             check_texts(texts, groups[0].shape[0] if groups else None)
             self.prompts.check_template(template)
+        if targets is not None:
+            check_targets(targets, texts)
+            self.prompts.end_token(template)
         sizes = [self._target_size(group, resize) for group in groups or () for _ in range(group.shape[1])]
         factor = self.config.vision.cell_size
         grids = tuple((height // factor, width // factor) for height, width in sizes)
-        prompts, length, tokens = None, 0, None
+        prompts = None
         if texts is not None:
-            prompts, length, tokens = self._prompts(texts, template, grids, camera_mask, device)
-            self._check_length(length, max_new_tokens)
+            prompts = self._prompts(texts, targets, template, grids, camera_mask, device)
+            self._check_length(prompts.length, max_new_tokens)
         return Request(
             frames=tuple(groups or ()),
             camera_mask=self._mask_on_device(camera_mask, device),
             prompts=prompts,
             grids=grids,
-            length=length,
-            tokens=tokens,
             device=device,
         )
 
+    @torch.compiler.disable
     def batch(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
         """The batch of a request, computed on its device without a look at any value."""
         batch: dict[str, Tensor | list[Tensor]] = {}
@@ -222,7 +204,11 @@ class TensorProcessor:
         if request.camera_mask is not None:
             batch["camera_present"] = request.camera_mask
         if request.prompts is not None:
-            batch.update(vars(self._sequences(request)))
+            sequences, prompts = self._sequences(request), request.prompts
+            batch.update(vars(sequences))
+            if prompts.answers is not None:
+                labels = label_answers(sequences, prompts.answers, prompts.answer_tokens)
+                batch["labels"], batch["answer_index"] = labels
         return batch
 
     def _check_images(
@@ -301,22 +287,28 @@ class TensorProcessor:
     def _prompts(
         self,
         texts: Sequence[str],
+        targets: Sequence[str] | None,
         template: str,
         grids: tuple[Grid, ...],
         camera_mask: Tensor | None,
         device: torch.device,
-    ) -> tuple[Tensor, int, int | None]:
-        """Prompts as `expand_prompts` takes them, the length that holds them all when expanded, and their tokens."""
+    ) -> Prompts:
         cells = [h * w for h, w in grids]
-        if camera_mask is None or camera_mask.device.type == "cpu":
-            present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
-            rows = [self._ids(text, template, sum(row), device) for text, row in zip(texts, present, strict=True)]
-            spans = [sum(n for n, here in zip(cells, row, strict=True) if here) - sum(row) for row in present]
-            lengths = [len(row) + span for row, span in zip(rows, spans, strict=True)]
-            if min(lengths) == 0:
-                raise ValueError(f"a prompt must have at least one token, got none for sample {lengths.index(0)}")
-            return _as_one(rows), max(lengths), sum(lengths)
-        return (*self._prompts_by_device_mask(texts, template, cells, camera_mask), None)
+        if camera_mask is not None and camera_mask.device.type != "cpu":
+            return self._prompts_by_device_mask(texts, targets, template, cells, camera_mask)
+        present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
+        rows = [
+            self._row(text, target, template, sum(here), device)
+            for text, target, here in zip(texts, targets or [None] * len(texts), present, strict=True)
+        ]
+        spans = [sum(n for n, is_here in zip(cells, here, strict=True) if is_here) - sum(here) for here in present]
+        lengths = [len(row.ids) + span for row, span in zip(rows, spans, strict=True)]
+        before = [length - row.answer_tokens for length, row in zip(lengths, rows, strict=True)]
+        if min(before) == 0:
+            raise ValueError(f"a prompt must have at least one token, got none for sample {before.index(0)}")
+        answers = None if targets is None else torch.cat([row.count for row in rows])
+        answer_tokens = sum(row.answer_tokens for row in rows)
+        return Prompts(_as_one([row.ids for row in rows]), max(lengths), sum(lengths), answers, answer_tokens)
 
     def _check_length(self, length: int, max_new_tokens: int) -> None:
         limit = self.config.text.max_position_embeddings
@@ -328,43 +320,61 @@ class TensorProcessor:
             )
 
     def _prompts_by_device_mask(
-        self, texts: Sequence[str], template: str, cells: list[int], camera_mask: Tensor
-    ) -> tuple[Tensor, int]:
+        self,
+        texts: Sequence[str],
+        targets: Sequence[str] | None,
+        template: str,
+        cells: list[int],
+        camera_mask: Tensor,
+    ) -> Prompts:
         """The same where only the device knows the mask: every number of cameras is laid out, the device chooses."""
         counts = range(len(cells) + 1)
-        rows = [self._ids(text, template, count, camera_mask.device) for text in texts for count in counts]
+        rows = [
+            [self._row(text, target, template, count, camera_mask.device) for count in counts]
+            for text, target in zip(texts, targets or [None] * len(texts), strict=True)
+        ]
         largest = sorted(cells, reverse=True)
-        spans = [sum(largest[:count]) - count for count in counts] * len(texts)
-        length = max(len(row) + span for row, span in zip(rows, spans, strict=True))
-        options = _as_one(rows).unflatten(0, (len(texts), len(counts)))
-        chosen = camera_mask.sum(dim=1)[:, None, None].expand(-1, 1, options.shape[-1])
-        return options.gather(1, chosen)[:, 0], length
+        spans = [sum(largest[:count]) - count for count in counts]
+        length = max(len(row.ids) + span for options in rows for row, span in zip(options, spans, strict=True))
+        chosen = camera_mask.sum(dim=1, keepdim=True)
+        ids = _as_one([row.ids for options in rows for row in options]).unflatten(0, (len(texts), len(counts)))
+        ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
+        if targets is None:
+            return Prompts(ids, length, tokens=None)
+        answers = torch.cat([row.count for options in rows for row in options]).view(len(texts), len(counts))
+        answer_tokens = sum(max(row.answer_tokens for row in options) for options in rows)
+        return Prompts(ids, length, None, answers.gather(1, chosen)[:, 0], answer_tokens)
 
     def _sequences(self, request: Request) -> Sequences:
-        grids, device = request.grids, request.device
+        grids, prompts, device = request.grids, request.prompts, request.device
         table = self._tables.get(
             ("grids", grids, device),
             lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device),
         )
         return expand_prompts(
-            request.prompts,
+            prompts.ids,
             table,
             request.camera_mask,
             image_token_id=self.config.image_token_id,
             pad_token_id=self.prompts.pad_token_id,
-            length=request.length,
-            tokens=request.tokens,
+            length=prompts.length,
+            tokens=prompts.tokens,
             padding_side=self.padding_side,
         )
 
-    def _ids(self, text: str, template: str, cameras: int, device: torch.device) -> Tensor:
-        """Token ids on the device, copied there the first time only."""
+    def _row(self, text: str, target: str | None, template: str, cameras: int, device: torch.device) -> TokenRow:
+        """Tokens on the device, copied there the first time only."""
 
-        def make() -> Tensor:
-            ids = torch.tensor(self.prompts.encode(text, template, cameras), dtype=torch.int64, device="cpu")
-            return ids.to(device)  # at once: another stream may be the next to read them
+        def make() -> TokenRow:
+            if target is None:
+                ids, answer_tokens = self.prompts.encode(text, template, cameras), 0
+            else:
+                ids, answer_tokens = self.prompts.encode_with_answer(text, target, template, cameras)
+            both = torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu")
+            both = both.to(device)  # at once: another stream may be the next to read them
+            return TokenRow(both[:-1], both[-1:], answer_tokens)
 
-        return self._token_ids.get((text, template, cameras, device), make)
+        return self._rows.get((text, target, template, cameras, device), make)
 
     def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
@@ -398,6 +408,15 @@ class TensorProcessor:
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
         return self._tables.get(("normalisation", device), make)
+
+
+def to_device(batch: Mapping[str, Tensor | Sequence[Tensor]], device: torch.device) -> dict[str, Tensor | list[Tensor]]:
+    """A processor's batch on `device`; from pinned memory without a wait."""
+
+    def moved(value: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else [moved(item) for item in value]
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def _as_one(rows: list[Tensor]) -> Tensor:

@@ -120,7 +120,7 @@ def segments(plan, cell_patches):
 def test_window_order_is_a_permutation_and_raster_order_its_inverse(h, w, geometry):
     plan = make_vision_plan(config_of(*geometry), h, w, CPU)
     raster = torch.arange(h * w)
-    assert plan.grid == (h, w)
+    assert plan.raster_order.shape == (h, w)
     assert plan.window_order.dtype == plan.raster_order.dtype == torch.int64
     assert torch.equal(plan.window_order.sort().values, raster)
     assert torch.equal(plan.window_order[plan.raster_order.flatten()], raster)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from tests.support import assert_equal_to, photos, relative_error
@@ -166,6 +167,8 @@ CALLS = {
     "all logits": ({"logits": "all", "norm": "pre", "layers": [0, 1, 2]}, True),
     "text only with logits": ({"logits": "all"}, False),
     "masked": ({"camera_mask": torch.tensor([[True, False], [False, False]])}, True),
+    "targets": ({"targets": ["left", ""]}, True),
+    "text only with targets": ({"targets": ["left", ""], "layers": (0, 1), "logits": "last"}, False),
 }
 
 
@@ -183,6 +186,7 @@ def test_one_return_type_and_none_for_what_was_not_asked_for(model, images, opti
         "input_ids",
         "image_features",
         "logits",
+        "loss",
     }
     batch, length = out.input_ids.shape
     width, vocabulary = model.config.text.hidden_size, model.config.text.vocab_size
@@ -196,6 +200,7 @@ def test_one_return_type_and_none_for_what_was_not_asked_for(model, images, opti
         assert not ids.dtype.is_floating_point
     expected = {None: None, "last": (2, vocabulary), "all": (2, length, vocabulary)}[options.get("logits")]
     assert (out.logits if expected is None else tuple(out.logits.shape)) == expected
+    assert out.loss is None if "targets" not in options else out.loss.shape == ()
     if with_images:
         assert out.image_features.shape == (2, 2, 3, 5, width)
     else:
@@ -269,3 +274,13 @@ def test_generate_returns_one_type(model, images):
         assert [ids.ndim for ids in out.token_ids] == [1, 1]
         assert set(out.finish_reasons) <= {"eos", "length"}
         assert len(out.texts) == len(out.token_ids) == len(out.finish_reasons) == 2
+
+
+def test_an_output_is_a_container_to_pytorch(model, images):
+    """Where FSDP2 looks for the tensors that gradients come from."""
+    out = model(images, TEXTS)
+    leaves, structure = tree_flatten(out)
+    assert any(leaf is out.last_hidden_state for leaf in leaves)
+    again = tree_unflatten(leaves, structure)
+    assert type(again) is VLOutput
+    assert all(getattr(again, field.name) is getattr(out, field.name) for field in dataclasses.fields(out)[1:])

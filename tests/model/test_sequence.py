@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched.kernels.ops import NO_TOKEN
+from qwen_batched.model.request import Request
 from qwen_batched.model.sequence import expand_prompts
-from qwen_batched.model.tensor_processor import Request
 from tests.support import assert_equal_to, photos
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -191,16 +191,16 @@ def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
     for processor in (model.processor, right_padded_model.processor):
         host = processor(images, TEXTS, mask, template=template)
         cells = [h * w for h, w in sizes]
-        prompts, length = processor._prompts_by_device_mask(TEXTS, template, cells, mask)
-        request = Request((), mask, prompts, tuple(sizes), length, None, mask.device)
+        prompts = processor._prompts_by_device_mask(TEXTS, None, template, cells, mask)
+        request = Request((), mask, prompts, tuple(sizes), mask.device)
         by_device = vars(processor._sequences(request))
         tokens = int(host["attention_mask"].sum())
-        assert by_device["token_index"].shape == (4 * length,)
+        assert by_device["token_index"].shape == (4 * prompts.length,)
         assert by_device["attention_mask"].flatten()[by_device["token_index"][:tokens]].all()
         assert_same_tokens(by_device, host)
         # Any mask must fit: the length is that of the longest text with every camera.
         everyone = processor(images, TEXTS, template=template)
-        assert length == everyone["input_ids"].shape[1]
+        assert prompts.length == everyone["input_ids"].shape[1]
 
 
 @pytest.mark.gpu

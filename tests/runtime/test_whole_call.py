@@ -68,6 +68,8 @@ CALLS = {
     "no resize": lambda seed: ((frames(seed), TEXTS), {"resize": None}),
     "float frames": lambda seed: ((frames(seed) / 255, TEXTS), {}),
     "template": lambda seed: ((frames(seed), TEXTS), {"template": "plain"}),
+    "targets": lambda seed: ((frames(seed), TEXTS), {"targets": ["left", "up"]}),
+    "targets and a mask": lambda seed: ((frames(seed), TEXTS, MASK), {"targets": ["left", ""], "logits": "last"}),
 }
 
 
@@ -118,6 +120,20 @@ def test_trap26_another_mask_is_only_another_input_where_the_counts_agree(own, f
     assert_replayed(own, fake, frames(), TEXTS, torch.tensor([[False, True], [True, True]]))
     nobody = torch.zeros(2, 2, dtype=torch.bool)
     assert_equal(call(own, frames(), TEXTS, nobody), call(own, frames(), TEXTS, nobody, cuda_graph=False))
+
+
+def test_trap26_answers_of_one_length_share_a_graph_and_others_do_not(own, fake):
+    tokenizer = own.processor.prompts.tokenizer
+    assert len({len(tokenizer(answer).input_ids) for answer in ("1234", "5678")}) == 1
+    for _ in range(2):
+        call(own, None, ["ab", "a"], targets=["1234", "a b c"])
+    assert_replayed(own, fake, None, ["cd", "a"], targets=["5678", "a b c"])
+    # Another end of the prompt, the same tokens in all: other tokens are to be learnt.
+    assert_replayed(own, fake, None, ["a", "ab"], targets=["a b c", "1234"])
+    for targets in (["1234 9", "a b c"], None, ["1234", ""]):
+        for _ in range(3):
+            theirs = call(own, None, ["ab", "a"], targets=targets, cuda_graph=False)
+            assert_equal(call(own, None, ["ab", "a"], targets=targets), theirs)
 
 
 def test_trap26_weights_in_the_decoder_and_the_head(own, fake):
@@ -198,6 +214,7 @@ def test_bad_input_is_refused_on_a_captured_shape_too(own):
         ((frames(), TEXTS, MASK[:1]), {}),
         ((frames(), TEXTS), {"layers": (99,)}),
         ((frames(), TEXTS), {"resize": (56, 83)}),
+        ((frames(), TEXTS), {"targets": ["one"]}),
         ((frames().int(), TEXTS), {}),
     ]:
         with pytest.raises((ValueError, TypeError)):
