@@ -1,0 +1,92 @@
+"""accelerate prepares, trains, saves and resumes the model as any other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from qwen_batched import QwenBatchedVL
+from tests.support import assert_equal_to, photos
+
+accelerate = pytest.importorskip("accelerate")
+
+FRAMES = photos(4, 2, 56, 84)
+TEXTS = ["Pick up the red block.", "", "Go on.", "Open the top drawer."]
+ANSWERS = ["yes", "to the left", "no", "done"]
+
+
+@pytest.fixture(params=["no", "bf16"])
+def accelerator(request):
+    """On the CPU, in full and in mixed precision; accelerate's state is of the whole process, and is put back."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, mixed_precision=request.param)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepare(accelerator, model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    samples = [{"images": FRAMES[i], "texts": TEXTS[i], "targets": ANSWERS[i]} for i in range(len(TEXTS))]
+    loader = DataLoader(samples, batch_size=2, collate_fn=collate)
+    return accelerator.prepare(model, optimizer, loader)
+
+
+def collate(samples):
+    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return batch | {"images": torch.stack(batch["images"])}
+
+
+def train(accelerator, model, optimizer, loader, epochs=1):
+    losses = []
+    for _ in range(epochs):
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_a_prepared_model_trains(accelerator, load):
+    losses = train(accelerator, *prepare(accelerator, load()), epochs=4)
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_a_prepared_model_takes_the_steps_of_a_plain_one(accelerator, load):
+    model, optimizer, loader = prepare(accelerator, load())
+    train(accelerator, model, optimizer, loader)
+    plain = load()
+    steps = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    for first in (0, 2):
+        rows = slice(first, first + 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=accelerator.mixed_precision == "bf16"):
+            loss = plain(FRAMES[rows], TEXTS[rows], targets=ANSWERS[rows]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        steps.step()
+        steps.zero_grad()
+    for (name, ours), theirs in zip(
+        accelerator.unwrap_model(model).named_parameters(), plain.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_training_resumes_from_a_saved_state(accelerator, load, tmp_path):
+    prepared = prepare(accelerator, load())
+    train(accelerator, *prepared)
+    accelerator.save_state(tmp_path)
+    expected = train(accelerator, *prepared)
+    accelerator.load_state(tmp_path)
+    assert train(accelerator, *prepared) == expected
+
+
+def test_the_unwrapped_model_is_saved_for_transformers(accelerator, load, tmp_path):
+    model, optimizer, loader = prepare(accelerator, load())
+    train(accelerator, model, optimizer, loader)
+    accelerator.unwrap_model(model).save_pretrained(tmp_path, state_dict=accelerator.get_state_dict(model))
+    saved = QwenBatchedVL.from_pretrained(tmp_path, device="cpu")
+    with torch.no_grad():
+        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert_equal_to(saved(FRAMES, TEXTS).last_hidden_state, plain(FRAMES, TEXTS).last_hidden_state, tolerance=0)
