@@ -1,6 +1,7 @@
 """Generation beside transformers', in one run on one GPU: milliseconds a decoding step, and time to the first token.
 
-    python benchmarks/generation.py [--keep-checkpoint FOLDER] [--quick] [--compiled none|control|batch|all]
+    python benchmarks/generation.py [--keep-checkpoint FOLDER] [--quick] [--batches 1 16 64]
+        [--compiled none|control|batch|all]
 
 Real shapes of the 3B model, bfloat16, random weights unless --model names a checkpoint. Before any time is printed,
 greedy tokens in float32 are compared with transformers', and a CUDA graph's tokens with those made without; a wrong
@@ -180,6 +181,8 @@ def run_all(options: argparse.Namespace, temporary: str) -> int:
     transformers.logging.set_verbosity_error()
     device = torch.device("cpu" if options.smoke else "cuda")
     shapes = SMOKE if options.smoke else FULL
+    if options.batches:
+        shapes = dataclasses.replace(shapes, batches=tuple(options.batches))
     torch.manual_seed(0)
     folder = runs.whole_checkpoint(options, shapes.preset, temporary)
     note("checkpoint ready")
@@ -345,4 +348,6 @@ def set_goals(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    runs.main(runs.whole_model_parser(__doc__), run_all)
+    parser = runs.whole_model_parser(__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", help="which batch sizes; left out: 1, 16 and 64")
+    runs.main(parser, run_all)

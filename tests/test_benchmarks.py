@@ -32,7 +32,7 @@ def run_smoke(script, *options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("script", ["vision", "whole_call", "generation"])
+@pytest.mark.parametrize("script", ["vision", "whole_call", "generation", "training"])
 def test_a_smoke_run_finds_right_results_and_claims_nothing(script):
     report = run_smoke(script)
     assert report["benchmark"] == script
