@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, tests and the deviation summary, in an environment of their own. `bash test.sh --help` tells the rest.
+# Lint, tests and the deviation report, in an environment of their own. `bash test.sh --help` tells the rest.
 set -euo pipefail
 
 usage() {
@@ -12,7 +12,7 @@ which it makes. A second run installs nothing unless pyproject.toml or constrain
 
   --no-install            install nothing, make nothing: use the current python as it is, with its own torch
   --transformers VERSION  test against that version of transformers, in .venv-transformers-VERSION
-  --model FOLDER_OR_ID    the checkpoint that the deviation summary is made with
+  --model FOLDER_OR_ID    the checkpoint that the deviation report is made with
   -h, --help              print this
 
 Everything else goes to pytest, with paths relative to the repository:
@@ -152,7 +152,13 @@ if "$python" -m ruff --version >/dev/null 2>&1; then
 else
     printf '\nruff is not installed here: lint and format were not checked\n'
 fi
-check "pytest" "$python" -m pytest ${pytest_args[@]+"${pytest_args[@]}"}
+# Each core runs some of the tests, with pytest-xdist; on a GPU they take turns.
+workers=()
+if [[ " ${pytest_args[*]-} " != *" --pdb "* ]] &&
+    "$python" -c 'import sys, torch, xdist; sys.exit(torch.cuda.is_available())' 2>/dev/null; then
+    workers=(-n logical --dist loadfile)
+fi
+check "pytest" "$python" -m pytest ${workers[@]+"${workers[@]}"} ${pytest_args[@]+"${pytest_args[@]}"}
 check "deviation from transformers" "$python" -m qwen_batched.deviation ${model:+--model "$model"}
 
 if ((${#failed[@]})); then
