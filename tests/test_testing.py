@@ -1,15 +1,20 @@
 """The checkpoints that tests are run on, and the transformers model that they are run against."""
 
 import json
+import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from torch import nn
 
 from qwen_batched import testing
-from qwen_batched.testing import PRESETS, default_checkpoint, tensor_shapes, write_checkpoint
+from qwen_batched.testing import PRESETS, default_checkpoint, tensor_shapes, trained_like, write_checkpoint
+from qwen_batched.testing.presets import VISION_DEFAULTS
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 
 RELEASE = Version(transformers.__version__).release
@@ -109,7 +114,7 @@ def test_weights_depend_on_the_seed_alone(tmp_path, folder):
 @pytest.mark.parametrize(("preset", "parameters"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_large_presets_have_the_published_parameter_count(preset, parameters):
     chosen = PRESETS[preset]
-    vision = testing._VISION_DEFAULTS | chosen.vision | {"out_hidden_size": chosen.text["hidden_size"]}
+    vision = VISION_DEFAULTS | chosen.vision | {"out_hidden_size": chosen.text["hidden_size"]}
     shapes = tensor_shapes(chosen.text, vision, chosen.tied)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
 
@@ -161,6 +166,152 @@ def test_a_deep_random_model_stays_sane(tmp_path, inputs):
     assert distance(eager.hidden_states[-1], sdpa.hidden_states[-1]) < 3e-6
 
 
+# --- trained-like weights ---
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of a sample with two images, in float32.
+
+    Attributes:
+        streams: Every block's output (T, width), by network.
+        attention: Every attention's probabilities (heads, queries, keys), by network.
+        hidden: Inputs of every MLP's down projection (T, width).
+        sinks: Bool (T,), which of the decoder's tokens are <|im_start|>.
+    """
+
+    streams: dict[str, list[torch.Tensor]]
+    attention: dict[str, list[torch.Tensor]]
+    hidden: list[torch.Tensor]
+    sinks: torch.Tensor
+
+
+def activations_of(folder):
+    reference = TransformersReference.from_pretrained(folder, attn_implementation="eager")
+    inputs = reference.processor_inputs(frames(((140, 196), (84, 140))), TEXT)
+    sinks = inputs["input_ids"][0] == reference.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    found = Activations({"visual": [], "decoder": []}, {"visual": [], "decoder": []}, [], sinks)
+    for part, blocks in (("visual", reference.visual.blocks), ("decoder", reference.decoder.layers)):
+        for block in blocks:
+            block.register_forward_hook(
+                lambda _, args, output, part=part: found.streams[part].append(
+                    (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
+                )
+            )
+            block.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.hidden.append(args[0].flatten(0, -2)))
+    softmax = nn.functional.softmax
+
+    def seen_softmax(scores, *args, **kwargs):
+        probabilities = softmax(scores, *args, **kwargs)
+        part = "visual" if len(found.streams["visual"]) < len(reference.visual.blocks) else "decoder"
+        # The vision tower's are without a batch in early versions of transformers.
+        found.attention[part].append(probabilities.flatten(0, -3))
+        return probabilities
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", seen_softmax)
+        reference.run(**inputs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def activations(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    return {kind: activations_of(write_checkpoint(root / kind, "small", weights=kind)) for kind in testing.WEIGHTS}
+
+
+def over_median(values):
+    """Of each channel, the median token over the median of everything, largest first."""
+    size = values.abs()
+    return (size.median(dim=0).values / size.median()).sort(descending=True).values
+
+
+def flatness(probabilities):
+    """Entropy over that of a flat distribution: 0 for one token, 1 for all alike; queries of more than 8 keys."""
+    flat = (probabilities > 0).sum(dim=-1).double().log()
+    entropy = -(probabilities.double() * probabilities.double().clamp(min=1e-300).log()).sum(dim=-1)
+    return (entropy / flat)[flat > math.log(8)].mean().item()
+
+
+@pytest.mark.parametrize("part", ["visual", "decoder"])
+def test_trained_like_streams_have_a_few_massive_channels(activations, part):
+    for stream in activations["trained-like"].streams[part][trained_like.WRITER :]:
+        channels = over_median(stream)
+        assert channels[2] > 1e2 and channels[0] < 1e3
+        assert channels[3] < 10
+        # On every token, and not on the median one alone.
+        assert (stream[:, trained_like.MASSIVE].abs().amin(dim=1).median() > 50 * stream.abs().median()).item()
+    for stream in activations["random"].streams[part]:
+        assert over_median(stream)[0] < 10
+
+
+@pytest.mark.parametrize("part", ["visual", "decoder"])
+def test_trained_like_attention_is_peaked(activations, part):
+    flat, peaked = ([flatness(p) for p in activations[kind].attention[part]] for kind in ("random", "trained-like"))
+    assert len(flat) == len(peaked) > 0
+    assert sum(flat) / len(flat) > 0.7
+    assert sum(peaked) / len(peaked) < 0.6
+    top = [p.amax(dim=-1).mean().item() for p in activations["trained-like"].attention[part]]
+    assert 0.3 < sum(top) / len(top) < 0.9  # and is no lookup of one token
+
+
+def test_trained_like_decoders_have_an_attention_sink(activations):
+    def share(kind):  # of what image tokens look at, after the block that makes the sink
+        found = activations[kind]
+        return torch.stack([p[:, 20:60, found.sinks].sum(-1).mean() for p in found.attention["decoder"][1:]]).mean()
+
+    assert share("random") < 0.15
+    assert share("trained-like") > 0.3
+
+
+def test_trained_like_mlps_have_outliers(activations):
+    outlier = {
+        kind: max((h.abs().max() / h.abs().median()).item() for h in found.hidden)
+        for kind, found in activations.items()
+    }
+    assert outlier["trained-like"] > 10 * outlier["random"]
+
+
+def test_trained_like_norms_differ_and_keep_to_one_sign(tmp_path):
+    weights = stored_tensors(write_checkpoint(tmp_path, "small", weights="trained-like"))
+    norms = {name: tensor for name, tensor in weights.items() if "norm" in name or "ln_q" in name}
+    assert len(norms) == 2 * 6 + 1 + 2 * 4 + 1
+    for name, tensor in norms.items():
+        assert tensor.min() > 0, name
+        assert tensor[5:].log().std() > 0.4, name
+    deep = norms["model.layers.3.input_layernorm.weight"]
+    assert deep[trained_like.MASSIVE].max() < 0.1 * deep[5:].median()
+
+
+def test_trained_like_weights_are_the_same_in_every_layout(tmp_path):
+    plain = stored_tensors(write_checkpoint(tmp_path / "plain", weights="trained-like"))
+    nested = stored_tensors(
+        write_checkpoint(tmp_path / "nested", weights="trained-like", key_layout="nested", shards=2)
+    )
+    assert torch.equal(plain["visual.blocks.0.attn.qkv.bias"], nested["model.visual.blocks.0.attn.qkv.bias"])
+    assert sum(tensor.double().sum() for tensor in plain.values()) == pytest.approx(
+        sum(tensor.double().sum() for tensor in nested.values())
+    )
+
+
+def test_a_deep_trained_like_model_stays_sane(tmp_path):
+    """As deep as the 3B model and a quarter as wide: no stream grows without end, no rounding is amplified."""
+    deep = write_checkpoint(
+        tmp_path,
+        "small",
+        weights="trained-like",
+        text={"num_hidden_layers": 36},
+        vision={"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]},
+    )
+    sdpa = TransformersReference.from_pretrained(deep)
+    small = sdpa.processor_inputs(frames(((84, 84),)), TEXT)
+    first = sdpa.run(**small)
+    assert 0.2 < first.hidden_states[-1][..., 5:].std() < 5
+    assert 0.5 < first.logits.std() < 5
+    eager = TransformersReference.from_pretrained(deep, attn_implementation="eager").run(**small)
+    assert distance(eager.hidden_states[-1], first.hidden_states[-1]) < 5e-6
+
+
 # --- configs ---
 
 
@@ -184,6 +335,7 @@ def test_overridden_fields_reach_the_files(tmp_path):
     ("arguments", "message"),
     [
         ({"preset": "huge"}, "unknown preset 'huge'; known: 3b, 7b, small, tiny"),
+        ({"weights": "trained"}, "unknown weights 'trained'; known: random, trained-like"),
         ({"key_layout": "old"}, "known: nested, published"),
         ({"config_layout": "old"}, "known: flat, nested"),
         ({"text": {"hiden_size": 1}}, "unknown text field 'hiden_size'; known: .*hidden_size"),
@@ -247,7 +399,7 @@ def test_merges_happen_in_words_and_across_spaces_and_newlines(reference):
 
 def test_every_single_byte_is_a_token(folder):
     vocabulary = read_json(folder / "vocab.json")
-    assert sorted(vocabulary[symbol] for symbol in testing.pre_tokenizers.ByteLevel.alphabet()) == list(range(256))
+    assert sorted(vocabulary[symbol] for symbol in pre_tokenizers.ByteLevel.alphabet()) == list(range(256))
 
 
 @pytest.mark.parametrize("special_token_start", [432, 433, 500, 578])

@@ -1,0 +1,159 @@
+"""A checkpoint's tensors: their names and shapes, random values for them, and the files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qwen_batched.testing.config_files import write_json
+from qwen_batched.testing.presets import Config
+
+Shape = tuple[int, ...]
+
+
+def tensor_shapes(text: Config, vision: Config, tied: bool) -> dict[str, Shape]:
+    """Returns the shape of every tensor of a checkpoint by its published name."""
+    shapes = _vision_shapes(vision) | _text_shapes(text)
+    if not tied:
+        shapes["lm_head.weight"] = (text["vocab_size"], text["hidden_size"])
+    return shapes
+
+
+def _vision_shapes(vision: Config) -> dict[str, Shape]:
+    width, mlp_width, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    merged_width = width * vision["spatial_merge_size"] ** 2
+    shapes: dict[str, Shape] = {
+        "visual.patch_embed.proj.weight": (width, vision["in_channels"], vision["temporal_patch_size"], patch, patch)
+    }
+    for index in range(vision["depth"]):
+        block = f"visual.blocks.{index}"
+        shapes |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
+        shapes |= _linear(f"{block}.attn.qkv", 3 * width, width)
+        shapes |= _linear(f"{block}.attn.proj", width, width)
+        shapes |= _linear(f"{block}.mlp.gate_proj", mlp_width, width)
+        shapes |= _linear(f"{block}.mlp.up_proj", mlp_width, width)
+        shapes |= _linear(f"{block}.mlp.down_proj", width, mlp_width)
+    shapes["visual.merger.ln_q.weight"] = (width,)
+    shapes |= _linear("visual.merger.mlp.0", merged_width, merged_width)
+    shapes |= _linear("visual.merger.mlp.2", vision["out_hidden_size"], merged_width)
+    return shapes
+
+
+def _text_shapes(text: Config) -> dict[str, Shape]:
+    width, mlp_width = text["hidden_size"], text["intermediate_size"]
+    key_width = width // text["num_attention_heads"] * text["num_key_value_heads"]
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (text["vocab_size"], width)}
+    for index in range(text["num_hidden_layers"]):
+        block = f"model.layers.{index}"
+        shapes |= {f"{block}.input_layernorm.weight": (width,), f"{block}.post_attention_layernorm.weight": (width,)}
+        shapes |= _linear(f"{block}.self_attn.q_proj", width, width)
+        shapes |= _linear(f"{block}.self_attn.k_proj", key_width, width)
+        shapes |= _linear(f"{block}.self_attn.v_proj", key_width, width)
+        shapes |= {
+            f"{block}.self_attn.o_proj.weight": (width, width),
+            f"{block}.mlp.gate_proj.weight": (mlp_width, width),
+            f"{block}.mlp.up_proj.weight": (mlp_width, width),
+            f"{block}.mlp.down_proj.weight": (width, mlp_width),
+        }
+    shapes["model.norm.weight"] = (width,)
+    return shapes
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+# Standard deviation of a product's outputs for inputs of standard deviation 1, by the end of the weight's name.
+_GAINS = {
+    # Scores q.k / sqrt(head size) then deviate by 1.3 * 1.3: each row attends to some tokens much more than to
+    # others, and yet no single token takes all, which would make the network chaotic in its rounding errors.
+    "attn.qkv.weight": 1.3,
+    "q_proj.weight": 1.3,
+    "k_proj.weight": 1.3,
+    # The logits then deviate by 2: far from both uniform and one-hot.
+    "embed_tokens.weight": 2.0,
+    "lm_head.weight": 2.0,
+}
+_BIAS_DEVIATION = 0.5
+
+
+def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
+    """Returns the float32 tensor that a checkpoint of this seed has under a published name.
+
+    Uniform rather than normal: cheaper by a lot for billions of values, and no outliers to dominate an error norm.
+    """
+    generator = random_generator(name, seed)
+    values = torch.empty(shape)
+    if name.endswith(".bias"):
+        bound = _BIAS_DEVIATION * math.sqrt(3)
+        return values.uniform_(-bound, bound, generator=generator)
+    if len(shape) == 1:
+        # A norm: 0.5 to 1.5 with either sign. With one sign only, a tied head would find the last token's embedding
+        # in its own hidden state and repeat that token for ever.
+        values.uniform_(-1.0, 1.0, generator=generator)
+        return values + 0.5 * torch.where(values < 0, -1.0, 1.0)
+    gain = next((gain for ending, gain in _GAINS.items() if name.endswith(ending)), 1.0)
+    bound = gain * math.sqrt(3 / math.prod(shape[1:]))
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+def random_generator(name: str, seed: int) -> torch.Generator:
+    """Returns a generator of random numbers of its own for every name and seed."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def random_tensors(shapes: Mapping[str, Shape], seed: int) -> Callable[[str], torch.Tensor]:
+    """Returns what makes the tensor of a published name."""
+    return lambda name: random_tensor(name, shapes[name], seed)
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    make: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    key_layout: str,
+    shards: int,
+) -> None:
+    """Writes one safetensors file, or `shards` with an index; `make` gives a tensor by its published name."""
+    groups = _split_by_size(shapes, shards)
+    rename: Callable[[str], str] = _nested_key if key_layout == "nested" else str
+    weight_map = {}
+    for index, names in enumerate(groups, start=1):
+        file_name = f"model-{index:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        # One shard's tensors are all that is ever held.
+        with ThreadPoolExecutor() as pool:  # a tensor's generator fills it on a single core
+            values = pool.map(lambda name: make(name).to(dtype), names)
+            tensors = {rename(name): value for name, value in zip(names, values, strict=True)}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file_name)
+        del tensors
+    if len(groups) > 1:
+        total_size = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        index_content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index_content)
+
+
+def _split_by_size(shapes: Mapping[str, Shape], shards: int) -> list[list[str]]:
+    total = sum(map(math.prod, shapes.values()))
+    groups: list[list[str]] = [[] for _ in range(shards)]
+    before = 0
+    for name, shape in shapes.items():
+        groups[before * shards // total].append(name)
+        before += math.prod(shape)
+    return [names for names in groups if names]
+
+
+def _nested_key(name: str) -> str:
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
