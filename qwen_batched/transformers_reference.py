@@ -26,7 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _without_tf32(function: Callable[P, R]) -> Callable[P, R]:
+def without_tf32(function: Callable[P, R]) -> Callable[P, R]:
     """Runs `function` without TF32, which cuDNN's convolutions use unless told otherwise.
 
     transformers' patch embedding is such a convolution: with TF32 its "float32" features are off by 8e-5.
@@ -107,21 +107,47 @@ class TransformersReference:
     ) -> TransformersReference:
         """Loads a checkpoint folder or hub id.
 
+        In float64, transformers still does norms and some of the rotary arithmetic in float32.
+
         Raises:
             RuntimeError: When the installed transformers is known to be wrong.
+            ValueError: When transformers would fill in weights that the checkpoint lacks.
         """
         check_reference_version()
-        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, attn_implementation=attn_implementation, **{_dtype_argument(): dtype}
+        # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
+        stored_as = torch.float32 if dtype == torch.float64 else dtype
+        model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **{_dtype_argument(): stored_as},
         )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} first")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return cls(model.to(device).eval(), tokenizer, _image_processor(folder))
+        model = model.to(device).eval()
+        if dtype != stored_as:
+            for parameter in model.parameters():  # and no buffer: rotary frequencies are float32 in every dtype
+                parameter.data = parameter.data.to(dtype)
+        return cls(model, tokenizer, _image_processor(folder))
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def processor_inputs(self, frames: Sequence[Tensor], text: str, template: str = "chat") -> dict[str, Tensor]:
+    @property
+    def resizes_on_gpu(self) -> bool:
+        """Whether `processor_inputs` can resize on the model's device: with torchvision, on a GPU."""
+        return self.device.type == "cuda" and is_torchvision_available()
+
+    @property
+    def resizes_with_pillow(self) -> bool:
+        """Whether frames are resized by Pillow, for want of torchvision."""
+        return not is_torchvision_available()
+
+    def processor_inputs(
+        self, frames: Sequence[Tensor], text: str, template: str = "chat", resize_on_gpu: bool = False
+    ) -> dict[str, Tensor]:
         """Returns what a transformers user would pass to the model: `run(**inputs)` and `greedy(inputs)` take it.
 
         As for any such user, a control token's name inside `text` becomes that control token.
@@ -131,6 +157,8 @@ class TransformersReference:
             text: The user's text.
             template: "chat" (the checkpoint's), "plain" (text first, then the images), or a string with {images}
                 and {text} in it.
+            resize_on_gpu: Whether the image processor gets tensors on the model's GPU, where it can take them, in place
+                of PIL images. It then rounds once, and not between the two passes of a resize.
 
         Returns:
             input_ids (1, S), and with frames also pixel_values (patches, patch size) and image_grid_thw (images, 3).
@@ -138,7 +166,7 @@ class TransformersReference:
         prompt = self.prompt(len(frames), text, template)
         if not frames:
             return {"input_ids": self._token_ids(prompt)}
-        images = self.image_processor(images=[_as_pil(frame) for frame in frames], return_tensors="pt")
+        images = self._processed(frames, resize_on_gpu and self.resizes_on_gpu)
         grid = images["image_grid_thw"]
         cells = grid.prod(-1) // self.image_processor.merge_size**2
         return {
@@ -163,7 +191,7 @@ class TransformersReference:
         return template.replace("{images}", image * n_images).replace("{text}", text)
 
     @torch.no_grad()
-    @_without_tf32
+    @without_tf32
     def run(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> ReferenceOutput:
@@ -195,19 +223,51 @@ class TransformersReference:
             position_ids=seen_positions[0],
         )
 
-    @torch.no_grad()
-    @_without_tf32
     def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Returns the most likely continuation of one sample, 1-D, its end token included."""
-        input_ids = inputs["input_ids"]
-        _check_one_sample(input_ids)
-        tokens = self.model.generate(
-            **self._model_inputs(**inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
-        )
-        return tokens[0, input_ids.shape[1] :]
+        return self.greedy_with_scores(inputs, max_new_tokens)[0]
 
     @torch.no_grad()
-    @_without_tf32
+    @without_tf32
+    def greedy_with_scores(self, inputs: dict[str, Tensor], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns the most likely continuation, and the scores (tokens, vocabulary) by which it was chosen."""
+        input_ids = inputs["input_ids"]
+        _check_one_sample(input_ids)
+        output = self.model.generate(
+            **self._model_inputs(**inputs),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        return output.sequences[0, input_ids.shape[1] :], torch.cat(output.scores)
+
+    @torch.no_grad()
+    @without_tf32
+    def final_hidden_states(self, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        """Runs samples with images as one batch, padded on the left, as nothing else here does.
+
+        Args:
+            samples: Of each what `processor_inputs` returned.
+
+        Returns:
+            For each sample (S, D), after the final norm, without padding.
+        """
+        ids = [sample["input_ids"][0] for sample in samples]
+        longest = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id
+        inputs = self._model_inputs(
+            torch.stack([nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in ids]),
+            *(torch.cat([sample[name] for sample in samples]) for name in ("pixel_values", "image_grid_thw")),
+        )
+        own = [torch.arange(longest, device=self.device) >= longest - len(row) for row in ids]
+        inputs["attention_mask"] = torch.stack(own).to(inputs["attention_mask"].dtype)
+        output = self.model(**inputs, output_hidden_states=True, use_cache=False)
+        return [rows[mask] for rows, mask in zip(output.hidden_states[-1], own, strict=True)]
+
+    @torch.no_grad()
+    @without_tf32
     def vision_block_outputs(
         self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
     ) -> list[list[Tensor]]:
@@ -227,7 +287,23 @@ class TransformersReference:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [self._raster_patches(seen[index], image_grid_thw) for index in blocks]
+        return [self.raster_patches(seen[index], image_grid_thw) for index in blocks]
+
+    def raster_patches(self, windowed: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
+        """Patches (T, C) of still images in the window order of the vision blocks: each image's (height, width, C)."""
+        merge = self.visual.spatial_merge_size
+        window = self.visual.window_size // merge // self.visual.patch_size
+        images = windowed.split(image_grid_thw.prod(-1).tolist())
+        return [
+            _raster_order(image, height, width, merge, window)
+            for image, (_, height, width) in zip(images, image_grid_thw.tolist(), strict=True)
+        ]
+
+    def _processed(self, frames: Sequence[Tensor], on_device: bool) -> Any:
+        if not on_device:
+            return self.image_processor(images=[_as_pil(frame) for frame in frames], return_tensors="pt")
+        tensors = [frame.to(self.device) for frame in frames]
+        return self.image_processor(images=tensors, return_tensors="pt", device=self.device)
 
     def _token_ids(self, prompt: str) -> Tensor:
         return self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.device)
@@ -247,15 +323,6 @@ class TransformersReference:
 
     def _split_cells(self, features: Tensor, grid: Tensor) -> list[Tensor]:
         return list(features.split((grid.prod(-1) // self.visual.spatial_merge_size**2).tolist()))
-
-    def _raster_patches(self, windowed: Tensor, grid: Tensor) -> list[Tensor]:
-        merge = self.visual.spatial_merge_size
-        window = self.visual.window_size // merge // self.visual.patch_size
-        images = windowed.split(grid.prod(-1).tolist())
-        return [
-            _raster_order(image, height, width, merge, window)
-            for image, (_, height, width) in zip(images, grid.tolist(), strict=True)
-        ]
 
 
 def _raster_order(windowed: Tensor, height: int, width: int, merge: int, window: int) -> Tensor:

@@ -15,24 +15,36 @@ PACKAGE = ROOT / "qwen_batched"
 # From low to high; a module imports from lower lines only. Inside `kernels`, `ops` is the one door.
 LAYERS = (
     ("cache", "config", "outputs", "kernels", "plain_modules"),
-    ("checkpoint",),
+    ("checkpoint", "process_group"),
     ("weights",),
     ("model.packed", "runtime.admission", "runtime.snapshot"),
     ("runtime", "runtime.cuda_graphs"),
-    ("model.attention_rows", "model.geometry", "model.kv_cache", "model.layers", "model.prompt", "model.sequence"),
+    ("model.attention_rows", "model.geometry", "model.gradient_checkpointing", "model.kv_cache", "model.layers"),
+    ("model.prompt", "model.request", "model.sequence"),
     ("model.contexts", "model.image_groups", "model.inputs"),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
+    ("head", "model.embedding", "training"),
     ("generation",),
     ("qwen_batched_VL_model",),
-    ("testing", "transformers_reference"),
+    ("adapters",),
+    ("testing.presets",),
+    ("testing.config_files",),
+    ("testing.tokenizer", "testing.weights"),
+    ("testing.trained_like",),
+    ("testing.checkpoints",),
+    ("lora", "testing", "transformers_reference"),
+    ("deviation.cases", "deviation.loading", "deviation.measures", "deviation.stages"),
+    ("deviation.memory", "deviation.ours", "deviation.theirs"),
+    ("deviation.comparison",),
+    ("deviation.batch_effect", "deviation.bounds"),
+    ("deviation.plot", "deviation.report"),
     ("deviation", "profile"),
 )
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")
-REEXPORTS = ("", "model", "runtime")  # the packages' own __init__.py
+REEXPORTS = ("", "model", "runtime", "testing")  # the packages' own __init__.py
 
 MAX_LINES = 450
-MAX_LINES_EXCEPT = {"testing.py": "the checkpoint writer, one thing from config to tokenizer"}
 
 
 def module_name(path):
@@ -99,9 +111,9 @@ def test_kernels_have_one_door():
         assert used <= {"kernels", "kernels.ops", "kernels.segments"}, f"{name} goes past kernels.ops: {used}"
 
 
-@pytest.mark.parametrize("name", INDEPENDENT)
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.split(".")[0] in INDEPENDENT])
 def test_the_yardstick_uses_none_of_the_code_that_it_judges(name):
-    assert set(imports_of(name)) == set()
+    assert {imported.split(".")[0] for imported in imports_of(name)} <= {name.split(".")[0]}
 
 
 # --- importing ---
@@ -163,7 +175,10 @@ FORWARD_PATH = (
     "cache",
     *(name for name in SOURCES if name.startswith("kernels")),
     "generation",
+    "head",
     "model.attention_rows",
+    "model.embedding",
+    "model.gradient_checkpointing",
     "model.image_groups",
     "model.inputs",
     "model.kv_cache",
@@ -171,10 +186,12 @@ FORWARD_PATH = (
     "model.modeling_qwen2_5_vl_batched",
     "model.packed",
     "model.prompt",
+    "model.request",
     "model.sequence",
     "model.tensor_processor",
     "qwen_batched_VL_model",
     *(name for name in SOURCES if name.startswith("runtime")),
+    "training",
 )
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 # (module, function, what): why it may.
@@ -339,4 +356,4 @@ def test_every_public_method_of_what_is_exported_has_a_docstring(name):
 def test_every_file_is_short_enough_to_read(name):
     path = SOURCES[name]
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MAX_LINES or path.name in MAX_LINES_EXCEPT, f"{path.name} has {lines} lines"
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines"
