@@ -258,7 +258,7 @@ def test_trap24_processor_files_of_transformers_5_load_bitwise_equal(folder, exp
 @pytest.mark.parametrize(("preset", "count"), [("tiny", None), ("3b", 824), ("7b", 729)])
 def test_state_dict_has_the_names_and_shapes_of_the_published_checkpoint(tmp_path, monkeypatch, preset, count):
     shapes = {}
-    monkeypatch.setattr(testing, "_write_weights", lambda folder, published, *rest: shapes.update(published))
+    monkeypatch.setattr(testing.checkpoints, "write_weights", lambda folder, published, *rest: shapes.update(published))
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, preset))
     config = QwenVLConfig.from_dict(checkpoint.config)
     model = weights.build_on_meta(lambda: QwenBatchedVL(config, None, checkpoint))
