@@ -209,7 +209,8 @@ def measure_lora(run: Run, reference: TransformersReference) -> None:
     work = run.shapes.batch
     config = peft.LoraConfig(r=LORA_RANK, target_modules=LORA_LAYERS)
     towers = towers_of(run, reference)
-    ours = peft.get_peft_model(run.model, config)
+    # Adapters in the model's dtype on both sides; by itself peft would make those of ours float32.
+    ours = peft.get_peft_model(run.model, config, autocast_adapter_dtype=False)
     peft.inject_adapter_in_model(config, reference.model)
     for parameter in [*reference.model.parameters(), *(p for tower in towers.values() for p in tower.parameters())]:
         parameter.requires_grad_(False)
