@@ -1,0 +1,1 @@
+"""Batches of other libraries -> the arguments of `QwenBatchedVL`, without importing those libraries."""
