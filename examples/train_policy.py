@@ -28,7 +28,6 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.adapters.lerobot import from_lerobot
 from qwen_batched.testing import write_checkpoint
 
-HELD_OUT_SCENES = 128
 SAMPLES_PER_BATCH = 48  # when measuring
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     report(f"model     {args.model or 'a small one with random weights'}, {trained / 1e6:.1f} M parameters to train")
 
-    samples = draw_samples(random.Random(f"held out {args.seed}"), HELD_OUT_SCENES)
+    samples = draw_samples(random.Random(f"held out {args.seed}"), args.held_out)
     held_out = batches_of(samples)
     before = success(policy, held_out)
     report(f"held out  {len(samples)} samples; before training {before:.1%} end above the cube that is meant\n")
@@ -301,6 +300,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=positive, default=16, help="scenes per step and process, each with three instructions"
     )
+    parser.add_argument("--held-out", type=positive, default=128, help="scenes to measure on (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--freeze-vision", action="store_true", help="train the decoder and the head only")

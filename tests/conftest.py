@@ -24,6 +24,11 @@ from qwen_batched.transformers_reference import TransformersReference
 # The tests' models are tiny: threads of PyTorch's would only wait for each other, for minutes where cores are shared.
 torch.set_num_threads(1)
 
+# The first use of a default device makes PyTorch note its factory functions, once. They must be its own by then, and
+# not what a test put in their place: else torch.device("meta") would allocate for the rest of the process.
+with torch.device("meta"):
+    torch.empty(0)
+
 # cuDNN's convolutions use TF32 unless told otherwise, and transformers' patch embedding is one.
 torch.backends.cudnn.allow_tf32 = False
 

@@ -25,7 +25,7 @@ def run(tmp_path, *options, launcher=()):
 
 
 def test_a_short_training_reports_and_draws(tmp_path):
-    done = run(tmp_path, "--steps", "3", "--batch-size", "2")
+    done = run(tmp_path, "--steps", "3", "--batch-size", "2", "--held-out", "8")
     assert done.returncode == 0, done.stderr
     for line in ("held-out success", "told of another cube", "3 steps"):
         assert line in done.stdout
@@ -35,7 +35,7 @@ def test_a_short_training_reports_and_draws(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_come_to_the_same_weights(tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run(tmp_path, "--steps", "2", "--batch-size", "1", launcher=launcher)
+    done = run(tmp_path, "--steps", "2", "--batch-size", "1", "--held-out", "2", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "processes 2, all with the same weights" in done.stdout
     assert done.stdout.count("held-out success") == 1
