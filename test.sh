@@ -159,6 +159,8 @@ if [[ " ${pytest_args[*]-} " != *" --pdb "* ]] &&
     workers=(-n logical --dist loadfile)
 fi
 check "pytest" "$python" -m pytest ${workers[@]+"${workers[@]}"} ${pytest_args[@]+"${pytest_args[@]}"}
+# Without a model of one's own it is a small one, whose threads would only wait for each other.
+[[ -n $model ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 check "deviation from transformers" "$python" -m qwen_batched.deviation ${model:+--model "$model"}
 
 if ((${#failed[@]})); then

@@ -35,6 +35,7 @@ def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
     device = join_processes(args.device)
+    torch.manual_seed(args.seed)
     try:
         policy = Policy(load_backbone(args.model)).to(device)
     except (OSError, ValueError) as error:  # a model that can't be had, for example
@@ -263,7 +264,8 @@ def draw_losses(
     chart = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(chart)
     left, right, top, bottom = 50, size[0] - 10, 24, size[1] - 24
-    low, high = math.floor(math.log10(min(losses))), math.ceil(math.log10(max(losses)))
+    low = math.floor(math.log10(min(losses)))
+    high = max(low + 1, math.ceil(math.log10(max(losses))))
 
     def point(step: int, loss: float) -> tuple[float, float]:
         across = step / max(1, len(losses) - 1)
