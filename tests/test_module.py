@@ -395,6 +395,33 @@ def test_texts_not_seen_before_are_copied_without_synchronisation(load, images):
 
 
 @pytest.mark.gpu
+def test_a_camera_mask_not_seen_before_is_copied_without_synchronisation(load):
+    model, frames = load(device="cuda"), FIRST.cuda()
+    first, second = torch.tensor([[True, False], [True, True]]), torch.tensor([[True, True], [True, False]])
+    model(frames, TEXTS, camera_mask=first)
+    without_synchronisation(lambda: model(frames, TEXTS, camera_mask=second))
+
+
+@pytest.mark.gpu
+def test_another_stream_reads_no_text_or_mask_before_it_is_copied(load):
+    """The stream that saw them first is busy; the copies wait there."""
+    model, frames = load(device="cuda"), FIRST.cuda()
+    texts, mask = ["Put the cup down.", "Pick the cup up now."], torch.tensor([[True, False], [False, True]])
+    expected = load(device="cuda")(frames, texts, camera_mask=mask).last_hidden_state
+    model(frames, TEXTS, camera_mask=torch.ones(2, 2, dtype=torch.bool))
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(2_000_000_000)
+        model(frames, texts, camera_mask=mask)
+    with torch.cuda.stream(other):
+        found = model(frames, texts, camera_mask=mask).last_hidden_state
+        assert not busy.query()
+    torch.cuda.synchronize()
+    assert_equal_to(found, expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("images", [(FIRST, SECOND), (MIXED, MIXED_SECOND)], ids=["uniform", "mixed"])
 @pytest.mark.parametrize("layers", [None, (0, -1)])
 @pytest.mark.parametrize("masked", [False, True])

@@ -370,18 +370,18 @@ class TensorProcessor:
                 ids, answer_tokens = self.prompts.encode(text, template, cameras), 0
             else:
                 ids, answer_tokens = self.prompts.encode_with_answer(text, target, template, cameras)
-            both = torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu")
-            both = both.to(device)  # at once: another stream may be the next to read them
+            both = _copy_to(device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
-        return self._rows.get((text, target, template, cameras, device), make)
+        return self._rows.get((text, target, template, cameras, device, _stream(device)), make)
 
     def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        return self._masks.get((rows, device), lambda: camera_mask.to(device)).clone()
+        mask = self._masks.get((rows, device, _stream(device)), lambda: _copy_to(device, camera_mask.clone()))
+        return mask.clone()
 
     def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Window order and raster order of the cells of an image."""
@@ -417,6 +417,20 @@ def to_device(batch: Mapping[str, Tensor | Sequence[Tensor]], device: torch.devi
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else [moved(item) for item in value]
 
     return {name: moved(value) for name, value in batch.items()}
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream that work for the device goes to. What is copied without a wait is there for this one only."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _copy_to(device: torch.device, value: Tensor) -> Tensor:
+    """`value`, which lies in pageable memory that nobody else writes to, without a wait.
+
+    With one in somebody's capture, where PyTorch refuses it: what is kept for other calls must not wait for a replay.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return value.to(device, non_blocking=not capturing)
 
 
 def _as_one(rows: list[Tensor]) -> Tensor:
