@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+PLAIN_PARAMETERS = {nn.Parameter, type(None)}
+_harmless: set[type] = set()  # of attributes that are no tensors
+
 
 def is_plain(module: nn.Module) -> bool:
     """Not hooked, wrapped on the instance, compiled, pruned, quantised or sharded; its submodules are not looked at."""
-    return (
-        not any(hooks_of(module))
-        and "forward" not in vars(module)
-        and module._compiled_call_impl is None
-        and not any(isinstance(value, Tensor) for value in vars(module).values())
-        and all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))
+    if not runs_own_code(module):
+        return False
+    # Every layer is asked in every call, so this takes a microsecond: types once found harmless are known as such.
+    kinds = set(map(type, vars(module).values()))
+    if not kinds <= _harmless:
+        if any(issubclass(kind, Tensor) for kind in kinds):
+            return False
+        _harmless.update(kinds)
+    return set(map(type, module._parameters.values())) <= PLAIN_PARAMETERS
+
+
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's `forward` and nothing else."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in vars(module)
     )
 
 

@@ -17,7 +17,18 @@ from qwen_batched.kernels import reference
 fused = torch.ops.qwen_batched
 
 
-class AddRMSNorm(Function):
+class FusedFunction(Function):
+    """A function that is called with all its arguments."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """Leaves out what PyTorch does to fill in defaults: reading the signature takes longer than a launch."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(Function, cls).apply(*arguments)
+
+
+class AddRMSNorm(FusedFunction):
     """`reference.add_rms_norm` with a residual."""
 
     @staticmethod
@@ -40,7 +51,7 @@ class AddRMSNorm(Function):
         return grad, grad, grad_weight, None
 
 
-class RMSNorm(Function):
+class RMSNorm(FusedFunction):
     """`reference.add_rms_norm` without a residual: the normalised stream alone."""
 
     @staticmethod
@@ -57,7 +68,7 @@ class RMSNorm(Function):
         return *_backward_passes().add_rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps), None
 
 
-class SwiGLU(Function):
+class SwiGLU(FusedFunction):
     """`reference.swiglu` without biases; where `up` is None, of the halves of `gate`."""
 
     @staticmethod
@@ -79,7 +90,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate.chunk(2, dim=-1) if up is None else (gate, up)
 
 
-class MRope(Function):
+class MRope(FusedFunction):
     """`reference.mrope`. A rotation's transpose is the rotation by the opposite angle."""
 
     @staticmethod

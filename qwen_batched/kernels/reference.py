@@ -5,11 +5,14 @@ Arithmetic is in float32 (float64 for float64 inputs) and rounds to the input's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from qwen_batched.kernels.low_rank import LowRankUpdate
 from qwen_batched.kernels.pillow_resize import resize_uint8
 from qwen_batched.kernels.segments import Run
 
@@ -118,14 +121,25 @@ def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Ten
     return rearrange(out, "(i g) n s e -> i (g s) (n e)", g=run.count)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., D) to (..., F), with `weight` (F, D) and `bias` (F,)."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()) -> Tensor:
+    """(..., D) to (..., F), with `weight` (F, D) and `bias` (F,), and what adapters add to that."""
+    product = out = F.linear(x, weight, bias)
+    for update in updates:
+        low = F.linear(x[..., : update.a.shape[1]].to(update.a.dtype), update.a)
+        added = F.linear(low, update.b) * update.scaling
+        out = out + F.pad(added, (update.start, out.shape[-1] - update.columns.stop))
+    return out.to(product.dtype)
 
 
-def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+def swiglu_linear(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    updates: Sequence[LowRankUpdate] = (),
+) -> Tensor:
     """`swiglu` of the two halves of one product: (..., D) to (..., F), with `gate_up` (2F, D)."""
-    return swiglu(*F.linear(x, gate_up).chunk(2, dim=-1), gate_bias, up_bias)
+    return swiglu(*linear(x, gate_up, None, updates).chunk(2, dim=-1), gate_bias, up_bias)
 
 
 def mrope(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.kernels import ops
+from qwen_batched.model.lora_layers import take_apart
 from qwen_batched.model.packed import PackedParameters, PackingModule
 from qwen_batched.plain_modules import is_plain
 
@@ -47,21 +48,23 @@ class SwiGLU(PackingModule):
         self._down = PackedParameters(padded, [gate], transposed=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed_tensors()
+        packed = self._packed()
         if packed is None:
             return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
-        gate_up, *rest = packed
-        biases = rest.pop(0).chunk(2) if self.bias else ()
+        (gate_up, *rest), (of_gate, of_up, of_down) = packed
+        gate_bias, up_bias = rest.pop(0).chunk(2) if self.bias else (None, None)
         down = rest.pop() if self._pads_down() else self.down_proj.weight
         # The padding stays zero: silu(0) * 0, times columns of zeros.
-        return ops.linear(ops.swiglu_linear(x, gate_up, *biases), down, self.down_proj.bias)
+        gated = ops.swiglu_linear(x, gate_up, gate_bias, up_bias, self._gate_up.placed(of_gate, of_up))
+        return ops.linear(gated, down, self.down_proj.bias, of_down)
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         inner, outer = (self.dim, self.hidden_dim, self.bias), (self.hidden_dim, self.dim, self.bias)
         return [(self.gate_proj, *inner), (self.up_proj, *inner), (self.down_proj, *outer)]
 
-    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+    def _packings(
+        self, gate: nn.Linear, up: nn.Linear, down: nn.Linear
+    ) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         packings = [(self._gate_up, (gate.weight, up.weight))]
         if self.bias:
             packings.append((self._gate_up_bias, (gate.bias, up.bias)))
@@ -77,7 +80,8 @@ class SwiGLU(PackingModule):
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, by a kernel for a single row where the layer is what it seems to be."""
-    if type(layer) is nn.Linear and is_plain(layer) and not _has_any_global_hook():
-        return ops.linear(x, layer.weight, layer.bias)
+    """`layer(x)`, as one operation where the layer is what it seems to be."""
+    linear, updates = take_apart(layer)
+    if type(linear) is nn.Linear and is_plain(linear) and not _has_any_global_hook():
+        return ops.linear(x, linear.weight, linear.bias, updates)
     return layer(x)

@@ -208,9 +208,9 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
-        parts = self.qkv(x_TC).split([group.patches for group in groups])
+        parts = apply_linear(self.qkv, x_TC).split([group.patches for group in groups])
         outs = [self._attend(qkv, group, whole_image) for qkv, group in zip(parts, groups, strict=True)]
-        return self.proj(join(outs))
+        return apply_linear(self.proj, join(outs))
 
     def _attend(self, qkv: Tensor, group: ImageGroup, whole_image: bool) -> Tensor:
         plan = group.plan
@@ -402,10 +402,11 @@ class DecoderAttention(PackingModule):
 
     def _project(self, x_TD: Tensor) -> Tensor:
         """Queries, keys and values, (T, D + 2 * K * E)."""
-        packed = self._packed_tensors()
+        packed = self._packed()
         if packed is None:
             return torch.cat((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), dim=-1)
-        return ops.linear(x_TD, *packed)
+        (weight, bias), updates = packed
+        return ops.linear(x_TD, weight, bias, self._qkv.placed(*updates))
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
@@ -415,7 +416,6 @@ class DecoderAttention(PackingModule):
         # Autograd would keep the joined weights of all blocks, which FSDP2 takes back one by one.
         return not has_lent_parameters(self.q_proj)
 
-    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
-        layers = (self.q_proj, self.k_proj, self.v_proj)
+    def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
         return [(self._qkv, weights), (self._qkv_bias, biases)]

@@ -12,12 +12,13 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from qwen_batched.model.lora_layers import Updates, take_apart
 from qwen_batched.plain_modules import has_lent_parameters, is_plain
 
 Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
@@ -63,6 +64,14 @@ class PackedParameters:
         parts.append(_zeros_like(parameters[-1], dim, self.rows - end))
         return torch.cat([part for part in parts if part is not None], dim=dim)
 
+    def placed(self, *updates: Updates) -> Updates:
+        """The updates of the layers that the parameters are of, as those of one layer with the padded tensor."""
+        return tuple(
+            update._replace(start=place.start)
+            for place, own in zip(self.places, updates, strict=True)
+            for update in own
+        )
+
     def holds(self, *parameters: nn.Parameter) -> bool:
         """Whether `parameters` lie in the tensor already."""
         return self._packed is not None and list(map(_layout, parameters)) == self._layouts
@@ -104,69 +113,89 @@ class PackedParameters:
         return PackedParameters, (self.rows, self.places, self.transposed)
 
 
+class Linears(NamedTuple):
+    """The linear layers of a module, without what peft wrapped around them.
+
+    Attributes:
+        layers: In the order of `PackingModule._linears`.
+        updates: What adapters add to each.
+        parameters: Of all layers.
+        want_gradient: Whether autograd is to see any of them.
+    """
+
+    layers: list[nn.Linear]
+    updates: list[Updates]
+    parameters: list[nn.Parameter]
+    want_gradient: bool
+
+
 class PackingModule(nn.Module):
     """A module that runs linear layers with packed weights where it can, and else as they are.
 
-    It cannot where a layer was replaced, wrapped (LoRA), hooked, pruned, tied, sharded or quantised, or while
-    compiling. Nor does it on a CPU, which has nothing to gain from it. Where gradients of the weights are wanted they
-    stay where they are, and are joined anew at each call if that pays.
+    It cannot where a layer was replaced, wrapped in more than LoRA, hooked, pruned, tied, sharded or quantised, or
+    while compiling. Nor does it on a CPU, which has nothing to gain from it. Where gradients of the weights are wanted
+    they stay where they are, and are joined anew at each call if that pays.
     """
 
     def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
         """The layers, each with the `in_features`, `out_features` and bias that it was built with."""
         raise NotImplementedError
 
-    def _packings(self) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
-        """What is packed where; asked only while all layers are plain."""
+    def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
+        """What is packed where, of layers in the order of `_linears`."""
         raise NotImplementedError
 
     def _joining_pays(self) -> bool:
         """Whether the product of the joined weights saves more time than joining them costs."""
         return True
 
-    def _packed_tensors(self) -> list[Tensor] | None:
-        """Those of `_packings`, in their order; None where the layers have to be called as they are."""
-        if self._can_be_packed():
-            return [packed.of(*parameters) for packed, parameters in self._packings()]
-        if self._are_plain() and self._wants_gradient() and self._joining_pays():
-            return [packed.joined(*parameters) for packed, parameters in self._packings()]
+    def _packed(self) -> tuple[list[Tensor], list[Updates]] | None:
+        """The tensors of `_packings`, and each layer's updates; None where the layers have to be called as they are."""
+        linears = self._plain_linears()
+        if linears is None:
+            return None
+        packings = self._packings(*linears.layers)
+        if self._can_be_packed(linears):
+            return [packed.of(*parameters) for packed, parameters in packings], linears.updates
+        if linears.want_gradient and self._joining_pays():
+            return [packed.joined(*parameters) for packed, parameters in packings], linears.updates
         return None
 
-    def _can_be_packed(self) -> bool:
-        if not self._are_plain() or self._wants_gradient():
+    def _can_be_packed(self, linears: Linears | None) -> bool:
+        if linears is None or linears.want_gradient or any(map(has_lent_parameters, linears.layers)):
             return False
-        parameters = self._parameters_of_linears()
+        packings = self._packings(*linears.layers)
+        if all(packed.holds(*parameters) for packed, parameters in packings):
+            return True
+        parameters = linears.parameters
         return (
             len(set(map(id, parameters))) == len(parameters)
-            # What is in somebody's buffer (FSDP2, ZeRO, flat optimisers) stays: its owner writes there, or frees it.
+            # What is in somebody's buffer (ZeRO, flat optimisers) stays: its owner writes there, or frees it.
             and all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
-            and not any(has_lent_parameters(layer) for layer, *_ in self._linears())
             # In somebody's capture nothing is copied yet: parameters must not move into memory that has no values.
-            and (
-                all(packed.holds(*parts) for packed, parts in self._packings())
-                or not torch.cuda.is_current_stream_capturing()
-            )
+            and not torch.cuda.is_current_stream_capturing()
         )
 
-    def _are_plain(self) -> bool:
-        """Whether the layers, on a GPU, are what they were built as, and nobody listens to them."""
+    def _plain_linears(self) -> Linears | None:
+        """The layers where all, on a GPU, are what they were built as, but for LoRA, and nobody listens to them."""
         if torch.compiler.is_compiling() or _has_any_global_hook():
-            return False
-        linears = self._linears()
+            return None
+        built = self._linears()
+        layers, updates = map(list, zip(*(take_apart(layer) for layer, *_ in built), strict=True))
         if not all(
-            type(layer) is nn.Linear and is_plain(layer) and _has_shape(layer, *shape) for layer, *shape in linears
+            type(layer) is nn.Linear and is_plain(layer) and _has_shape(layer, *shape)
+            for layer, (_, *shape) in zip(layers, built, strict=True)
         ):
-            return False
-        first, *others = self._parameters_of_linears()
-        return first.is_cuda and all(
-            parameter.dtype == first.dtype and parameter.device == first.device for parameter in others
-        )
-
-    def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters_of_linears())
-
-    def _parameters_of_linears(self) -> list[nn.Parameter]:
-        return [parameter for layer, *_ in self._linears() for parameter in layer.parameters()]
+            return None
+        parameters = [
+            parameter for layer in layers for parameter in layer._parameters.values() if parameter is not None
+        ]
+        first = parameters[0]
+        dtype, device = first.dtype, first.device
+        if not first.is_cuda or any(each.dtype != dtype or each.device != device for each in parameters):
+            return None
+        wanted = torch.is_grad_enabled() and any(each.requires_grad for each in parameters)
+        return Linears(layers, updates, parameters, wanted)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> PackingModule:
         """`.to()` and the like: parameters may leave the packed tensors, which must not stay behind on the GPU."""
@@ -185,18 +214,19 @@ def pack(*modules: nn.Module) -> None:
     packing = (child for module in modules for child in module.modules() if isinstance(child, PackingModule))
     with contextlib.suppress(torch.OutOfMemoryError):
         for child in packing:
-            if child._can_be_packed():
-                for packed, parameters in child._packings():
+            linears = child._plain_linears()
+            if child._can_be_packed(linears):
+                for packed, parameters in child._packings(*linears.layers):
                     packed.of(*parameters)
 
 
 def unpack(*modules: nn.Module) -> None:
     """Undoes packing, for who takes parameters over: `fully_shard` wants them contiguous."""
-    for module in modules:
-        for child in module.modules():
-            if isinstance(child, PackingModule) and child._are_plain():
-                for packed, parameters in child._packings():
-                    packed.give_back(*parameters)
+    for child in (child for module in modules for child in module.modules() if isinstance(child, PackingModule)):
+        linears = child._plain_linears()
+        if linears is not None:
+            for packed, parameters in child._packings(*linears.layers):
+                packed.give_back(*parameters)
 
 
 def _zeros_like(parameter: nn.Parameter, dim: int, count: int) -> Tensor | None:

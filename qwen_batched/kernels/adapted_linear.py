@@ -1,0 +1,151 @@
+"""A frozen linear layer with low-rank updates, in as few products as there can be, forward and backward.
+
+Updates are added in place to what the layer's own products gave: none of them writes a tensor of the layer's width.
+Those of one call share its input, and the product of all their first matrices. See `reference.linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from qwen_batched.kernels import reference
+from qwen_batched.kernels.derivatives import FusedFunction
+from qwen_batched.kernels.low_rank import LowRankUpdate
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """`reference.linear` with updates; by the reference where something else is wanted than what adapters train."""
+    kind = updates[0].a.dtype
+    if (
+        (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
+        or any(update.a.dtype != kind for update in updates)
+        or forward_ad.unpack_dual(x).tangent is not None
+    ):
+        return reference.linear(x, weight, bias, updates)
+    factors = [factor for update in updates for factor in (update.a, update.b)]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
+        factors = [factor.to(dtype) for factor in factors]
+    places = [(update.scaling, update.start) for update in updates]
+    if x.ndim == 2:
+        return AdaptedLinear.apply(x, weight, bias, places, *factors)[0]
+    out, _ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, *factors)
+    return out.view(*x.shape[:-1], -1)
+
+
+class AdaptedLinear(FusedFunction):
+    """`reference.linear` of (T, D) with updates; the weight and the bias get no gradient."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, places: Sequence[tuple[float, int]], *factors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Takes each update's scaling and start in `places`, its matrices in `factors`; returns all x A^T as well."""
+        stacked, bs = _stacked(factors), factors[1::2]
+        out = F.linear(x, weight, bias)
+        low = F.linear(_narrow(x, stacked), stacked)
+        for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
+            _add_product(out.narrow(1, start, b.shape[0]), part, b.t(), scaling)
+        return out, low
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, ctx.places, *factors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], x, weight, bias, *factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        low, x, weight, bias, *factors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+        if grad is None:
+            grads = [None] * len(wanted)
+        elif torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+            grads = _differentiable_grads(grad, x, weight, bias, ctx.places, factors, wanted)
+        else:
+            grads = _grads(grad, x, weight, low, ctx.places, factors, wanted)
+        return grads[0], None, None, None, *grads[1:]
+
+
+def _grads(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    places: Sequence[tuple[float, int]],
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `x` and of all matrices."""
+    stacked, bs = _stacked(factors), factors[1::2]
+    narrow = _narrow(x, stacked) if any(wanted[1:]) else None
+    grad_low, grads = torch.empty_like(low), []
+    for (scaling, start), b, part, grad_part in zip(places, bs, _parts(low, bs), _parts(grad_low, bs), strict=True):
+        grad_out = grad.narrow(1, start, b.shape[0]).to(low.dtype)
+        _write_product(grad_part, grad_out, b, scaling)
+        # Each a tensor of its own: autograd takes it as it is, and would copy a part of another.
+        grads.append(None if narrow is None else grad_part.t() @ narrow)
+        grads.append(None if narrow is None else _write_product(torch.empty_like(b), grad_out.t(), part, scaling))
+    if not wanted[0]:
+        return [None, *grads]
+    grad_x = grad @ weight
+    _add_product(_columns(grad_x, stacked.shape[1]), grad_low, stacked)
+    return [grad_x, *grads]
+
+
+def _differentiable_grads(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    places: Sequence[tuple[float, int]],
+    factors: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same by autograd."""
+    updates = [LowRankUpdate(a, b, *place) for a, b, place in zip(factors[::2], factors[1::2], places, strict=True)]
+    out = reference.linear(x, weight, bias, updates)
+    chosen = [tensor for tensor, is_wanted in zip((x, *factors), wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
+    return [next(found) if is_wanted else None for is_wanted in wanted]
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """The first matrices of all updates, (R, D)."""
+    return factors[0] if len(factors) == 2 else torch.cat(factors[::2])
+
+
+def _narrow(x: Tensor, stacked: Tensor) -> Tensor:
+    """What the updates are computed from."""
+    return _columns(x, stacked.shape[1]).to(stacked.dtype)
+
+
+def _columns(x: Tensor, count: int) -> Tensor:
+    """The first columns; the others are padding."""
+    return x if x.shape[1] == count else x[:, :count]
+
+
+def _parts(low: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of each update."""
+    return (low,) if len(bs) == 1 else low.split_with_sizes([b.shape[1] for b in bs], dim=1)
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> None:
+    """out += scaling * x @ y, rounding to the dtype of `out` once, at the end."""
+    if out.dtype == x.dtype:
+        out.addmm_(x, y, alpha=scaling)
+    else:
+        out.add_(x @ y, alpha=scaling)
+
+
+def _write_product(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """Writes scaling * x @ y to `out`, and returns it."""
+    return torch.addmm(out, x, y, beta=0, alpha=scaling, out=out)

@@ -1,0 +1,29 @@
+"""What an adapter adds to a linear layer: the product of two low-rank matrices (LoRA; Hu et al., arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LowRankUpdate(NamedTuple):
+    """`scaling * (x A^T) B^T`, added to some columns of a linear layer's result.
+
+    It is computed in the matrices' dtype, which may be wider than that of `x`.
+
+    Attributes:
+        a: (R, D); where `x` is wider, its first D columns are taken.
+        b: (F, R).
+        scaling: A number.
+        start: The first of the F columns.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    start: int = 0
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + len(self.b))

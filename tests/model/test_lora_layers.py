@@ -1,0 +1,316 @@
+"""peft's LoRA layers run as few operations where they are nothing more, and as peft runs them where they are."""
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_batched.model.layers import apply_linear
+from qwen_batched.model.lora_layers import take_apart
+from tests.support import assert_equal_to, photos, relative_error
+
+peft = pytest.importorskip("peft")
+
+FRAMES, TEXTS = photos(2, 2, 56, 84), ["Pick up the red block.", "Open the drawer, then close it again."]
+EVERY_LAYER = r".*(\.(q|k|v|o|gate|up|down)_proj|\.qkv|attn\.proj|merger\.mlp\.[02])"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU packs where a GPU would."""
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture
+def calls_of_peft(monkeypatch):
+    """The layers that peft's own code runs."""
+    calls, forward = [], peft.tuners.lora.layer.Linear.forward
+    monkeypatch.setattr(
+        peft.tuners.lora.layer.Linear, "forward", lambda self, x: calls.append(self) or forward(self, x)
+    )
+    return calls
+
+
+def randomise(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.1).to(parameter)
+    return model
+
+
+def adapted_layer(dim=12, width=7, bias=True, **settings):
+    """A LoRA layer of peft's, with random weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(dim, width, bias=bias))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], **settings))
+    return randomise(adapted).base_model.model[0]
+
+
+def is_taken_apart(layer):
+    inside, _ = take_apart(layer)
+    assert inside in (layer, layer.base_layer)
+    return inside is layer.base_layer
+
+
+def check_layer(layer, taken_apart):
+    """It is or is not taken apart, and gives what peft gives, its gradients too."""
+    assert is_taken_apart(layer) == taken_apart
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    results = []
+    for run in (apply_linear, lambda layer, x: layer(x)):
+        torch.manual_seed(1)  # dropout's
+        out = run(layer, x)
+        grads = torch.autograd.grad(out.square().sum(), [x, *parameters], allow_unused=True)
+        results.append([out, *(torch.zeros(1) if grad is None else grad for grad in grads)])
+    for ours, theirs in zip(*results, strict=True):
+        assert_equal_to(ours, theirs)
+
+
+# --- one layer ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
+def test_plain_lora_is_taken_apart(bias, settings):
+    check_layer(adapted_layer(bias=bias, **settings), True)
+
+
+def with_dora():
+    return adapted_layer(use_dora=True)
+
+
+def with_dropout():
+    return adapted_layer(lora_dropout=0.5)
+
+
+def with_a_bias():
+    return adapted_layer(lora_bias=True)
+
+
+def merged():
+    layer = adapted_layer()
+    layer.merge()
+    return layer
+
+
+def hooked():
+    layer = adapted_layer()
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def hooked_inside():
+    layer = adapted_layer()
+    layer.lora_A["default"].register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def with_another_forward():
+    layer, forward = adapted_layer(), peft.tuners.lora.layer.Linear.forward
+    layer.forward = lambda x: 3 * forward(layer, x)
+    return layer
+
+
+def with_a_matrix_of_another_kind():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = adapted_layer()
+    layer.lora_B["default"].__class__ = Doubled
+    return layer
+
+
+def parametrised():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer = adapted_layer()
+    nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled())
+    return layer
+
+
+MORE_THAN_LORA = [
+    with_dora,
+    with_dropout,
+    with_a_bias,
+    merged,
+    hooked,
+    hooked_inside,
+    with_another_forward,
+    with_a_matrix_of_another_kind,
+    parametrised,
+]
+
+
+@pytest.mark.parametrize("make", MORE_THAN_LORA, ids=lambda make: make.__name__)
+def test_what_is_more_than_lora_runs_as_it_is(make):
+    check_layer(make(), False)
+
+
+def test_dropout_is_nothing_in_evaluation():
+    check_layer(adapted_layer(lora_dropout=0.5).eval(), True)
+
+
+def test_a_hook_of_all_modules_is_called():
+    layer, seen = adapted_layer(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        apply_linear(layer, torch.ones(2, 12))
+    finally:
+        hook.remove()
+    assert layer in seen
+
+
+def test_disabled_adapters_add_nothing():
+    layer = adapted_layer()
+    layer.enable_adapters(False)
+    assert take_apart(layer) == (layer.base_layer, ())
+    check_layer(layer, True)
+
+
+def test_a_merged_layer_with_its_adapters_disabled_is_peft_s_to_unmerge():
+    layer = adapted_layer()
+    expected = layer.base_layer(torch.ones(2, 12))
+    layer.merge()
+    layer.enable_adapters(False)
+    assert_equal_to(apply_linear(layer, torch.ones(2, 12)), expected)
+
+
+@pytest.mark.parametrize("active", [["default"], ["second"], ["default", "second"], ["second", "missing"]])
+def test_active_adapters_are_added_and_no_others(active):
+    model = nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 7))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["0"]))
+    adapted.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=9, target_modules=["0"]))
+    adapted.add_adapter("missing", peft.LoraConfig(r=2, target_modules=["1"]))
+    layer = randomise(adapted).base_model.model[0]
+    layer._active_adapter = active
+    check_layer(layer, True)
+    assert len(take_apart(layer)[1]) == len(set(active) - {"missing"})
+
+
+def test_a_frozen_adapter_still_gives_the_input_its_gradient():
+    layer = adapted_layer()
+    layer.requires_grad_(False)
+    check_layer(layer, True)
+
+
+def test_a_base_layer_that_is_trained_gets_gradients():
+    layer = adapted_layer()
+    layer.base_layer.requires_grad_(True)
+    check_layer(layer, True)
+
+
+def test_a_layer_of_no_adapter_is_itself():
+    for layer in (nn.Linear(3, 4), nn.Identity()):
+        assert take_apart(layer) == (layer, ())
+
+
+# --- the whole model ---
+
+
+def hidden_states(model, device):
+    out = model(FRAMES.to(device), TEXTS)
+    return out.last_hidden_state[out.attention_mask]
+
+
+def step(adapted, device):
+    """Hidden states, and the gradients of all that is trained."""
+    hidden = hidden_states(adapted, device)
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(hidden.square().mean(), list(trained.values()))
+    return hidden, dict(zip(trained, gradients, strict=True))
+
+
+def check_model(model, device, settings, calls_of_peft, expected_calls):
+    config = peft.LoraConfig(r=4, lora_alpha=8, **settings)
+    adapted = randomise(peft.get_peft_model(model, config))
+    hidden, gradients = step(adapted, device)
+    assert len(calls_of_peft) == expected_calls
+    hooks = [
+        module.register_forward_hook(lambda module, args, out: None)
+        for module in adapted.modules()
+        if isinstance(module, peft.tuners.lora.layer.Linear)
+    ]
+    expected, expected_gradients = step(adapted, device)
+    assert len(calls_of_peft) - expected_calls == len(hooks) > 0
+    assert_equal_to(hidden, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert_equal_to(gradient, expected_gradients[name])
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": EVERY_LAYER}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["up_proj", "qkv"]}],
+    ids=["every layer", "some of qkv", "up and vision"],
+)
+def test_a_model_runs_no_layer_of_peft_and_gives_what_peft_gives(load, as_on_a_gpu, calls_of_peft, settings):
+    merger = 2 if settings["target_modules"] == EVERY_LAYER else 0  # called as they are
+    check_model(load(), "cpu", settings, calls_of_peft, merger)
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_runs_no_layer_of_peft(load, calls_of_peft):
+    check_model(load(device="cuda"), "cuda", {"target_modules": EVERY_LAYER}, calls_of_peft, 2)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_get_gradients(load, as_on_a_gpu, calls_of_peft, bias):
+    check_model(load(), "cpu", {"target_modules": ["q_proj", "up_proj", "qkv"], "bias": bias}, calls_of_peft, 0)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_layers_with_more_than_lora_are_called(load, as_on_a_gpu, calls_of_peft, settings):
+    model = load()
+    layers = len(model.model.layers)
+    check_model(model, "cpu", {"target_modules": ["k_proj"], **settings}, calls_of_peft, layers)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(load, as_on_a_gpu):
+    adapted = randomise(peft.get_peft_model(load(), peft.LoraConfig(r=4, target_modules=EVERY_LAYER)))
+    _, expected = step(adapted, "cpu")
+    adapted.gradient_checkpointing_enable()
+    _, found = step(adapted, "cpu")
+    for name, gradient in found.items():
+        assert_equal_to(gradient, expected[name])
+
+
+def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
+    """As peft makes them; ours is as near to float32 as peft's own layers."""
+    runs = {}
+    for kind in ("exact", "ours", "peft"):
+        model = load(device=device, dtype=torch.float32 if kind == "exact" else torch.bfloat16)
+        adapted = randomise(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=EVERY_LAYER)))
+        if kind == "peft":
+            for module in adapted.modules():
+                if isinstance(module, peft.tuners.lora.layer.Linear):
+                    module.register_forward_hook(lambda module, args, out: None)
+        runs[kind] = hidden_states(adapted, device).float()
+    ours, theirs = (relative_error(runs[kind], runs["exact"]) for kind in ("ours", "peft"))
+    assert ours <= 1.1 * theirs
+
+
+def test_adapters_that_come_and_go_are_followed(load, as_on_a_gpu):
+    """Merged, unmerged, disabled, changed by an optimiser, taken off."""
+    model = load()
+    without = hidden_states(model, "cpu")
+    adapted = randomise(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=EVERY_LAYER)))
+    with torch.no_grad():
+        expected = hidden_states(adapted, "cpu")
+        assert relative_error(expected, without) > 0.01
+        adapted.merge_adapter()
+        assert_equal_to(hidden_states(adapted, "cpu"), expected)
+        adapted.unmerge_adapter()
+        assert_equal_to(hidden_states(adapted, "cpu"), expected)
+        with adapted.disable_adapter():
+            assert_equal_to(hidden_states(adapted, "cpu"), without)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+        assert relative_error(hidden_states(adapted, "cpu"), expected) > 0.01
+        assert_equal_to(hidden_states(adapted.unload(), "cpu"), without)
