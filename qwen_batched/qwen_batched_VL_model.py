@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens, project
-from qwen_batched.model.embedding import Features, embed
+from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
     Resize,
     check_batch,
     check_batch_alone,
-    check_chunk_size,
     check_given,
     check_logits,
     check_norm,
@@ -26,15 +26,13 @@ from qwen_batched.model.inputs import (
 )
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
-from qwen_batched.model.request import Request
 from qwen_batched.model.tensor_processor import TensorProcessor, to_device
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.training import Trainable
 from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers, whole_tensors
 
 
-class QwenBatchedVL(Trainable):
+class QwenBatchedVL(ImageEncoder):
     """Qwen2.5-VL for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -178,7 +176,8 @@ class QwenBatchedVL(Trainable):
 
         On a GPU, with gradients off, the second call of a shape is captured as one CUDA graph, which later calls
         replay; `capture` does so ahead of time. Of more than 32 shapes the commonest have graphs. Results are the same,
-        and never overwritten by a later call.
+        and never overwritten by a later call. In training, image features come from a graph where the vision
+        transformer is frozen and the frames want no gradient.
 
         Args:
             images: (B, V, 3, H, W), RGB, on the model's device or the host; uint8 means 0..255, a floating dtype 0..1.
@@ -222,6 +221,8 @@ class QwenBatchedVL(Trainable):
             batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
             return self._run(batch, wanted, norm, logits)
 
+        if torch.is_grad_enabled():
+            return VLOutput(*self._run(self._batch(request, cuda_graph), wanted, norm, logits))
         if not self._graphs_may_serve(cuda_graph):
             return VLOutput(*run(*request.tensors))
         modules = [self.visual, self.model, *([] if self.lm_head is None else [self.lm_head])]
@@ -274,73 +275,6 @@ class QwenBatchedVL(Trainable):
             scores,
             loss,
         ]
-
-    def encode_images(
-        self,
-        images: Tensor | Sequence[Tensor],
-        layers: Sequence[int] | None = None,
-        camera_mask: Tensor | None = None,
-        resize: Resize = "hf",
-        chunk_size: int | None = None,
-        cuda_graph: bool = True,
-    ) -> Features | list[Features]:
-        """Image features without the decoder.
-
-        On a GPU, with gradients off, shapes get CUDA graphs as in `forward`.
-
-        Args:
-            images: As for `forward`.
-            layers: None for the merged features that the decoder sees. Or block indices of the vision transformer
-                (0 the first block, -1 the last): these blocks' outputs; later blocks are not run.
-            camera_mask: As for `forward`; an absent camera's features are zero.
-            resize: As for `forward`.
-            chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
-                passes need less memory. Results do not depend on it.
-            cuda_graph: As for `forward`.
-
-        Returns:
-            (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
-            grids differ. With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
-
-        Raises:
-            TypeError, ValueError: An argument is not as described. Nothing was done.
-            torch.OutOfMemoryError: The batch does not fit; the model stays usable.
-        """
-        if layers is not None:
-            resolve_layers(layers, self.config.vision.depth)
-        check_chunk_size(chunk_size)
-        check_given("images", images, "a tensor or a list of tensors")
-        self.check_no_gradient_in_a_capture()
-        request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
-
-        def run(*tensors: Tensor) -> Features | list[Features]:
-            batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
-            return self.visual(**batch, layers=layers, chunk_size=chunk_size)
-
-        try:
-            if not self._graphs_may_serve(cuda_graph):
-                return run(*request.tensors)
-            key = (repr((layers, chunk_size)), *self._key(request))
-            return self._vision_graphs.run([self.visual], key, run, *request.tensors, device=self.device)
-        except torch.OutOfMemoryError as error:
-            reason = str(error)
-        self._vision_graphs.clear()
-        # Raised out here, where nothing holds on to what the failed call had on the GPU.
-        sizes = ", ".join(str(tuple(frames.shape)) for frames in ([images] if isinstance(images, Tensor) else images))
-        raise torch.OutOfMemoryError(
-            f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
-            f"(images per pass) needs less. {reason}"
-        )
-
-    def _graphs_may_serve(self, wanted: bool) -> bool:
-        # A processor of another class may decide in Python what it does, at every call.
-        return wanted and self.device.type == "cuda" and type(self.processor) is TensorProcessor
-
-    def _key(self, request: Request) -> tuple[Hashable, ...]:
-        """What shapes a call besides its arguments and tensors."""
-        processor = self.processor
-        tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
-        return *request.key, self.dtype, processor, processor.image, *tokens
 
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
@@ -414,8 +348,8 @@ class QwenBatchedVL(Trainable):
             device=self.device,
             max_new_tokens=max_new_tokens,
         )
-        batch = self.processor.batch(request, self.dtype)
         with torch.no_grad():
+            batch = self._batch(request, cuda_graph)
             inputs_embeds, _ = embed(self.visual, self.model, batch)
         decoding = Decoding(
             self.model,

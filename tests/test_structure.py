@@ -25,6 +25,7 @@ LAYERS = (
     ("model.contexts", "model.image_groups", "model.inputs"),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
     ("head", "model.embedding", "training"),
+    ("image_encoder",),
     ("generation",),
     ("qwen_batched_VL_model",),
     ("adapters",),

@@ -15,8 +15,11 @@ Features = Tensor | list[Tensor]
 def embed(
     visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: dict[str, Tensor | list[Tensor]]
 ) -> tuple[Tensor, Features | None]:
-    """The embeddings, and the image features (see `BatchedVisionTransformer.forward`); None without images."""
-    features = None
+    """The embeddings, and the image features (see `BatchedVisionTransformer.forward`); None without images.
+
+    A batch may hold the features already, in place of pixels.
+    """
+    features = batch.get("features")
     if "pixel_values" in batch:
         features = visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
     embeds_BSD = decoder.embed_tokens(batch["input_ids"])

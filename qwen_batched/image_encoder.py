@@ -1,0 +1,122 @@
+"""Image features alone, and for the decoder where nothing that makes them is trained: both by CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qwen_batched.model.embedding import Features
+from qwen_batched.model.inputs import Resize, check_chunk_size, check_given, resolve_layers
+from qwen_batched.model.request import Request
+from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
+from qwen_batched.runtime.snapshot import is_capturable
+from qwen_batched.training import Trainable
+
+
+class ImageEncoder(Trainable):
+    """A model's way from frames to features.
+
+    Attributes:
+        processor: Frames to pixels.
+        dtype: The parameters' dtype.
+    """
+
+    processor: TensorProcessor
+    dtype: torch.dtype
+    _vision_graphs: CudaGraphs  # apart from those of whole calls: features stay true whatever happens to the decoder
+
+    def encode_images(
+        self,
+        images: Tensor | Sequence[Tensor],
+        layers: Sequence[int] | None = None,
+        camera_mask: Tensor | None = None,
+        resize: Resize = "hf",
+        chunk_size: int | None = None,
+        cuda_graph: bool = True,
+    ) -> Features | list[Features]:
+        """Image features without the decoder.
+
+        On a GPU, with gradients off, shapes get CUDA graphs as in `forward`.
+
+        Args:
+            images: As for `forward`.
+            layers: None for the merged features that the decoder sees. Or block indices of the vision transformer
+                (0 the first block, -1 the last): these blocks' outputs; later blocks are not run.
+            camera_mask: As for `forward`; an absent camera's features are zero.
+            resize: As for `forward`.
+            chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
+                passes need less memory. Results do not depend on it.
+            cuda_graph: As for `forward`.
+
+        Returns:
+            (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
+            grids differ. With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
+
+        Raises:
+            TypeError, ValueError: An argument is not as described. Nothing was done.
+            torch.OutOfMemoryError: The batch does not fit; the model stays usable.
+        """
+        if layers is not None:
+            resolve_layers(layers, self.config.vision.depth)
+        check_chunk_size(chunk_size)
+        check_given("images", images, "a tensor or a list of tensors")
+        self.check_no_gradient_in_a_capture()
+        request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
+        try:
+            return self._encode(request, cuda_graph, layers, chunk_size)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        self._vision_graphs.clear()
+        # Raised out here, where nothing holds on to what the failed call had on the GPU.
+        sizes = ", ".join(str(tuple(frames.shape)) for frames in ([images] if isinstance(images, Tensor) else images))
+        raise torch.OutOfMemoryError(
+            f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
+            f"(images per pass) needs less. {reason}"
+        )
+
+    def _batch(self, request: Request, cuda_graph: bool) -> dict[str, Tensor | list[Tensor]]:
+        """The processor's batch; with `features` in place of pixels where no gradient is wanted of what makes them.
+
+        A frozen tower takes the host longer than the GPU in training, where the decoder waits for both.
+        """
+        if not (request.frames and self._graphs_may_serve(cuda_graph) and self._features_are_constant(request)):
+            return self.processor.batch(request, self.dtype)
+        with torch.no_grad():
+            features = self._encode(replace(request, prompts=None), cuda_graph)
+        return self.processor.batch(replace(request, frames=()), self.dtype) | {"features": features}
+
+    def _features_are_constant(self, request: Request) -> bool:
+        """Whether the frames' features have no gradient, and nobody listens to how they are made."""
+        if torch.compiler.is_compiling():
+            return False
+        inputs = (*request.frames, *self.visual.parameters())
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        return not wanted and is_capturable(self.visual)
+
+    def _encode(
+        self, request: Request, cuda_graph: bool, layers: Sequence[int] | None = None, chunk_size: int | None = None
+    ) -> Features | list[Features]:
+        """The features of a request for images alone."""
+
+        def run(*tensors: Tensor) -> Features | list[Features]:
+            batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
+            return self.visual(**batch, layers=layers, chunk_size=chunk_size)
+
+        if not self._graphs_may_serve(cuda_graph):
+            return run(*request.tensors)
+        key = (repr((layers, chunk_size)), *self._key(request))
+        return self._vision_graphs.run([self.visual], key, run, *request.tensors, device=self.device)
+
+    def _graphs_may_serve(self, wanted: bool) -> bool:
+        # A processor of another class may decide in Python what it does, at every call.
+        return wanted and self.device.type == "cuda" and type(self.processor) is TensorProcessor
+
+    def _key(self, request: Request) -> tuple[Hashable, ...]:
+        """What shapes a call besides its arguments and tensors."""
+        processor = self.processor
+        tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
+        return *request.key, self.dtype, processor, processor.image, *tokens
