@@ -64,7 +64,7 @@ class ImageEncoder(Trainable):
             resolve_layers(layers, self.config.vision.depth)
         check_chunk_size(chunk_size)
         check_given("images", images, "a tensor or a list of tensors")
-        self.check_no_gradient_in_a_capture()
+        self.check_no_gradient_in_a_capture(images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
         try:
             return self._encode(request, cuda_graph, layers, chunk_size)

@@ -203,6 +203,7 @@ class QwenBatchedVL(ImageEncoder):
             TypeError, ValueError: An argument is not as described, or gradients are wanted while a CUDA graph is
                 captured. Nothing was done.
         """
+        self.check_no_gradient_in_a_capture(batch.get("pixel_values", images))
         wanted = self._check_outputs(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
             check_batch_alone(batch, images, texts, camera_mask, targets, template, resize)
@@ -375,7 +376,6 @@ class QwenBatchedVL(ImageEncoder):
         check_logits(logits)
         if logits is not None or has_targets:
             self._check_lm_head()
-        self.check_no_gradient_in_a_capture()
         return resolve_layers(layers, self.config.text.num_hidden_layers + 1)
 
     def _check_lm_head(self) -> None:

@@ -52,9 +52,10 @@ class Trainable(GradientCheckpointing):
         """The output projection; None where it is tied to the embeddings or was left out."""
         return self.lm_head
 
-    def check_no_gradient_in_a_capture(self) -> None:
-        """Raises `ValueError` where gradients are wanted while a CUDA graph is captured."""
+    def check_no_gradient_in_a_capture(self, images: object = None) -> None:
+        """Raises `ValueError` where gradients of parameters or `images` are wanted while a CUDA graph is captured."""
         if not torch.is_grad_enabled() or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        frames = images if isinstance(images, list | tuple) else [images]
+        if any(getattr(tensor, "requires_grad", False) for tensor in (*frames, *self.parameters())):
             raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")

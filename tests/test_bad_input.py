@@ -400,6 +400,18 @@ def test_gradients_in_a_cuda_graph_are_refused(load, monkeypatch):
     with torch.no_grad():
         model.check_no_gradient_in_a_capture()
     model.requires_grad_(False).check_no_gradient_in_a_capture()
+    wanted = (FRAMES / 255).requires_grad_(True)
+    batch = model.processor(FRAMES, TEXTS)
+    batch["pixel_values"] = batch["pixel_values"].requires_grad_(True)
+    by_camera = list(wanted.unbind(1))
+    for call in (
+        lambda: model(wanted, TEXTS),
+        lambda: model(by_camera, TEXTS),
+        lambda: model.encode_images(wanted),
+        lambda: model(**batch),
+    ):
+        with no_work(model), pytest.raises(ValueError, match="no_grad"):
+            call()
 
 
 @pytest.mark.parametrize("field", ["input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"])
