@@ -87,9 +87,9 @@ def _grads(
     """Gradients of `x` and of all matrices."""
     stacked, bs = _stacked(factors), factors[1::2]
     narrow = _narrow(x, stacked) if any(wanted[1:]) else None
-    grad_low, grads = torch.empty_like(low), []
+    grad_low, grads, wide_grad = torch.empty_like(low), [], grad.to(low.dtype)
     for (scaling, start), b, part, grad_part in zip(places, bs, _parts(low, bs), _parts(grad_low, bs), strict=True):
-        grad_out = grad.narrow(1, start, b.shape[0]).to(low.dtype)
+        grad_out = wide_grad.narrow(1, start, b.shape[0])
         _write_product(grad_part, grad_out, b, scaling)
         # Each a tensor of its own: autograd takes it as it is, and would copy a part of another.
         grads.append(None if narrow is None else grad_part.t() @ narrow)

@@ -56,13 +56,18 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
         return None
     obstacle = _obstacle(device)
     if obstacle is None:
-        from qwen_batched.kernels.triton import launchers
-
-        return launchers
+        return _launchers()
     if chosen == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
     _log_fallback(obstacle)
     return None
+
+
+@functools.cache
+def _launchers() -> ModuleType:
+    from qwen_batched.kernels.triton import launchers  # where Triton may be missing, nothing imports it
+
+    return launchers
 
 
 @contextlib.contextmanager

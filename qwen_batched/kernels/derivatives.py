@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from qwen_batched.kernels import reference
-
-fused = torch.ops.qwen_batched
+from qwen_batched.kernels import operators, reference
 
 
 class FusedFunction(Function):
@@ -33,7 +31,7 @@ class AddRMSNorm(FusedFunction):
 
     @staticmethod
     def forward(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return fused.add_rms_norm(update, residual, weight, eps)
+        return operators.add_rms_norm(update, residual, weight, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -45,10 +43,11 @@ class AddRMSNorm(FusedFunction):
     def backward(ctx: Any, grad_normed: Tensor | None, grad_stream: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_normed is None:
             return grad_stream, grad_stream, None, None
-        grad, grad_weight = _backward_passes().add_rms_norm_backward(
-            grad_normed, grad_stream, *ctx.saved_tensors, ctx.eps
+        for_weight = ctx.needs_input_grad[2]
+        grad, of_weight = _backward_passes().add_rms_norm_backward(
+            grad_normed, grad_stream, *ctx.saved_tensors, ctx.eps, for_weight
         )
-        return grad, grad, grad_weight, None
+        return grad, grad, of_weight if for_weight else None, None
 
 
 class RMSNorm(FusedFunction):
@@ -56,7 +55,7 @@ class RMSNorm(FusedFunction):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return fused.rms_norm(x, weight, eps)
+        return operators.rms_norm(x, weight, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -65,7 +64,9 @@ class RMSNorm(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward_passes().add_rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps), None
+        for_weight = ctx.needs_input_grad[1]
+        grad, of_weight = _backward_passes().add_rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps, for_weight)
+        return grad, of_weight if for_weight else None, None
 
 
 class SwiGLU(FusedFunction):
@@ -73,7 +74,7 @@ class SwiGLU(FusedFunction):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor | None) -> Tensor:
-        return fused.swiglu(*_halves(gate, up), None, None)
+        return operators.swiglu(*_halves(gate, up), None, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,7 +96,7 @@ class MRope(FusedFunction):
 
     @staticmethod
     def forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None, rows: int) -> Tensor:
-        return fused.mrope(qkv, cos, sin, num_kv_heads, slots, rows)
+        return operators.mrope(qkv, cos, sin, num_kv_heads, slots, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,4 +112,4 @@ class MRope(FusedFunction):
 
 
 def _backward_passes() -> Any:
-    return reference if torch.is_grad_enabled() else fused
+    return reference if torch.is_grad_enabled() else operators

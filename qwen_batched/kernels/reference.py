@@ -38,7 +38,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 
 
 def add_rms_norm_backward(
-    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
+    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float, for_weight: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The gradient of `add_rms_norm`.
 
@@ -48,16 +48,18 @@ def add_rms_norm_backward(
         stream: (..., D), as `add_rms_norm` returned it.
         weight: (D,).
         eps: As there.
+        for_weight: Whether the weight's is wanted.
 
     Returns:
-        (..., D), of the update and of the residual alike; and (D,), of the weight.
+        (..., D), of the update and of the residual alike; and (D,), of the weight, (0,) where it is not wanted.
     """
     x, grad = _widen(stream), _widen(grad_normed)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     unit, scaled = x * scale, grad * weight
     out = scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
     out = out if grad_stream is None else out + grad_stream
-    return out.to(stream.dtype), (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+    of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)
+    return out.to(stream.dtype), of_weight
 
 
 def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:

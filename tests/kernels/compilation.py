@@ -59,9 +59,10 @@ def launch_norm(rows, width, dtype, with_residual=True):
     launchers.add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
 
 
-def launch_norm_backward(rows, dim, dtype, with_stream=True):
+def launch_norm_backward(rows, dim, dtype, with_stream=True, for_weight=True):
     grad, stream = zeros(rows, dim, dtype=dtype), zeros(rows, dim, dtype=dtype)
-    launchers.add_rms_norm_backward(grad, grad if with_stream else None, stream, zeros(dim, dtype=dtype), 1e-6)
+    weight = zeros(dim, dtype=dtype)
+    launchers.add_rms_norm_backward(grad, grad if with_stream else None, stream, weight, 1e-6, for_weight)
 
 
 def launch_swiglu_backward(rows, width, dtype):
@@ -148,6 +149,7 @@ def launch_odd_shapes(dtype):
     launch_norm(5, 33, dtype, with_residual=False)
     launch_norm(5, 3584, dtype)
     launch_norm_backward(5, 33, dtype, with_stream=False)
+    launch_norm_backward(5, 33, dtype, for_weight=False)
     launch_norm_backward(5, 3584, dtype)
     launch_swiglu_backward(5, 33, dtype)
     launch_swiglu(5, 33, dtype, with_bias=True)

@@ -126,6 +126,10 @@ def check_add_rms_norm_backward(shape, with_stream, where, eps=1e-6):
     for found in (ours, spec):
         for mine, right, rounded in zip(found, exact, plain, strict=True):
             assert_kernel_is_right(mine, right, rounded)
+    for kernels in (launchers, reference):
+        arguments = (grad, grad_stream if with_stream else None, stream, weight, eps)
+        both, alone = (kernels.add_rms_norm_backward(*arguments, wanted) for wanted in (True, False))
+        assert torch.equal(both[0], alone[0]) and alone[1].shape == (0,)
 
 
 # --- swiglu ---
@@ -594,11 +598,15 @@ def op_cases():
         ),
         "add_rms_norm_backward": (
             "add_rms_norm_backward",
-            (normal(5, 80), normal(5, 80, seed=1), normal(5, 80, seed=2), normal(80), 1e-6),
+            (normal(5, 80), normal(5, 80, seed=1), normal(5, 80, seed=2), normal(80), 1e-6, True),
         ),
         "add_rms_norm_backward-strided": (
             "add_rms_norm_backward",
-            (normal(80, 5).t(), None, normal(80, 5, seed=2).t(), normal(80, 2)[:, 0], 1e-6),
+            (normal(80, 5).t(), None, normal(80, 5, seed=2).t(), normal(80, 2)[:, 0], 1e-6, True),
+        ),
+        "add_rms_norm_backward-frozen": (
+            "add_rms_norm_backward",
+            (normal(5, 80), None, normal(5, 80, seed=2), normal(80), 1e-6, False),
         ),
         "swiglu_backward": ("swiglu_backward", (normal(5, 90, seed=1), packed[:, :90], packed[:, 90:])),
         "rotary_attention": ("rotary_attention", (normal(2, 29, 96), cos, sin, runs, segments.table, 2)),

@@ -86,6 +86,7 @@ def _add_rms_norm_backward_kernel(
     eps,
     D: tl.constexpr,
     HAS_STREAM: tl.constexpr,
+    FOR_WEIGHT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -108,11 +109,12 @@ def _add_rms_norm_backward_kernel(
         tl.store(grad_ptr + offsets, out.to(stream.dtype), mask=mask)
         sums += grad * unit
         row += tl.num_programs(0)
-    tl.store(sums_ptr + tl.program_id(0) * D + column, sums, mask=mask)
+    if FOR_WEIGHT:
+        tl.store(sums_ptr + tl.program_id(0) * D + column, sums, mask=mask)
 
 
 def add_rms_norm_backward(
-    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float
+    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float, for_weight: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Launches the kernel, and adds the sums of its programs."""
     dim = stream.shape[-1]
@@ -120,9 +122,9 @@ def add_rms_norm_backward(
     grad = torch.empty_like(stream)
     rows = stream.numel() // dim
     if rows == 0:
-        return grad, torch.zeros_like(weight)
+        return grad, torch.zeros_like(weight) if for_weight else weight.new_empty(0)
     programs = min(rows, PROGRAMS)
-    sums = torch.empty(programs, dim, dtype=torch.float32, device=stream.device)
+    sums = torch.empty(programs if for_weight else 0, dim, dtype=torch.float32, device=stream.device)
     block = triton.next_power_of_2(dim)
     _add_rms_norm_backward_kernel[(programs,)](
         grad_normed.contiguous(),
@@ -135,8 +137,9 @@ def add_rms_norm_backward(
         eps,
         D=dim,
         HAS_STREAM=grad_stream is not None,
+        FOR_WEIGHT=for_weight,
         BLOCK_D=block,
         num_warps=WARPS if block <= 2048 else WARPS_OF_WIDE_ROWS,
         **launch_options(stream.device),
     )
-    return grad, sums.sum(0).to(weight.dtype)
+    return grad, sums.sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)
