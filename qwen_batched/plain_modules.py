@@ -21,6 +21,17 @@ def is_plain(module: nn.Module) -> bool:
     return set(map(type, module._parameters.values())) <= PLAIN_PARAMETERS
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """The same of a linear layer, with `weight` and `bias` as it was built."""
+    parameters = module._parameters
+    return (
+        type(module) is nn.Linear
+        and runs_own_code(module)
+        and type(parameters.get("weight")) is nn.Parameter
+        and type(parameters.get("bias")) in PLAIN_PARAMETERS
+    )
+
+
 def runs_own_code(module: nn.Module) -> bool:
     """Whether a call of the module is its class's `forward` and nothing else."""
     return not (

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qwen_batched.kernels import reference
+from qwen_batched.kernels import operators, reference
 from qwen_batched.kernels.derivatives import FusedFunction
 from qwen_batched.kernels.low_rank import LowRankUpdate
 
@@ -86,19 +86,20 @@ def _grads(
 ) -> list[Tensor | None]:
     """Gradients of `x` and of all matrices."""
     stacked, bs = _stacked(factors), factors[1::2]
-    narrow = _narrow(x, stacked) if any(wanted[1:]) else None
-    grad_low, grads, wide_grad = torch.empty_like(low), [], grad.to(low.dtype)
+    trains = any(wanted[1:])
+    grad_low, wide_grad, grad_bs = torch.empty_like(low), grad.to(low.dtype), []
     for (scaling, start), b, part, grad_part in zip(places, bs, _parts(low, bs), _parts(grad_low, bs), strict=True):
         grad_out = wide_grad.narrow(1, start, b.shape[0])
         _write_product(grad_part, grad_out, b, scaling)
-        # Each a tensor of its own: autograd takes it as it is, and would copy a part of another.
-        grads.append(None if narrow is None else grad_part.t() @ narrow)
-        grads.append(None if narrow is None else _write_product(torch.empty_like(b), grad_out.t(), part, scaling))
-    if not wanted[0]:
-        return [None, *grads]
-    grad_x = grad @ weight
-    _add_product(_columns(grad_x, stacked.shape[1]), grad_low, stacked)
-    return [grad_x, *grads]
+        grad_bs.append(_write_product(torch.empty_like(b), grad_out.t(), part, scaling) if trains else None)
+    grad_as = [None] * len(bs)
+    if trains:  # rows of one tensor: autograd takes them as they are
+        grad_as = (grad_low.t() @ _narrow(x, stacked)).split_with_sizes([b.shape[1] for b in bs])
+    grad_x = None
+    if wanted[0]:
+        grad_x = grad @ weight
+        _add_product(_columns(grad_x, stacked.shape[1]), grad_low, stacked)
+    return [grad_x, *(each for pair in zip(grad_as, grad_bs, strict=True) for each in pair)]
 
 
 def _differentiable_grads(
@@ -143,7 +144,7 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> Non
     if out.dtype == x.dtype:
         out.addmm_(x, y, alpha=scaling)
     else:
-        out.add_(x @ y, alpha=scaling)
+        operators.add_low_rank(out, x, y, scaling)
 
 
 def _write_product(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:

@@ -34,8 +34,6 @@ def _operator(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..
         _library.impl(name, on_its_device, "CUDA")
         torch.library.register_fake(f"qwen_batched::{name}", fake, lib=_library)
         through_pytorch = getattr(torch.ops.qwen_batched, name)
-        if "!" in schema:  # PyTorch notes which tensors were written to
-            return through_pytorch
 
         @functools.wraps(function)
         def call(x: Tensor, *rest: object) -> object:
@@ -131,6 +129,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
     """See `reference.swiglu_linear`."""
     return (triton_kernels(x.device) or reference).swiglu_linear(x, gate_up, gate_bias, up_bias).contiguous()
+
+
+@_operator(
+    "add_low_rank(Tensor(a!) out, Tensor low, Tensor factor, float scaling) -> ()",
+    fake=lambda out, low, factor, scaling: None,
+)
+def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> None:
+    """See `reference.add_low_rank`."""
+    (triton_kernels(out.device) or reference).add_low_rank(out, low, factor, scaling)
 
 
 @_operator(

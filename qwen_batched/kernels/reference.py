@@ -133,6 +133,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Seque
     return out.to(product.dtype)
 
 
+def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> None:
+    """Adds `scaling * low @ factor` to `out` in place, (T, R) and (R, F) to (T, F); rounds once, at the end."""
+    out.add_(low @ factor, alpha=scaling)
+
+
 def swiglu_linear(
     x: Tensor,
     gate_up: Tensor,

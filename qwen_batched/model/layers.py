@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from qwen_batched.kernels import ops
 from qwen_batched.model.lora_layers import take_apart
 from qwen_batched.model.packed import PackedParameters, PackingModule
-from qwen_batched.plain_modules import is_plain
+from qwen_batched.plain_modules import is_plain_linear
 
 # H200, bf16, 16384 tokens, the vision MLP's first product: width 3456 396 us, 3424 440 us; tiles are 128 wide.
 WIDTH_MULTIPLE = 128
@@ -82,6 +82,6 @@ class SwiGLU(PackingModule):
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, as one operation where the layer is what it seems to be."""
     linear, updates = take_apart(layer)
-    if type(linear) is nn.Linear and is_plain(linear) and not _has_any_global_hook():
+    if is_plain_linear(linear) and not _has_any_global_hook():
         return ops.linear(x, linear.weight, linear.bias, updates)
     return layer(x)

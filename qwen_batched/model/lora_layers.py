@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qwen_batched.kernels.low_rank import LowRankUpdate
-from qwen_batched.plain_modules import is_plain, runs_own_code
+from qwen_batched.plain_modules import is_plain_linear, runs_own_code
 
 Updates = tuple[LowRankUpdate, ...]
 
@@ -24,33 +24,45 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
     anything is hooked or replaced, or while compiling.
     """
     peft = sys.modules.get("peft.tuners.lora.layer")  # not imported for this: there are no such layers without it
-    if peft is None or type(layer) is not peft.Linear or torch.compiler.is_compiling() or not is_plain(layer):
-        return layer, ()
-    if layer.merged:
+    if (
+        peft is None
+        or type(layer) is not peft.Linear
+        or layer.merged_adapters
+        or not runs_own_code(layer)
+        or torch.compiler.is_compiling()
+    ):
         return layer, ()
     if layer.disable_adapters:
         return layer.base_layer, ()
-    updates = tuple(_update(layer, name) for name in layer.active_adapters if name in layer.lora_A)
-    return (layer, ()) if None in updates else (layer.base_layer, updates)
+    names = layer.active_adapters
+    a, b, dropout = layer.lora_A, layer.lora_B, layer.lora_dropout
+    updates = []
+    for name in names:
+        if name in a:
+            if not (_are_matrices(a[name], b[name]) and _is_identity(dropout[name]) and _is_plain_lora(layer, name)):
+                return layer, ()
+            updates.append(LowRankUpdate(a[name].weight, b[name].weight, layer.scaling[name]))
+    return layer.base_layer, tuple(updates)
 
 
-def _update(layer: nn.Module, adapter: str) -> LowRankUpdate | None:
-    """What an adapter of peft's `layer` adds; None where that is no plain product."""
-    a, b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
-    is_product = (
-        _is_matrix(a)
-        and _is_matrix(b)
+def _are_matrices(a: nn.Module, b: nn.Module) -> bool:
+    return (
+        is_plain_linear(a)
+        and is_plain_linear(b)
+        and a.bias is None
+        and b.bias is None
         and a.weight.dtype == b.weight.dtype
-        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
-        and runs_own_code(dropout)
-        and not layer.use_dora.get(adapter)
+    )
+
+
+def _is_identity(dropout: nn.Module) -> bool:
+    is_off = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+    return is_off and runs_own_code(dropout)
+
+
+def _is_plain_lora(layer: nn.Module, adapter: str) -> bool:
+    return (
+        not layer.use_dora.get(adapter)
         and adapter not in getattr(layer, "lora_variant", ())
         and getattr(layer, "cast_input_dtype_enabled", True)
-    )
-    return LowRankUpdate(a.weight, b.weight, layer.scaling[adapter]) if is_product else None
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Linear and layer.bias is None and type(layer.weight) is nn.Parameter and runs_own_code(layer)
     )

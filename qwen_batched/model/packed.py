@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.model.lora_layers import Updates, take_apart
-from qwen_batched.plain_modules import has_lent_parameters, is_plain
+from qwen_batched.plain_modules import has_lent_parameters, is_plain_linear
 
 Layout = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
@@ -183,7 +183,7 @@ class PackingModule(nn.Module):
         built = self._linears()
         layers, updates = map(list, zip(*(take_apart(layer) for layer, *_ in built), strict=True))
         if not all(
-            type(layer) is nn.Linear and is_plain(layer) and _has_shape(layer, *shape)
+            is_plain_linear(layer) and _has_shape(layer, *shape)
             for layer, (_, *shape) in zip(layers, built, strict=True)
         ):
             return None

@@ -80,6 +80,12 @@ def launch_one_row(inner, outer, dtype, with_bias, gated):
     (launchers.swiglu_linear if gated else launchers.linear)(zeros(1, inner, dtype=dtype), weight, *biases)
 
 
+def launch_low_rank(rows, width, rank, dtype, transposed):
+    """As in the forward pass, where the factor is an adapter's second matrix turned round, or as in the backward."""
+    factor = zeros(width, rank).t() if transposed else zeros(rank, width)
+    launchers.add_low_rank(zeros(rows, width, dtype=dtype), zeros(rows, rank), factor, 0.5)
+
+
 def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots):
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
     slots = zeros(tokens, dtype=torch.int64) if with_slots else None
@@ -134,6 +140,8 @@ def launch_real_shapes(dtype):
     launch_one_row(2048, 2560, dtype, with_bias=True, gated=False)
     launch_one_row(11008, 2048, dtype, with_bias=False, gated=False)
     launch_one_row(2048, 11008, dtype, with_bias=False, gated=True)
+    launch_low_rank(2784, 11008, 16, dtype, transposed=True)
+    launch_low_rank(2784, 2048, 48, dtype, transposed=False)
     for with_slots in (True, False):
         launch_mrope(512, 16, 2, 128, dtype, with_slots)
     launch_decoding(1, 512, 16, 2, 128, dtype)
@@ -155,6 +163,8 @@ def launch_odd_shapes(dtype):
     launch_swiglu(5, 33, dtype, with_bias=True)
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)
     launch_one_row(7, 1, dtype, with_bias=False, gated=False)
+    launch_low_rank(3, 5, 1, dtype, transposed=True)
+    launch_low_rank(65, 129, 200, dtype, transposed=False)  # in two parts
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
     launch_windows(1, 5, 17, 1, 20, dtype)

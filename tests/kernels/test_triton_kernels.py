@@ -20,7 +20,7 @@ from qwen_batched.kernels import backend, ops, reference
 from qwen_batched.kernels.segments import Run, Segments
 from qwen_batched.model.geometry import make_vision_plan, resize_axis
 from tests.kernels.support import assert_kernel_is_right, normal, rope_tables
-from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise
+from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise, relative_error
 
 launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
 rotary = pytest.importorskip("qwen_batched.kernels.triton.rotary").rotary
@@ -130,6 +130,41 @@ def check_add_rms_norm_backward(shape, with_stream, where, eps=1e-6):
         arguments = (grad, grad_stream if with_stream else None, stream, weight, eps)
         both, alone = (kernels.add_rms_norm_backward(*arguments, wanted) for wanted in (True, False))
         assert torch.equal(both[0], alone[0]) and alone[1].shape == (0,)
+
+
+# --- add_low_rank ---
+
+LOW_RANK_SHAPES = [(1, 1, 1), (5, 3, 7), (64, 16, 128), (65, 17, 129), (70, 130, 40), (0, 4, 9), (9, 4, 0)]
+
+
+def check_add_low_rank(rows, rank, width, dtype, device, gap=3):
+    """Into columns of a wider tensor, from columns of a wider one, by a matrix turned round; the rest stays."""
+    whole = normal(rows, width + 2 * gap, where=(device, dtype))
+    low = normal(rows, rank + gap, where=(device, torch.float32), seed=1)[:, gap:]
+    factor = normal(width, rank, where=(device, torch.float32), seed=2).t()
+    before, out = whole.clone(), whole[:, gap : gap + width]
+    exact = out.double() + 0.3 * low.double() @ factor.double()
+    plain = (out.float() + 0.3 * (low @ factor)).to(dtype)
+    launchers.add_low_rank(out, low, factor, 0.3)
+    if rows * width:
+        tolerance = 1e-6 if dtype == torch.float32 else 1.001 * relative_error(plain, exact) + 1e-5
+        assert relative_error(out, exact) <= tolerance
+    assert torch.equal(whole[:, :gap], before[:, :gap]) and torch.equal(
+        whole[:, gap + width :], before[:, gap + width :]
+    )
+
+
+@pytest.mark.parametrize("shape", LOW_RANK_SHAPES, ids=str)
+def test_add_low_rank_equals_the_reference(shape, where):
+    device, dtype = where
+    check_add_low_rank(*shape, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2784, 16, 11008), (2784, 48, 2048), (333, 300, 3420)], ids=str)
+def test_add_low_rank_at_real_shapes(shape, dtype):
+    check_add_low_rank(*shape, dtype, "cuda", gap=8)
 
 
 # --- swiglu ---
@@ -622,6 +657,11 @@ def op_cases():
         "linear-strided": ("linear", (normal(80, 2)[:, :1].t(), normal(80, 7).t(), None)),
         "swiglu_linear": ("swiglu_linear", (normal(1, 80), normal(14, 80), normal(7), normal(7, seed=1))),
         "swiglu_linear-strided": ("swiglu_linear", (normal(80, 2)[:, :1].t(), normal(80, 14).t(), None, None)),
+        "add_low_rank": ("add_low_rank", (normal(9, 40).bfloat16(), normal(9, 3), normal(3, 40), 0.5)),
+        "add_low_rank-strided": (
+            "add_low_rank",
+            (normal(9, 80)[:, 7:40], normal(3, 9).t(), normal(33, 3, seed=1).t(), -2.0),
+        ),
         "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29)),
         "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40)),
         "decode_attention": ("decode_attention", decode_inputs()),

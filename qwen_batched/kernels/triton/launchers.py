@@ -1,5 +1,6 @@
 """Every Triton launcher under its operation's name."""
 
+from qwen_batched.kernels.triton.add_low_rank import add_low_rank
 from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_backward
 from qwen_batched.kernels.triton.decode_attention import decode_attention
 from qwen_batched.kernels.triton.expand_prompts import expand_prompts
@@ -10,6 +11,7 @@ from qwen_batched.kernels.triton.rotary_attention import rotary_attention
 from qwen_batched.kernels.triton.swiglu import swiglu, swiglu_backward
 
 __all__ = [
+    "add_low_rank",
     "add_rms_norm",
     "add_rms_norm_backward",
     "decode_attention",
