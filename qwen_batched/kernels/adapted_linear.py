@@ -36,7 +36,7 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
     places = [(update.scaling, update.start) for update in updates]
     if x.ndim == 2:
         return AdaptedLinear.apply(x, weight, bias, places, *factors)[0]
-    out, _ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, *factors)
+    out, *_ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, *factors)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -46,32 +46,38 @@ class AdaptedLinear(FusedFunction):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, places: Sequence[tuple[float, int]], *factors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Takes each update's scaling and start in `places`, its matrices in `factors`; returns all x A^T as well."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Takes each update's scaling and start in `places`, its matrices in `factors`.
+
+        Returns what the backward pass needs besides: all x A^T, and the matrices A of more than one update, stacked.
+        """
         stacked, bs = _stacked(factors), factors[1::2]
         out = F.linear(x, weight, bias)
         low = F.linear(_narrow(x, stacked), stacked)
         for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
             _add_product(out.narrow(1, start, b.shape[0]), part, b.t(), scaling)
-        return out, low
+        return out, low, None if stacked is factors[0] else stacked
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
         x, weight, bias, ctx.places, *factors = inputs
-        ctx.mark_non_differentiable(output[1])
+        _, low, stacked = output
+        ctx.mark_non_differentiable(*(low,) if stacked is None else (low, stacked))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], x, weight, bias, *factors)
+        ctx.save_for_backward(low, stacked, x, weight, bias, *factors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        low, x, weight, bias, *factors = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        low, stacked, x, weight, bias, *factors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
         if grad is None:
             grads = [None] * len(wanted)
         elif torch.is_grad_enabled():  # the gradients are to be differentiated themselves
             grads = _differentiable_grads(grad, x, weight, bias, ctx.places, factors, wanted)
         else:
-            grads = _grads(grad, x, weight, low, ctx.places, factors, wanted)
+            grads = _grads(
+                grad, x, weight, low, factors[0] if stacked is None else stacked, ctx.places, factors[1::2], wanted
+            )
         return grads[0], None, None, None, *grads[1:]
 
 
@@ -80,12 +86,12 @@ def _grads(
     x: Tensor,
     weight: Tensor,
     low: Tensor,
+    stacked: Tensor,
     places: Sequence[tuple[float, int]],
-    factors: Sequence[Tensor],
+    bs: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of `x` and of all matrices."""
-    stacked, bs = _stacked(factors), factors[1::2]
+    """Gradients of `x` and of all matrices, in the order of `wanted`."""
     trains = any(wanted[1:])
     grad_low, wide_grad, grad_bs = torch.empty_like(low), grad.to(low.dtype), []
     for (scaling, start), b, part, grad_part in zip(places, bs, _parts(low, bs), _parts(grad_low, bs), strict=True):

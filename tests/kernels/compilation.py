@@ -164,7 +164,7 @@ def launch_odd_shapes(dtype):
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)
     launch_one_row(7, 1, dtype, with_bias=False, gated=False)
     launch_low_rank(3, 5, 1, dtype, transposed=True)
-    launch_low_rank(65, 129, 200, dtype, transposed=False)  # in two parts
+    launch_low_rank(65, 129, 200, dtype, transposed=False)  # in four parts
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
     launch_windows(1, 5, 17, 1, 20, dtype)

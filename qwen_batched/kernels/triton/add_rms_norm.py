@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_batched.kernels.backend import reads_ahead
-from qwen_batched.kernels.triton.launch import begin, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import begin, launch, launch_options, wait_for_inputs
 
 # H200, bf16, width 1280: 16384 rows 45 us (bytes alone 40 us); 65536 rows 164 us (160 us). One to four rows a program
 # and 1 to 8 warps are within 3% of each other.
@@ -57,7 +57,9 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     if update.numel() == 0:
         return normed, stream
     block = triton.next_power_of_2(dim)
-    _add_rms_norm_kernel[(update.numel() // dim,)](
+    launch(
+        _add_rms_norm_kernel,
+        (update.numel() // dim,),
         update,
         update if residual is None else residual.contiguous(),
         weight.contiguous(),
@@ -126,7 +128,9 @@ def add_rms_norm_backward(
     programs = min(rows, PROGRAMS)
     sums = torch.empty(programs if for_weight else 0, dim, dtype=torch.float32, device=stream.device)
     block = triton.next_power_of_2(dim)
-    _add_rms_norm_backward_kernel[(programs,)](
+    launch(
+        _add_rms_norm_backward_kernel,
+        (programs,),
         grad_normed.contiguous(),
         stream if grad_stream is None else grad_stream.contiguous(),
         stream,

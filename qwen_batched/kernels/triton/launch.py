@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
+from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import KernelInterface
 
 try:
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton before programmatic dependent launch
     gdc_launch_dependents = gdc_wait = None
+
+# Since then a compiled kernel is launched with all its arguments, those it was compiled for too.
+COMPILED_KERNELS_TAKE_ALL = Version(triton.__version__) >= Version("3.4")
+MAX_COMPILED = 4096
+_compiled: dict[Hashable, tuple[CompiledKernel, tuple]] = {}  # with the arguments that it was compiled for
+
+
+def launch(kernel: KernelInterface, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """`kernel[grid](*arguments, **constants)`, for kernels that are launched often.
+
+    At each launch Triton works out anew which of its compiled kernels the arguments want, which takes the host longer
+    than the launch. Here that is looked up by all it can depend on: device, dtypes, alignment and values.
+    """
+    first = arguments[0]
+    if not (COMPILED_KERNELS_TAKE_ALL and first.is_cuda):
+        kernel[grid](*arguments, **constants)
+        return
+    traits = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
+    key = (kernel, first.device.index, *traits, *constants.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, rest = found
+        compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    if isinstance(compiled, CompiledKernel):  # Triton's interpreter has none
+        if len(_compiled) >= MAX_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch, launch_options, let_the_next_start, wait_for_inputs
 
 BLOCK, WARPS = 512, 4
 
@@ -60,7 +60,9 @@ def mrope(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tenso
     if tokens == 0:
         return out
     block = min(BLOCK, triton.next_power_of_2(width // 2))
-    _mrope_kernel[(tokens, triton.cdiv(width // 2, block))](
+    launch(
+        _mrope_kernel,
+        (tokens, triton.cdiv(width // 2, block)),
         qkv,
         cos.contiguous(),
         sin.contiguous(),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
 
 BLOCK, WARPS = 1024, 4
 
@@ -48,7 +48,9 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     dim = width // 3
     out = torch.empty(images, tokens, 2 * dim, dtype=qkv.dtype, device=qkv.device)
     block = min(BLOCK, triton.next_power_of_2(dim))
-    _rotary_kernel[(images * tokens, triton.cdiv(dim, block))](
+    launch(
+        _rotary_kernel,
+        (images * tokens, triton.cdiv(dim, block)),
         qkv,
         cos,
         sin,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.segments import Run
-from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
 from qwen_batched.kernels.triton.rotary import rotary
 from qwen_batched.kernels.triton.rotation import angles, rotated
 
@@ -118,7 +118,9 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
     head_dim, windows = dim // num_heads, table.shape[0]
     out = qkv.new_empty(images, tokens, dim)
     high, low = _split(head_dim)
-    _window_attention_kernel[(num_heads * windows * images,)](
+    launch(
+        _window_attention_kernel,
+        (num_heads * windows * images,),
         qkv,
         cos,
         sin,

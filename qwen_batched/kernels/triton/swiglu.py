@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch, launch_options, let_the_next_start, wait_for_inputs
 
 # H200, bf16, 16384 rows of 3456: 86 us (bytes alone 81 us); blocks of 512 to 4096 and 2 to 8 warps are within 5%. In
 # the vision transformer over 768 rows, 8 warps save 0.8 us of each launch's 5.3 us.
@@ -50,7 +50,9 @@ def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: T
         return out
     gate, up = _rows(gate), _rows(up)
     block = min(triton.next_power_of_2(width), BLOCK)
-    _swiglu_kernel[(gate.shape[0], triton.cdiv(width, block))](
+    launch(
+        _swiglu_kernel,
+        (gate.shape[0], triton.cdiv(width, block)),
         gate,
         up,
         gate if gate_bias is None else gate_bias.contiguous(),
@@ -102,7 +104,9 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         return out
     grad, gate, up = _rows(grad), _rows(gate), _rows(up)
     block = min(triton.next_power_of_2(width), BLOCK)
-    _swiglu_backward_kernel[(gate.shape[0], triton.cdiv(width, block))](
+    launch(
+        _swiglu_backward_kernel,
+        (gate.shape[0], triton.cdiv(width, block)),
         grad,
         gate,
         up,
