@@ -13,7 +13,6 @@ from qwen_batched.model.inputs import Resize, check_chunk_size, check_given, res
 from qwen_batched.model.request import Request
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.runtime.snapshot import is_capturable
 from qwen_batched.training import Trainable
 
 
@@ -40,7 +39,7 @@ class ImageEncoder(Trainable):
     ) -> Features | list[Features]:
         """Image features without the decoder.
 
-        On a GPU, with gradients off, shapes get CUDA graphs as in `forward`.
+        On a GPU, where no gradient is wanted, shapes get CUDA graphs as in `forward`.
 
         Args:
             images: As for `forward`.
@@ -79,23 +78,15 @@ class ImageEncoder(Trainable):
         )
 
     def _batch(self, request: Request, cuda_graph: bool) -> dict[str, Tensor | list[Tensor]]:
-        """The processor's batch; with `features` in place of pixels where no gradient is wanted of what makes them.
+        """The processor's batch with `features` in place of pixels.
 
-        A frozen tower takes the host longer than the GPU in training, where the decoder waits for both.
+        Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
+        as the GPU, and the decoder waits for both.
         """
-        if not (request.frames and self._graphs_may_serve(cuda_graph) and self._features_are_constant(request)):
+        if not request.frames:
             return self.processor.batch(request, self.dtype)
-        with torch.no_grad():
-            features = self._encode(replace(request, prompts=None), cuda_graph)
+        features = self._encode(replace(request, prompts=None), cuda_graph)
         return self.processor.batch(replace(request, frames=()), self.dtype) | {"features": features}
-
-    def _features_are_constant(self, request: Request) -> bool:
-        """Whether the frames' features have no gradient, and nobody listens to how they are made."""
-        if torch.compiler.is_compiling():
-            return False
-        inputs = (*request.frames, *self.visual.parameters())
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        return not wanted and is_capturable(self.visual)
 
     def _encode(
         self, request: Request, cuda_graph: bool, layers: Sequence[int] | None = None, chunk_size: int | None = None

@@ -19,15 +19,21 @@ from qwen_batched.kernels.derivatives import FusedFunction
 from qwen_batched.kernels.low_rank import LowRankUpdate
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRankUpdate]) -> Tensor:
-    """`reference.linear` with updates; by the reference where something else is wanted than what adapters train."""
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRankUpdate], gated: bool = False
+) -> Tensor:
+    """`reference.linear` with updates, or `gated` by `reference.swiglu` of its halves.
+
+    By the reference itself where something else is wanted than what adapters train, or what kernels cannot compute.
+    """
     kind = updates[0].a.dtype
     if (
         (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         or any(update.a.dtype != kind for update in updates)
         or forward_ad.unpack_dual(x).tangent is not None
+        or (gated and torch.float64 in (x.dtype, kind))
     ):
-        return reference.linear(x, weight, bias, updates)
+        return _by_the_reference(x, weight, bias, updates, gated)
     factors = [factor for update in updates for factor in (update.a, update.b)]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -35,50 +41,68 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequ
         factors = [factor.to(dtype) for factor in factors]
     places = [(update.scaling, update.start) for update in updates]
     if x.ndim == 2:
-        return AdaptedLinear.apply(x, weight, bias, places, *factors)[0]
-    out, *_ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, *factors)
+        return AdaptedLinear.apply(x, weight, bias, places, gated, *factors)[0]
+    out, *_ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, gated, *factors)
     return out.view(*x.shape[:-1], -1)
 
 
+def _by_the_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRankUpdate], gated: bool
+) -> Tensor:
+    out = reference.linear(x, weight, bias, updates)
+    return reference.swiglu(*out.chunk(2, dim=-1)) if gated else out
+
+
 class AdaptedLinear(FusedFunction):
-    """`reference.linear` of (T, D) with updates; the weight and the bias get no gradient."""
+    """The same for (T, D); the weight and the bias get no gradient."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, places: Sequence[tuple[float, int]], *factors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        places: Sequence[tuple[float, int]],
+        gated: bool,
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Takes each update's scaling and start in `places`, its matrices in `factors`.
 
-        Returns what the backward pass needs besides: all x A^T, and the matrices A of more than one update, stacked.
+        Returns what the backward pass needs besides: all x A^T; the matrices A of more than one update, stacked; and
+        what is gated.
         """
         stacked, bs = _stacked(factors), factors[1::2]
         out = F.linear(x, weight, bias)
         low = F.linear(_narrow(x, stacked), stacked)
         for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
             _add_product(out.narrow(1, start, b.shape[0]), part, b.t(), scaling)
-        return out, low, None if stacked is factors[0] else stacked
+        stacked = None if stacked is factors[0] else stacked
+        if gated:
+            return operators.swiglu(*out.chunk(2, dim=-1), None, None), low, stacked, out
+        return out, low, stacked, None
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        x, weight, bias, ctx.places, *factors = inputs
-        _, low, stacked = output
-        ctx.mark_non_differentiable(*(low,) if stacked is None else (low, stacked))
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    ) -> None:
+        x, weight, bias, ctx.places, ctx.gated, *factors = inputs
+        _, *kept = output
+        ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(low, stacked, x, weight, bias, *factors)
+        ctx.save_for_backward(*kept, x, weight, bias, *factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        low, stacked, x, weight, bias, *factors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]
+        low, stacked, product, x, weight, bias, *factors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         if grad is None:
             grads = [None] * len(wanted)
         elif torch.is_grad_enabled():  # the gradients are to be differentiated themselves
-            grads = _differentiable_grads(grad, x, weight, bias, ctx.places, factors, wanted)
+            grads = _differentiable_grads(grad, x, weight, bias, ctx.places, ctx.gated, factors, wanted)
         else:
-            grads = _grads(
-                grad, x, weight, low, factors[0] if stacked is None else stacked, ctx.places, factors[1::2], wanted
-            )
-        return grads[0], None, None, None, *grads[1:]
+            grad = operators.swiglu_backward(grad, *product.chunk(2, dim=-1)) if ctx.gated else grad
+            stacked = factors[0] if stacked is None else stacked
+            grads = _grads(grad, x, weight, low, stacked, ctx.places, factors[1::2], wanted)
+        return grads[0], None, None, None, None, *grads[1:]
 
 
 def _grads(
@@ -93,11 +117,12 @@ def _grads(
 ) -> list[Tensor | None]:
     """Gradients of `x` and of all matrices, in the order of `wanted`."""
     trains = any(wanted[1:])
-    grad_low, wide_grad, grad_bs = torch.empty_like(low), grad.to(low.dtype), []
-    for (scaling, start), b, part, grad_part in zip(places, bs, _parts(low, bs), _parts(grad_low, bs), strict=True):
+    wide_grad, grad_lows, grad_bs = grad.to(low.dtype), [], []
+    for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
         grad_out = wide_grad.narrow(1, start, b.shape[0])
-        _write_product(grad_part, grad_out, b, scaling)
-        grad_bs.append(_write_product(torch.empty_like(b), grad_out.t(), part, scaling) if trains else None)
+        grad_lows.append(_product(grad_out, b, scaling, like=part))
+        grad_bs.append(_product(grad_out.t(), part, scaling, like=b) if trains else None)
+    grad_low = grad_lows[0] if len(bs) == 1 else torch.cat(grad_lows, dim=1)
     grad_as = [None] * len(bs)
     if trains:  # rows of one tensor: autograd takes them as they are
         grad_as = (grad_low.t() @ _narrow(x, stacked)).split_with_sizes([b.shape[1] for b in bs])
@@ -114,12 +139,13 @@ def _differentiable_grads(
     weight: Tensor,
     bias: Tensor | None,
     places: Sequence[tuple[float, int]],
+    gated: bool,
     factors: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The same by autograd."""
     updates = [LowRankUpdate(a, b, *place) for a, b, place in zip(factors[::2], factors[1::2], places, strict=True)]
-    out = reference.linear(x, weight, bias, updates)
+    out = _by_the_reference(x, weight, bias, updates, gated)
     chosen = [tensor for tensor, is_wanted in zip((x, *factors), wanted, strict=True) if is_wanted]
     found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
     return [next(found) if is_wanted else None for is_wanted in wanted]
@@ -153,6 +179,6 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> Non
         operators.add_low_rank(out, x, y, scaling)
 
 
-def _write_product(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
-    """Writes scaling * x @ y to `out`, and returns it."""
-    return torch.addmm(out, x, y, beta=0, alpha=scaling, out=out)
+def _product(x: Tensor, y: Tensor, scaling: float, like: Tensor) -> Tensor:
+    """scaling * x @ y, in one operation; `like` has its shape."""
+    return torch.addmm(like, x, y, beta=0, alpha=scaling)

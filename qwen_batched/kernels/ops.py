@@ -163,9 +163,11 @@ def swiglu_linear(
     """See `reference.swiglu_linear`."""
     if updates or _wants_gradient(x, gate_up, gate_bias, up_bias):
         bias = None if gate_bias is None else torch.cat((gate_bias, up_bias))
-        product = (adapted_linear if updates else reference.linear)(x, gate_up, bias, updates)
-        if not _wants_gradient(product) or _only_the_reference_serves(product, has_backward=True):
-            return swiglu(*product.chunk(2, dim=-1))
+        if updates:
+            return adapted_linear(x, gate_up, bias, updates, gated=True)
+        product = reference.linear(x, gate_up, bias)
+        if _only_the_reference_serves(product, has_backward=True):
+            return reference.swiglu(*product.chunk(2, dim=-1))
         return derivatives.SwiGLU.apply(product, None)
     if not _is_one_row(x, gate_up, gate_bias, up_bias):
         # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.

@@ -34,35 +34,34 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
         return layer, ()
     if layer.disable_adapters:
         return layer.base_layer, ()
-    names = layer.active_adapters
-    a, b, dropout = layer.lora_A, layer.lora_B, layer.lora_dropout
     updates = []
-    for name in names:
-        if name in a:
-            if not (_are_matrices(a[name], b[name]) and _is_identity(dropout[name]) and _is_plain_lora(layer, name)):
+    matrices_a = layer.lora_A
+    for adapter in layer.active_adapters:
+        if adapter in matrices_a:
+            update = _update(matrices_a[adapter], layer.lora_B[adapter], layer.scaling[adapter])
+            if update is None or not _is_plain_lora(layer, adapter):
                 return layer, ()
-            updates.append(LowRankUpdate(a[name].weight, b[name].weight, layer.scaling[name]))
+            updates.append(update)
     return layer.base_layer, tuple(updates)
 
 
-def _are_matrices(a: nn.Module, b: nn.Module) -> bool:
-    return (
-        is_plain_linear(a)
-        and is_plain_linear(b)
-        and a.bias is None
-        and b.bias is None
-        and a.weight.dtype == b.weight.dtype
-    )
-
-
-def _is_identity(dropout: nn.Module) -> bool:
-    is_off = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
-    return is_off and runs_own_code(dropout)
+def _update(a: nn.Module, b: nn.Module, scaling: float) -> LowRankUpdate | None:
+    """What two linear layers add; None where they are more than matrices."""
+    if not (is_plain_linear(a) and is_plain_linear(b)):
+        return None
+    of_a, of_b = a._parameters, b._parameters
+    first, second = of_a["weight"], of_b["weight"]
+    if first.dtype != second.dtype or of_a["bias"] is not None or of_b["bias"] is not None:
+        return None
+    return LowRankUpdate(first, second, scaling)
 
 
 def _is_plain_lora(layer: nn.Module, adapter: str) -> bool:
+    dropout = layer.lora_dropout[adapter]
     return (
-        not layer.use_dora.get(adapter)
+        (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
+        and runs_own_code(dropout)
+        and not layer.use_dora.get(adapter)
         and adapter not in getattr(layer, "lora_variant", ())
         and getattr(layer, "cast_input_dtype_enabled", True)
     )

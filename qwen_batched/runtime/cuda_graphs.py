@@ -64,7 +64,7 @@ class CudaGraphs:
             device: Where the work is done.
             stateful: Whether `function` changes something, so that it must not run in vain.
         """
-        if not _graphs_serve(inputs):
+        if not _graphs_serve(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs)
         key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
         obstacle = None
@@ -116,6 +116,14 @@ class CudaGraphs:
 
     def __reduce__(self) -> tuple[type[CudaGraphs], tuple[int, Callable[..., None] | None]]:
         return CudaGraphs, (self.max_graphs, self._prepare)
+
+    def _wants_gradient(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> bool:
+        """Whether autograd is on and has anything to see. What nobody knows of (hooks) is never captured."""
+        if not torch.is_grad_enabled():
+            return False
+        snapshot = self._snapshot  # knows the parameters without a walk; were there others now, it would not match
+        parameters = (p for module in modules for p in module.parameters()) if snapshot is None else snapshot.tensors
+        return any(tensor.requires_grad for tensor in (*inputs, *parameters))
 
     def _still_matches(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the graphs are still true; they are dropped where not."""
@@ -284,8 +292,7 @@ class Arena:
 def _graphs_serve(inputs: Sequence[Tensor]) -> bool:
     """Whether a call now could come from a graph: plain tensors, no derivative, no cast, no capture of one's own."""
     return not (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
         or _has_any_global_hook()

@@ -19,6 +19,9 @@ class ModuleSnapshot:
     buffers, hooks, attributes (the mode, a norm's epsilon, a replaced `forward`), or where tensors are and how they
     are laid out.
     The snapshot keeps the memory of the tensors, so that a graph captured with it never reads what is someone else's.
+
+    Attributes:
+        tensors: All parameters and buffers.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -29,9 +32,9 @@ class ModuleSnapshot:
         self._dicts = [(part, dict(part)) for child in children for part in _dicts(child)]
         tensor_dicts = [part for child in children for part in (child._parameters, child._buffers) if part]
         self._tensors = [(part, tuple(part.values())) for part in tensor_dicts]
-        self._flat = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
-        self._layouts = _layouts(self._flat)
-        self._memory = [tensor.detach() for tensor in self._flat]
+        self.tensors = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
+        self._layouts = _layouts(self.tensors)
+        self._memory = [tensor.detach() for tensor in self.tensors]
 
     def matches(self, *modules: nn.Module) -> bool:
         """Whether `modules` are the same and still as they were."""
@@ -41,7 +44,7 @@ class ModuleSnapshot:
             and all(type(child) is before for child, before in self._types)
             and all(_equal(now, before) for now, before in self._dicts)
             and all(len(now) == len(before) and all(map(is_, now.values(), before)) for now, before in self._tensors)
-            and _layouts(self._flat) == self._layouts
+            and _layouts(self.tensors) == self._layouts
         )
 
 

@@ -191,6 +191,22 @@ def test_swiglu_of_an_adapted_product(device):
             assert_equal_to(found, expected)
 
 
+@pytest.mark.parametrize("name", ["linear", "swiglu_linear"])
+def test_second_derivatives_in_float32_equal_the_formulas(device, name):
+    """There the function's own backward pass is asked for one that can be differentiated."""
+    x, weight, _, updates = layer_with([6, 6], 3, dim=12, bias=False, device=device)
+    inputs = inputs_of(x, updates)
+    options = (None,) if name == "linear" else (None, None)
+
+    def second(module):
+        out = getattr(module, name)(x, weight, *options, updates)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
+
+    for ours, theirs in zip(second(ops), second(reference), strict=True):
+        assert_equal_to(ours, theirs)
+
+
 def test_nothing_given_is_changed():
     case = layer_with([3, 4], 2)
     x, weight, bias, updates = case
