@@ -18,6 +18,8 @@ from qwen_batched.kernels import operators, reference
 from qwen_batched.kernels.derivatives import FusedFunction
 from qwen_batched.kernels.low_rank import LowRankUpdate
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
 
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[LowRankUpdate], gated: bool = False
@@ -72,7 +74,7 @@ class AdaptedLinear(FusedFunction):
         """
         stacked, bs = _stacked(factors), factors[1::2]
         out = F.linear(x, weight, bias)
-        low = F.linear(_narrow(x, stacked), stacked)
+        low = _product(_columns(x, stacked.shape[1]), stacked.t())
         for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
             _add_product(out.narrow(1, start, b.shape[0]), part, b.t(), scaling)
         stacked = None if stacked is factors[0] else stacked
@@ -117,19 +119,21 @@ def _grads(
 ) -> list[Tensor | None]:
     """Gradients of `x` and of all matrices, in the order of `wanted`."""
     trains = any(wanted[1:])
-    wide_grad, grad_lows, grad_bs = grad.to(low.dtype), [], []
+    grad_lows, grad_bs = [], []
     for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
-        grad_out = wide_grad.narrow(1, start, b.shape[0])
+        grad_out = grad.narrow(1, start, b.shape[0])
         grad_lows.append(_product(grad_out, b, scaling, like=part))
         grad_bs.append(_product(grad_out.t(), part, scaling, like=b) if trains else None)
     grad_low = grad_lows[0] if len(bs) == 1 else torch.cat(grad_lows, dim=1)
     grad_as = [None] * len(bs)
+    narrow = stacked.shape[1]
     if trains:  # rows of one tensor: autograd takes them as they are
-        grad_as = (grad_low.t() @ _narrow(x, stacked)).split_with_sizes([b.shape[1] for b in bs])
+        grad_as = _product(_columns(x, narrow).t(), grad_low, turned=True)
+        grad_as = grad_as.split_with_sizes([b.shape[1] for b in bs])
     grad_x = None
     if wanted[0]:
         grad_x = grad @ weight
-        _add_product(_columns(grad_x, stacked.shape[1]), grad_low, stacked)
+        _add_product(_columns(grad_x, narrow), grad_low, stacked)
     return [grad_x, *(each for pair in zip(grad_as, grad_bs, strict=True) for each in pair)]
 
 
@@ -156,11 +160,6 @@ def _stacked(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 2 else torch.cat(factors[::2])
 
 
-def _narrow(x: Tensor, stacked: Tensor) -> Tensor:
-    """What the updates are computed from."""
-    return _columns(x, stacked.shape[1]).to(stacked.dtype)
-
-
 def _columns(x: Tensor, count: int) -> Tensor:
     """The first columns; the others are padding."""
     return x if x.shape[1] == count else x[:, :count]
@@ -179,6 +178,10 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> Non
         operators.add_low_rank(out, x, y, scaling)
 
 
-def _product(x: Tensor, y: Tensor, scaling: float, like: Tensor) -> Tensor:
-    """scaling * x @ y, in one operation; `like` has its shape."""
-    return torch.addmm(like, x, y, beta=0, alpha=scaling)
+def _product(x: Tensor, y: Tensor, scaling: float = 1.0, like: Tensor | None = None, turned: bool = False) -> Tensor:
+    """`reference.mixed_product`, of one dtype too; where `scaling` is given, `like` has the result's shape."""
+    if x.dtype in HALF_TYPES and y.dtype == torch.float32:
+        return operators.mixed_product(x, y, scaling, turned)
+    x = x.to(y.dtype)
+    x, y = (y.t(), x.t()) if turned else (x, y)
+    return x @ y if like is None else torch.addmm(like, x, y, beta=0, alpha=scaling)

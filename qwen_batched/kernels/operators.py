@@ -141,6 +141,15 @@ def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> No
 
 
 @_operator(
+    "mixed_product(Tensor x, Tensor y, float scaling, bool turned) -> Tensor",
+    fake=lambda x, y, scaling, turned: y.new_empty((y.shape[1], len(x)) if turned else (len(x), y.shape[1])),
+)
+def mixed_product(x: Tensor, y: Tensor, scaling: float, turned: bool) -> Tensor:
+    """See `reference.mixed_product`."""
+    return (triton_kernels(x.device) or reference).mixed_product(x, y, scaling, turned).contiguous()
+
+
+@_operator(
     "mrope(Tensor qkv, Tensor cos, Tensor sin, int num_kv_heads, Tensor? slots, int rows) -> Tensor",
     fake=lambda qkv, cos, sin, num_kv_heads, slots, rows: qkv.new_empty(rows, qkv.shape[1]),
 )

@@ -138,6 +138,12 @@ def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> No
     out.add_(low @ factor, alpha=scaling)
 
 
+def mixed_product(x: Tensor, y: Tensor, scaling: float, turned: bool) -> Tensor:
+    """`scaling * x @ y` in the dtype of `y`, which is wider: (I, K) and (K, R) to (I, R), or to (R, I) if `turned`."""
+    out = scaling * (x.to(y.dtype) @ y)
+    return out.t().contiguous() if turned else out
+
+
 def swiglu_linear(
     x: Tensor,
     gate_up: Tensor,

@@ -86,6 +86,12 @@ def launch_low_rank(rows, width, rank, dtype, transposed):
     launchers.add_low_rank(zeros(rows, width, dtype=dtype), zeros(rows, rank), factor, 0.5)
 
 
+def launch_mixed_product(rows, inner, rank, dtype, turned):
+    """By rows of a matrix as they lie, or by its columns."""
+    x = zeros(inner, rows, dtype=dtype).t() if turned else zeros(rows, inner, dtype=dtype)
+    launchers.mixed_product(x, zeros(inner, rank), 0.5, turned)
+
+
 def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots):
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
     slots = zeros(tokens, dtype=torch.int64) if with_slots else None
@@ -142,6 +148,8 @@ def launch_real_shapes(dtype):
     launch_one_row(2048, 11008, dtype, with_bias=False, gated=True)
     launch_low_rank(2784, 11008, 16, dtype, transposed=True)
     launch_low_rank(2784, 2048, 48, dtype, transposed=False)
+    launch_mixed_product(2784, 11008, 16, dtype, turned=False)
+    launch_mixed_product(2048, 2784, 48, dtype, turned=True)
     for with_slots in (True, False):
         launch_mrope(512, 16, 2, 128, dtype, with_slots)
     launch_decoding(1, 512, 16, 2, 128, dtype)
@@ -165,6 +173,8 @@ def launch_odd_shapes(dtype):
     launch_one_row(7, 1, dtype, with_bias=False, gated=False)
     launch_low_rank(3, 5, 1, dtype, transposed=True)
     launch_low_rank(65, 129, 200, dtype, transposed=False)  # in four parts
+    launch_mixed_product(3, 5, 1, dtype, turned=True)
+    launch_mixed_product(65, 129, 200, dtype, turned=False)
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
     launch_windows(1, 5, 17, 1, 20, dtype)

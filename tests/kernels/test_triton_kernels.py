@@ -6,6 +6,7 @@ On the CPU kernels run under Triton's interpreter, in float32 only (its bfloat16
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import logging
 import math
 
@@ -165,6 +166,43 @@ def test_add_low_rank_equals_the_reference(shape, where):
 @pytest.mark.parametrize("shape", [(2784, 16, 11008), (2784, 48, 2048), (333, 300, 3420)], ids=str)
 def test_add_low_rank_at_real_shapes(shape, dtype):
     check_add_low_rank(*shape, dtype, "cuda", gap=8)
+
+
+# --- mixed_product ---
+
+MIXED_SHAPES = [(1, 1, 1), (5, 3, 7), (64, 64, 16), (65, 300, 17), (130, 65, 70), (0, 4, 9), (4, 0, 9)]
+
+
+def check_mixed_product(rows, inner, rank, device, dtype):
+    """Matrices as they lie, turned round, and columns of wider ones."""
+    where, wide = (device, dtype), (device, torch.float32)
+    xs = [
+        normal(rows, inner, where=where),
+        normal(inner, rows, where=where, seed=1).t(),
+        normal(rows, inner + 3, where=where, seed=2)[:, 3:],
+    ]
+    ys = [normal(inner, rank, where=wide, seed=3), normal(rank, inner + 1, where=wide, seed=4)[:, 1:].t()]
+    for x, y in itertools.product(xs, ys):
+        exact = 0.3 * x.double() @ y.double()
+        for turned in (False, True):
+            found = launchers.mixed_product(x, y, 0.3, turned)
+            assert found.dtype == torch.float32 and found.is_contiguous()
+            expected = exact.t() if turned else exact
+            assert found.shape == expected.shape
+            if expected.numel():
+                assert_equal_to(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("shape", MIXED_SHAPES, ids=str)
+def test_mixed_product_equals_the_reference(shape, where):
+    check_mixed_product(*shape, where[0], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2784, 11008, 16), (2784, 2048, 48), (256, 2784, 16), (33, 9001, 130)], ids=str)
+def test_mixed_product_at_real_shapes(shape, dtype):
+    check_mixed_product(*shape, "cuda", dtype)
 
 
 # --- swiglu ---
@@ -662,6 +700,8 @@ def op_cases():
             "add_low_rank",
             (normal(9, 80)[:, 7:40], normal(3, 9).t(), normal(33, 3, seed=1).t(), -2.0),
         ),
+        "mixed_product": ("mixed_product", (normal(9, 40).bfloat16(), normal(40, 3), 0.5, False)),
+        "mixed_product-turned": ("mixed_product", (normal(40, 9).bfloat16().t(), normal(3, 40).t(), -2.0, True)),
         "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29)),
         "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40)),
         "decode_attention": ("decode_attention", decode_inputs()),

@@ -5,6 +5,7 @@ from qwen_batched.kernels.triton.add_rms_norm import add_rms_norm, add_rms_norm_
 from qwen_batched.kernels.triton.decode_attention import decode_attention
 from qwen_batched.kernels.triton.expand_prompts import expand_prompts
 from qwen_batched.kernels.triton.frames_to_patches import frames_to_patches
+from qwen_batched.kernels.triton.mixed_product import mixed_product
 from qwen_batched.kernels.triton.mrope import mrope
 from qwen_batched.kernels.triton.one_row_linear import linear, swiglu_linear
 from qwen_batched.kernels.triton.rotary_attention import rotary_attention
@@ -18,6 +19,7 @@ __all__ = [
     "expand_prompts",
     "frames_to_patches",
     "linear",
+    "mixed_product",
     "mrope",
     "rotary_attention",
     "swiglu",
