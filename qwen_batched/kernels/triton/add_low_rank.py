@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
 
-BLOCK_T, BLOCK_F, WARPS = 64, 128, 4
+# H200, bf16, 2784 tokens: 11008 columns of rank 16 take 49 us (bytes alone 26 us), 2048 of rank 48 take 20 us; in tiles
+# of 64 rows 68 us and 40 us.
+BLOCK_T, BLOCK_F, WARPS = 32, 128, 4
 LEAST_RANK, MOST_RANK = 16, 64  # of a tile: the least that tensor cores take, and what fits beside the others
 
 
@@ -55,7 +57,7 @@ def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> No
     low = low if low.stride(1) == 1 else low.contiguous()
     launch(
         _add_low_rank_kernel,
-        (triton.cdiv(T, BLOCK_T), triton.cdiv(F, BLOCK_F)),
+        (cdiv(T, BLOCK_T), cdiv(F, BLOCK_F)),
         out,
         low,
         factor,
@@ -67,7 +69,7 @@ def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> No
         F,
         scaling,
         R=rank,
-        BLOCK_R=min(max(LEAST_RANK, triton.next_power_of_2(rank)), MOST_RANK),
+        BLOCK_R=min(max(LEAST_RANK, next_power_of_2(rank)), MOST_RANK),
         BLOCK_T=BLOCK_T,
         BLOCK_F=BLOCK_F,
         num_warps=WARPS,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_batched.kernels.backend import reads_ahead
-from qwen_batched.kernels.triton.launch import begin, launch, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import begin, launch, launch_options, next_power_of_2, wait_for_inputs
 
 # H200, bf16, width 1280: 16384 rows 45 us (bytes alone 40 us); 65536 rows 164 us (160 us). One to four rows a program
 # and 1 to 8 warps are within 3% of each other.
@@ -56,7 +56,7 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     stream = update if residual is None else torch.empty_like(update)
     if update.numel() == 0:
         return normed, stream
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     launch(
         _add_rms_norm_kernel,
         (update.numel() // dim,),
@@ -127,7 +127,7 @@ def add_rms_norm_backward(
         return grad, torch.zeros_like(weight) if for_weight else weight.new_empty(0)
     programs = min(rows, PROGRAMS)
     sums = torch.empty(programs if for_weight else 0, dim, dtype=torch.float32, device=stream.device)
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     launch(
         _add_rms_norm_backward_kernel,
         (programs,),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_batched.kernels.backend import reads_ahead
-from qwen_batched.kernels.triton.launch import begin, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import begin, cdiv, launch_options, next_power_of_2, wait_for_inputs
 from qwen_batched.kernels.triton.rotation import angles, rotated
 
 LOG2_E = math.log2(math.e)
@@ -143,8 +143,8 @@ def decode_attention(
     if batch == 0:
         return out
     parts = _parts(batch * kv_heads, capacity)
-    block_g = max(LEAST_ROWS, triton.next_power_of_2(group))
-    block_e = max(LEAST_ROWS, triton.next_power_of_2(head_dim))
+    block_g = max(LEAST_ROWS, next_power_of_2(group))
+    block_e = max(LEAST_ROWS, next_power_of_2(head_dim))
     rows = batch * kv_heads * parts * block_g
     _decode_attention_kernel[(batch * kv_heads, parts)](
         qkv,
@@ -177,4 +177,4 @@ def decode_attention(
 
 def _parts(heads: int, capacity: int) -> int:
     """Into how many parts the context of each of `heads` is split. Of shapes alone: a graph holds it."""
-    return max(1, min(PROGRAMS // heads, triton.cdiv(capacity, TILE), MAX_PARTS))
+    return max(1, min(PROGRAMS // heads, cdiv(capacity, TILE), MAX_PARTS))

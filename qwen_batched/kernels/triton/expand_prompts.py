@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_batched.kernels.reference import NO_TOKEN
-from qwen_batched.kernels.triton.launch import launch_options, let_the_next_start, wait_for_inputs
+from qwen_batched.kernels.triton.launch import (
+    cdiv,
+    launch_options,
+    let_the_next_start,
+    next_power_of_2,
+    wait_for_inputs,
+)
 
 PLACES, TOKENS, SAMPLES, WARPS = 128, 64, 16, 4
 
@@ -159,7 +165,7 @@ def expand_prompts(
     ids, camera_ids, features = (empty(batch, length) for _ in range(3))
     real, positions, index = empty(batch, length, dtype=torch.bool), empty(3, batch, length), empty(tokens)
     if ids.numel() > 0:
-        _expand_prompts_kernel[(batch, triton.cdiv(length, PLACES))](
+        _expand_prompts_kernel[(batch, cdiv(length, PLACES))](
             prompts.contiguous(),
             grids.contiguous(),
             prompts if camera_mask is None else camera_mask.contiguous(),
@@ -179,7 +185,7 @@ def expand_prompts(
             V=cameras,
             HAS_MASK=camera_mask is not None,
             LEFT=left,
-            BLOCK_V=triton.next_power_of_2(max(2, cameras)),  # Triton 3.6 cannot sum up along an axis of one
+            BLOCK_V=next_power_of_2(max(2, cameras)),  # Triton 3.6 cannot sum up along an axis of one
             SAMPLES=SAMPLES,
             TOKENS=TOKENS,
             PLACES=PLACES,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
 
 # H200, 24 uint8 frames 480x640 to 448x448: width 66 us (4 rows of 128 columns 88 us), height 100 us (4 to 8 warps).
 WIDTH_ROWS, WIDTH_BLOCK, WIDTH_WARPS = 2, 512, 4
@@ -182,7 +182,7 @@ def frames_to_patches(
         PATCH=patch_size,
         MERGE=merge,
         REPEAT=repeat,
-        BLOCK=triton.next_power_of_2((patch_size * merge) ** 2),
+        BLOCK=next_power_of_2((patch_size * merge) ** 2),
         num_warps=CELL_WARPS,
         **launch_options(frames.device),
     )
@@ -195,7 +195,7 @@ def _at_new_width(frames: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     taps, new_width = weights.shape
     pixels = torch.empty(images, channels, height, new_width, dtype=torch.float32, device=frames.device)
     rows = images * channels * height
-    _resize_width_kernel[(triton.cdiv(rows, WIDTH_ROWS), triton.cdiv(new_width, WIDTH_BLOCK))](
+    _resize_width_kernel[(cdiv(rows, WIDTH_ROWS), cdiv(new_width, WIDTH_BLOCK))](
         frames,
         starts,
         weights,

@@ -48,6 +48,16 @@ def launch(kernel: KernelInterface, grid: tuple[int, ...], *arguments: object, *
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many blocks of `size` hold `count`. Triton's own takes the host microseconds, of a launch's few tens."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of 2 that is no less than `count`, at least 1."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 @triton.jit
 def wait_for_inputs(EARLY: tl.constexpr):
     """Every program of a kernel calls this before it touches what an earlier kernel may have written or still reads.

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
 
+# H200, bf16, 2784 tokens: of 11008 columns to rank 16 or back 35 us (bytes alone 13 us), of 2048 to rank 48 19 us; a
+# copy in float32 and its product take 160 us and 43 us.
 BLOCK_I, BLOCK_K, WARPS = 64, 64, 4
 LEAST_RANK, MOST_RANK = 16, 64  # of a tile: the least that tensor cores take, and what fits beside the others
 # There are few rows of tiles, so their sums are cut into parts until a GPU has enough to do; no part is shorter than
@@ -61,16 +63,16 @@ def mixed_product(x: Tensor, y: Tensor, scaling: float, turned: bool) -> Tensor:
     (rows, inner), rank = x.shape, y.shape[1]
     if rows * inner * rank == 0:
         return y.new_zeros((rank, rows) if turned else (rows, rank))
-    tiles = triton.cdiv(rows, BLOCK_I)
-    parts = max(1, min(PROGRAMS // tiles, triton.cdiv(inner, LEAST_BLOCKS * BLOCK_K)))
-    chunk = triton.cdiv(triton.cdiv(inner, parts), BLOCK_K) * BLOCK_K
-    parts = triton.cdiv(inner, chunk)
+    tiles = cdiv(rows, BLOCK_I)
+    parts = max(1, min(PROGRAMS // tiles, cdiv(inner, LEAST_BLOCKS * BLOCK_K)))
+    chunk = cdiv(cdiv(inner, parts), BLOCK_K) * BLOCK_K
+    parts = cdiv(inner, chunk)
     out = torch.empty((parts, rank, rows) if turned else (parts, rows, rank), dtype=torch.float32, device=x.device)
     part_stride, *strides = out.stride()
-    block_r = min(max(LEAST_RANK, triton.next_power_of_2(rank)), MOST_RANK)
+    block_r = min(max(LEAST_RANK, next_power_of_2(rank)), MOST_RANK)
     launch(
         _mixed_product_kernel,
-        (tiles, parts, triton.cdiv(rank, block_r)),
+        (tiles, parts, cdiv(rank, block_r)),
         x,
         y,
         out,

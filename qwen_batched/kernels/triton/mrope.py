@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch, launch_options, let_the_next_start, wait_for_inputs
+from qwen_batched.kernels.triton.launch import (
+    cdiv,
+    launch,
+    launch_options,
+    let_the_next_start,
+    next_power_of_2,
+    wait_for_inputs,
+)
 
 BLOCK, WARPS = 512, 4
 
@@ -59,10 +66,10 @@ def mrope(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tenso
     out = qkv.new_empty(rows, width) if slots is None else qkv.new_zeros(rows, width)
     if tokens == 0:
         return out
-    block = min(BLOCK, triton.next_power_of_2(width // 2))
+    block = min(BLOCK, next_power_of_2(width // 2))
     launch(
         _mrope_kernel,
-        (tokens, triton.cdiv(width // 2, block)),
+        (tokens, cdiv(width // 2, block)),
         qkv,
         cos.contiguous(),
         sin.contiguous(),

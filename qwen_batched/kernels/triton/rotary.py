@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
 
 BLOCK, WARPS = 1024, 4
 
@@ -47,10 +47,10 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     images, tokens, width = qkv.shape
     dim = width // 3
     out = torch.empty(images, tokens, 2 * dim, dtype=qkv.dtype, device=qkv.device)
-    block = min(BLOCK, triton.next_power_of_2(dim))
+    block = min(BLOCK, next_power_of_2(dim))
     launch(
         _rotary_kernel,
-        (images * tokens, triton.cdiv(dim, block)),
+        (images * tokens, cdiv(dim, block)),
         qkv,
         cos,
         sin,

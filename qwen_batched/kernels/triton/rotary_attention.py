@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.segments import Run
-from qwen_batched.kernels.triton.launch import launch, launch_options, wait_for_inputs
+from qwen_batched.kernels.triton.launch import launch, launch_options, next_power_of_2, wait_for_inputs
 from qwen_batched.kernels.triton.rotary import rotary
 from qwen_batched.kernels.triton.rotation import angles, rotated
 
@@ -133,7 +133,7 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
         E=head_dim,
         E_HIGH=high,
         E_LOW=low,
-        BLOCK_S=max(16, triton.next_power_of_2(longest)),
+        BLOCK_S=max(16, next_power_of_2(longest)),
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=WARPS_OF_FLOAT32 if qkv.dtype == torch.float32 else WARPS,
         **launch_options(qkv.device),
@@ -157,7 +157,7 @@ def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Te
 
 def _split(head_dim: int) -> tuple[int, int]:
     """The head as two powers of two of at least 16 (tensor cores' least), the second 0 where the first suffices."""
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, next_power_of_2(head_dim))
     high = padded if padded == head_dim or padded == 16 else padded // 2
     rest = head_dim - high
-    return high, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+    return high, 0 if rest <= 0 else max(16, next_power_of_2(rest))
