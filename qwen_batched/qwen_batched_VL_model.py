@@ -29,7 +29,15 @@ from qwen_batched.model.packed import pack
 from qwen_batched.model.tensor_processor import TensorProcessor, to_device
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.weights import HEAD_NAME, build_on_meta, load_weights, save_weights, unread_layers, whole_tensors
+from qwen_batched.weights import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    build_on_meta,
+    load_weights,
+    save_weights,
+    unread_layers,
+    whole_tensors,
+)
 
 
 class QwenBatchedVL(ImageEncoder):
@@ -139,7 +147,7 @@ class QwenBatchedVL(ImageEncoder):
         image = self.processor.image
         self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
-            dtype=self.dtype,
+            dtype=tensors[EMBEDDING_NAME].dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
         ).save(Path(folder))

@@ -112,9 +112,12 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
     """What there is to save: `state_dict`, where it is that of what `build` makes.
 
     Raises:
-        ValueError: It has other tensors, or they are sharded or quantised.
+        ValueError: It has other tensors, or what is no tensor, or they are sharded or quantised.
     """
     tensors = dict(state_dict)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"a state_dict must hold tensors, got {value!r} for {name}")
     fresh = build_on_meta(build).state_dict()
     shapes, expected = ({name: tuple(x.shape) for name, x in each.items()} for each in (tensors, fresh))
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))

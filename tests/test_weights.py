@@ -969,3 +969,21 @@ def test_fuzz_replaced_values_of_the_other_configs_load_or_raise_value_error(lin
     field = data.draw(st.sampled_from([*sorted(content), "size", "do_resize", "resample", "repetition_penalty"]))
     content[field] = data.draw(st.sampled_from(WRONG_PREPROCESSOR))
     loads_or_refuses(linked({name: json.dumps(content).encode()}))
+
+
+def test_a_state_dict_of_another_dtype_is_saved_as_what_it_is(tmp_path):
+    model = load(write(tmp_path / "checkpoint"))
+    halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "saved", state_dict=halves)
+    again = load(tmp_path / "saved")
+    assert again.dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [None, 3, "weights"])
+def test_a_state_dict_of_what_is_no_tensor_is_refused(tmp_path, value):
+    model = load(write(tmp_path / "checkpoint"))
+    tensors = model.state_dict() | {"model.norm.weight": value}
+    with pytest.raises(ValueError, match=r"must hold tensors, got .*model\.norm\.weight"):
+        model.save_pretrained(tmp_path / "saved", state_dict=tensors)
+    assert not (tmp_path / "saved").exists()

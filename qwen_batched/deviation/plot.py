@@ -20,6 +20,7 @@ from qwen_batched.deviation.stages import decoder_stage, vision_stage
 WIDTH, HEIGHT = 1280, 900
 LEFT, RIGHT = 92, 32
 CURVES, RATIOS = (128, 560), (602, 742)  # top and bottom of the two fields
+MOST_RATIO = 4.0  # drawn as it is; what is more, at the upper edge
 FINER = 2  # drawn so much larger, and scaled down: Pillow's lines are not smooth
 INK, FAINT, GRID, BAND = "#1f2937", "#6b7280", "#e5e7eb", "#f6f8fb"
 COLOURS = {OURS: "#2563eb", THEIRS: "#ea580c"}
@@ -131,7 +132,7 @@ class _Picture:
                 quotients[dtype] = {s: value / theirs[s] for s, value in ours.values.items() if s in theirs}
         seen = [value for values in quotients.values() for value in values.values()]
         bottom = math.floor(min([0.9, *seen]) * 10) / 10
-        top = min(2.0, math.ceil(max([1.1, *seen]) * 10) / 10)
+        top = min(MOST_RATIO, math.ceil(max([1.1, *seen]) * 10) / 10)
 
         def y(value: float) -> float:
             return _between(*RATIOS, (min(value, top) - bottom) / (top - bottom))
