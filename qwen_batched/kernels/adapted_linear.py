@@ -18,7 +18,9 @@ from qwen_batched.kernels import operators, reference
 from qwen_batched.kernels.derivatives import FusedFunction
 from qwen_batched.kernels.low_rank import LowRankUpdate
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
+# Beside float32 matrices, what has fewer elements is copied in float32: a kernel that reads it as it is saves the GPU
+# less than it costs the host.
+LEAST_WIDE = 2**24
 
 
 def adapted_linear(
@@ -74,9 +76,9 @@ class AdaptedLinear(FusedFunction):
         """
         stacked, bs = _stacked(factors), factors[1::2]
         out = F.linear(x, weight, bias)
-        low = _product(_columns(x, stacked.shape[1]), stacked.t())
+        low = _product(_as_factor(_columns(x, stacked.shape[1]), stacked), stacked.t())
         for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
-            _add_product(out.narrow(1, start, b.shape[0]), part, b.t(), scaling)
+            _add_product(_columns(out, b.shape[0], start), part, b.t(), scaling)
         stacked = None if stacked is factors[0] else stacked
         if gated:
             return operators.swiglu(*out.chunk(2, dim=-1), None, None), low, stacked, out
@@ -119,16 +121,15 @@ def _grads(
 ) -> list[Tensor | None]:
     """Gradients of `x` and of all matrices, in the order of `wanted`."""
     trains = any(wanted[1:])
-    grad_lows, grad_bs = [], []
+    wide_grad, grad_lows, grad_bs = _as_factor(grad, low), [], []
     for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
-        grad_out = grad.narrow(1, start, b.shape[0])
+        grad_out = _columns(wide_grad, b.shape[0], start)
         grad_lows.append(_product(grad_out, b, scaling, like=part))
         grad_bs.append(_product(grad_out.t(), part, scaling, like=b) if trains else None)
     grad_low = grad_lows[0] if len(bs) == 1 else torch.cat(grad_lows, dim=1)
-    grad_as = [None] * len(bs)
-    narrow = stacked.shape[1]
+    grad_as, narrow = [None] * len(bs), stacked.shape[1]
     if trains:  # rows of one tensor: autograd takes them as they are
-        grad_as = _product(_columns(x, narrow).t(), grad_low, turned=True)
+        grad_as = _product(_as_factor(_columns(x, narrow), stacked).t(), grad_low, turned=True)
         grad_as = grad_as.split_with_sizes([b.shape[1] for b in bs])
     grad_x = None
     if wanted[0]:
@@ -160,9 +161,8 @@ def _stacked(factors: Sequence[Tensor]) -> Tensor:
     return factors[0] if len(factors) == 2 else torch.cat(factors[::2])
 
 
-def _columns(x: Tensor, count: int) -> Tensor:
-    """The first columns; the others are padding."""
-    return x if x.shape[1] == count else x[:, :count]
+def _columns(x: Tensor, count: int, start: int = 0) -> Tensor:
+    return x if x.shape[1] == count else x.narrow(1, start, count)
 
 
 def _parts(low: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -178,10 +178,15 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> Non
         operators.add_low_rank(out, x, y, scaling)
 
 
+def _as_factor(x: Tensor, y: Tensor) -> Tensor:
+    """`x` in the dtype of `y`, or as it is where a kernel multiplies it with `y` so."""
+    is_half_beside_wide = y.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    return x if is_half_beside_wide and x.numel() >= LEAST_WIDE else x.to(y.dtype)
+
+
 def _product(x: Tensor, y: Tensor, scaling: float = 1.0, like: Tensor | None = None, turned: bool = False) -> Tensor:
-    """`reference.mixed_product`, of one dtype too; where `scaling` is given, `like` has the result's shape."""
-    if x.dtype in HALF_TYPES and y.dtype == torch.float32:
+    """`reference.mixed_product` of what `_as_factor` gave; where `scaling` is given, `like` has the result's shape."""
+    if x.dtype != y.dtype:
         return operators.mixed_product(x, y, scaling, turned)
-    x = x.to(y.dtype)
     x, y = (y.t(), x.t()) if turned else (x, y)
     return x @ y if like is None else torch.addmm(like, x, y, beta=0, alpha=scaling)

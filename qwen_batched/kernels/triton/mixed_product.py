@@ -14,8 +14,8 @@ from qwen_batched.kernels.triton.launch import cdiv, launch, launch_options, nex
 BLOCK_I, BLOCK_K, WARPS = 64, 64, 4
 LEAST_RANK, MOST_RANK = 16, 64  # of a tile: the least that tensor cores take, and what fits beside the others
 # There are few rows of tiles, so their sums are cut into parts until a GPU has enough to do; no part is shorter than
-# this many blocks.
-PROGRAMS, LEAST_BLOCKS = 512, 4
+# this many blocks. Adding the parts is another launch: 512 programs are 5 us faster where it comes anyway.
+PROGRAMS, LEAST_BLOCKS = 256, 4
 
 
 @triton.jit
