@@ -78,12 +78,12 @@ class ImageEncoder(Trainable):
         )
 
     def _batch(self, request: Request, cuda_graph: bool) -> dict[str, Tensor | list[Tensor]]:
-        """The processor's batch with `features` in place of pixels.
+        """The processor's batch; on a GPU with `features` in place of pixels.
 
         Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
-        as the GPU, and the decoder waits for both.
+        as the GPU, and the decoder waits for both. A compiler sees the two networks in one piece instead.
         """
-        if not request.frames:
+        if not request.frames or not self._graphs_may_serve(cuda_graph) or torch.compiler.is_compiling():
             return self.processor.batch(request, self.dtype)
         features = self._encode(replace(request, prompts=None), cuda_graph)
         return self.processor.batch(replace(request, frames=()), self.dtype) | {"features": features}
