@@ -95,7 +95,10 @@ class ImageEncoder(Trainable):
 
         def run(*tensors: Tensor) -> Features | list[Features]:
             batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
-            return self.visual(**batch, layers=layers, chunk_size=chunk_size)
+            inputs = batch["pixel_values"], batch["raster_order"], batch.get("camera_present")
+            if layers is None and chunk_size is None:  # as `embed` calls it: hooks see the same arguments
+                return self.visual(*inputs)
+            return self.visual(*inputs, layers=layers, chunk_size=chunk_size)
 
         if not self._graphs_may_serve(cuda_graph):
             return run(*request.tensors)
@@ -103,8 +106,10 @@ class ImageEncoder(Trainable):
         return self._vision_graphs.run([self.visual], key, run, *request.tensors, device=self.device)
 
     def _graphs_may_serve(self, wanted: bool) -> bool:
-        # A processor of another class may decide in Python what it does, at every call.
-        return wanted and self.device.type == "cuda" and type(self.processor) is TensorProcessor
+        if not wanted or self.device.type != "cuda":
+            return False
+        # A processor of another class, or with methods of its own, may decide in Python what it does at every call.
+        return type(self.processor) is TensorProcessor and vars(TensorProcessor).keys().isdisjoint(vars(self.processor))
 
     def _key(self, request: Request) -> tuple[Hashable, ...]:
         """What shapes a call besides its arguments and tensors."""

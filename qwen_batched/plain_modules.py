@@ -22,13 +22,16 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """The same of a linear layer, with `weight` and `bias` as it was built."""
-    parameters = module._parameters
+    """The same of a linear layer, with `weight` and `bias` as it was built and no tensor in their place."""
+    parameters, attributes = module._parameters, vars(module)
     return (
         type(module) is nn.Linear
         and runs_own_code(module)
         and type(parameters.get("weight")) is nn.Parameter
-        and type(parameters.get("bias")) in PLAIN_PARAMETERS
+        and "bias" in parameters
+        and type(parameters["bias"]) in PLAIN_PARAMETERS
+        and "weight" not in attributes
+        and "bias" not in attributes
     )
 
 

@@ -118,6 +118,9 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"a state_dict must hold tensors, got {value!r} for {name}")
+        if value.is_meta or not value.is_floating_point():
+            kind = "one without values" if value.is_meta else str(value.dtype)
+            raise ValueError(f"a state_dict must hold tensors of floating dtypes, got {kind} for {name}")
     fresh = build_on_meta(build).state_dict()
     shapes, expected = ({name: tuple(x.shape) for name, x in each.items()} for each in (tensors, fresh))
     wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))

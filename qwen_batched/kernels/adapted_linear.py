@@ -34,7 +34,9 @@ def adapted_linear(
     if (
         (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
         or any(update.a.dtype != kind for update in updates)
-        or forward_ad.unpack_dual(x).tangent is not None
+        or x.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or any(forward_ad.unpack_dual(each).tangent is not None for each in (x, weight, bias) if each is not None)
         or (gated and torch.float64 in (x.dtype, kind))
     ):
         return _by_the_reference(x, weight, bias, updates, gated)
@@ -47,7 +49,7 @@ def adapted_linear(
     if x.ndim == 2:
         return AdaptedLinear.apply(x, weight, bias, places, gated, *factors)[0]
     out, *_ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, gated, *factors)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _by_the_reference(
@@ -97,6 +99,9 @@ class AdaptedLinear(FusedFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         low, stacked, product, x, weight, bias, *factors = ctx.saved_tensors
+        if torch.is_autocast_enabled(x.device.type):  # the forward pass has chosen the dtypes
+            with torch.autocast(x.device.type, enabled=False):
+                return AdaptedLinear.backward(ctx, grad)
         wanted = ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]
         if grad is None:
             grads = [None] * len(wanted)

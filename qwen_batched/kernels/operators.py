@@ -45,7 +45,10 @@ def _operator(schema: str, fake: Callable[..., object]) -> Callable[[Callable[..
 
 
 def _nobody_looks_on(x: Tensor) -> bool:
-    """Whether PyTorch would only call the kernel's launcher, which costs the host more than the launch itself."""
+    """Whether PyTorch would only call the kernel's launcher, which costs the host more than the launch itself.
+
+    A profiler then sees the kernel alone.
+    """
     return (
         not torch.compiler.is_compiling()
         and x.is_cuda

@@ -72,7 +72,7 @@ class SwiGLU(PackingModule):
             packings.append((self._down, (down.weight,)))
         return packings
 
-    def _joining_pays(self) -> bool:
+    def _joining_pays(self, *layers: nn.Linear) -> bool:
         return self._pads_down()
 
     def _pads_down(self) -> bool:

@@ -26,34 +26,37 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
     peft = sys.modules.get("peft.tuners.lora.layer")  # not imported for this: there are no such layers without it
     if (
         peft is None
-        or type(layer) is not peft.Linear
+        or type(layer) is not getattr(peft, "Linear", None)  # another thread may be importing it
         or layer.merged_adapters
         or not runs_own_code(layer)
         or torch.compiler.is_compiling()
     ):
         return layer, ()
-    if layer.disable_adapters:
-        return layer.base_layer, ()
+    base = layer.base_layer
+    if layer.disable_adapters or not is_plain_linear(base):
+        return (base, ()) if layer.disable_adapters else (layer, ())
     updates = []
     matrices_a = layer.lora_A
     for adapter in layer.active_adapters:
         if adapter in matrices_a:
-            update = _update(matrices_a[adapter], layer.lora_B[adapter], layer.scaling[adapter])
+            update = _update(base, matrices_a[adapter], layer.lora_B[adapter], layer.scaling[adapter])
             if update is None or not _is_plain_lora(layer, adapter):
                 return layer, ()
             updates.append(update)
-    return layer.base_layer, tuple(updates)
+    return base, tuple(updates)
 
 
-def _update(a: nn.Module, b: nn.Module, scaling: float) -> LowRankUpdate | None:
-    """What two linear layers add; None where they are more than matrices."""
+def _update(base: nn.Linear, a: nn.Module, b: nn.Module, scaling: object) -> LowRankUpdate | None:
+    """What two linear layers add to `base`; None where they are more than matrices that fit it, or trained to scale."""
     if not (is_plain_linear(a) and is_plain_linear(b)):
         return None
     of_a, of_b = a._parameters, b._parameters
     first, second = of_a["weight"], of_b["weight"]
-    if first.dtype != second.dtype or of_a["bias"] is not None or of_b["bias"] is not None:
+    (rank, inner), (outer, inner_of_b) = first.shape, second.shape
+    fits = base._parameters["weight"].shape == (outer, inner) and rank == inner_of_b
+    if not fits or first.dtype != second.dtype or of_a["bias"] is not None or of_b["bias"] is not None:
         return None
-    return LowRankUpdate(first, second, scaling)
+    return LowRankUpdate(first, second, float(scaling)) if type(scaling) in (int, float) else None
 
 
 def _is_plain_lora(layer: nn.Module, adapter: str) -> bool:

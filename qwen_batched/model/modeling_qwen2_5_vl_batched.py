@@ -412,9 +412,9 @@ class DecoderAttention(PackingModule):
         layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
         return [(layer, self.dim, width, True) for layer, width in layers]
 
-    def _joining_pays(self) -> bool:
+    def _joining_pays(self, *layers: nn.Linear) -> bool:
         # Autograd would keep the joined weights of all blocks, which FSDP2 takes back one by one.
-        return not has_lent_parameters(self.q_proj)
+        return not any(map(has_lent_parameters, layers))
 
     def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))

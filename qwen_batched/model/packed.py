@@ -145,8 +145,8 @@ class PackingModule(nn.Module):
         """What is packed where, of layers in the order of `_linears`."""
         raise NotImplementedError
 
-    def _joining_pays(self) -> bool:
-        """Whether the product of the joined weights saves more time than joining them costs."""
+    def _joining_pays(self, *layers: nn.Linear) -> bool:
+        """Whether the product of the joined weights saves more time than joining them costs; of layers as above."""
         return True
 
     def _packed(self) -> tuple[list[Tensor], list[Updates]] | None:
@@ -157,7 +157,7 @@ class PackingModule(nn.Module):
         packings = self._packings(*linears.layers)
         if self._can_be_packed(linears):
             return [packed.of(*parameters) for packed, parameters in packings], linears.updates
-        if linears.want_gradient and self._joining_pays():
+        if linears.want_gradient and self._joining_pays(*linears.layers):
             return [packed.joined(*parameters) for packed, parameters in packings], linears.updates
         return None
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen_batched.cache import LRUCache
 
@@ -183,6 +184,14 @@ class TextStream:
         """What no further token will complete: broken characters, as `PromptEncoder.decode` shows them."""
         texts = map(self._prompts.decode, self._ids)
         return [text[len(sent) :] for text, sent in zip(texts, self._sent, strict=True)]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A checkpoint folder's. Raises `ValueError` where it has none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
+        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer: {error}") from error
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -6,14 +6,14 @@ texts, targets -> token ids -> sequences with a place for each image cell and la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
@@ -29,13 +29,13 @@ from qwen_batched.model.inputs import (
     check_targets,
     check_texts,
 )
-from qwen_batched.model.prompt import PromptEncoder
+from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.model.request import Grid, Prompts, Request
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
-MAX_CACHED_TEXTS = 4096
-MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
+MAX_CACHED_TEXTS, MAX_CACHED_TABLES, MAX_CACHED_MASKS = 4096, 256, 256
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class TensorProcessor:
         image = ImageConfig.from_dict(checkpoint.preprocessor)
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         image = replace(image, **{key: value for key, value in given.items() if value is not None})
-        prompts = PromptEncoder(_load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
+        prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
         return cls(config, image, prompts, padding_side)
 
     def __call__(
@@ -373,15 +373,14 @@ class TensorProcessor:
             both = _copy_to(device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
-        return self._rows.get((text, target, template, cameras, device, _stream(device)), make)
+        return _copied(self._rows, (text, target, template, cameras, device), make)
 
     def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        mask = self._masks.get((rows, device, _stream(device)), lambda: _copy_to(device, camera_mask.clone()))
-        return mask.clone()
+        return _copied(self._masks, (rows, device), lambda: _copy_to(device, camera_mask.clone())).clone()
 
     def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Window order and raster order of the cells of an image."""
@@ -419,16 +418,25 @@ def to_device(batch: Mapping[str, Tensor | Sequence[Tensor]], device: torch.devi
     return {name: moved(value) for name, value in batch.items()}
 
 
-def _stream(device: torch.device) -> int | None:
-    """The stream that work for the device goes to. What is copied without a wait is there for this one only."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+def _copied(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+    """What `make` copies to the device without a wait, once for each stream: others may not read it yet.
+
+    A capture takes what was copied on any stream: it reads nothing before a replay.
+    """
+    device = key[-1]
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return cache.get(key, make)
+
+    def make_for_all() -> T:
+        value = make()
+        cache.get(key, lambda: value)
+        return value
+
+    return cache.get((*key, torch.cuda.current_stream(device).cuda_stream), make_for_all)
 
 
 def _copy_to(device: torch.device, value: Tensor) -> Tensor:
-    """`value`, which lies in pageable memory that nobody else writes to, without a wait.
-
-    With one in somebody's capture, where PyTorch refuses it: what is kept for other calls must not wait for a replay.
-    """
+    """`value`, which lies in pageable memory of our own, without a wait; in a capture with one, which is refused."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return value.to(device, non_blocking=not capturing)
 
@@ -438,10 +446,3 @@ def _as_one(rows: list[Tensor]) -> Tensor:
     if len(rows) == 1:
         return rows[0][None]  # a control loop's only prompt: two launches less
     return pad_sequence(rows, batch_first=True, padding_value=ops.NO_TOKEN)
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer: {error}") from error

@@ -66,7 +66,8 @@ class CudaGraphs:
         """
         if not _graphs_serve(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs)
-        key = (key, device, _numerics(), *((x.shape, x.dtype) for x in inputs))
+        # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
+        key = (key, device, torch.is_grad_enabled(), _numerics(), *((x.shape, x.dtype) for x in inputs))
         obstacle = None
         with self._lock:
             self._let_go()
@@ -84,7 +85,8 @@ class CudaGraphs:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
-        self._remember(modules, key)
+        if not _have_gradients(outputs):
+            self._remember(modules, key)
         return outputs
 
     @contextlib.contextmanager
@@ -121,9 +123,14 @@ class CudaGraphs:
         """Whether autograd is on and has anything to see. What nobody knows of (hooks) is never captured."""
         if not torch.is_grad_enabled():
             return False
-        snapshot = self._snapshot  # knows the parameters without a walk; were there others now, it would not match
-        parameters = (p for module in modules for p in module.parameters()) if snapshot is None else snapshot.tensors
-        return any(tensor.requires_grad for tensor in (*inputs, *parameters))
+        snapshot = (
+            self._snapshot
+        )  # knows the parameters without a walk, as long as it is true; no replay comes of it if not
+        if any(x.requires_grad for x in inputs):
+            return True
+        if snapshot is not None and not any(tensor.requires_grad for tensor in snapshot.tensors):
+            return False
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def _still_matches(self, modules: Sequence[nn.Module]) -> bool:
         """Whether the graphs are still true; they are dropped where not."""
@@ -315,6 +322,12 @@ def _numerics() -> tuple[Hashable, ...]:
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
     )
+
+
+def _have_gradients(outputs: Outputs) -> bool:
+    if isinstance(outputs, Tensor):
+        return outputs.requires_grad
+    return outputs is not None and any(map(_have_gradients, outputs))
 
 
 def _copies(outputs: Outputs) -> Outputs:

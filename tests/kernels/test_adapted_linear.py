@@ -60,8 +60,9 @@ def test_results_and_gradients_equal_the_formula(widths, rank, rows, bias, extra
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "factors, wide", [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
 def test_bfloat16_is_no_worse_than_the_formula_in_bfloat16(device, factors, wide, monkeypatch):
     """Beside float32 matrices, whether inputs are copied in float32 or not."""
     monkeypatch.setattr(adapted_linear, "LEAST_WIDE", 0 if wide else 2**24)
@@ -145,7 +146,7 @@ def test_autocast_computes_in_its_dtype(device):
         assert relative_error(ours, theirs) <= 4 * BFLOAT16_STEP
 
 
-@pytest.mark.parametrize("shape", [(12,), (2, 3, 12), (0, 12), (1, 12)])
+@pytest.mark.parametrize("shape", [(12,), (2, 3, 12), (0, 12), (1, 12), (0, 3, 12), (3, 0, 12)])
 def test_any_shape_of_input(device, shape):
     _, weight, bias, updates = layer_with([3], 2, device=device)
     x = tensor(*shape, seed=0, device=device, grad=True)
@@ -208,6 +209,37 @@ def test_second_derivatives_in_float32_equal_the_formulas(device, name):
 
     for ours, theirs in zip(second(ops), second(reference), strict=True):
         assert_equal_to(ours, theirs)
+
+
+def test_a_backward_pass_inside_autocast_is_that_of_the_forward_pass(device):
+    for factors in (torch.float32, torch.bfloat16):
+        dtype = torch.bfloat16 if factors == torch.bfloat16 else torch.float32
+        x, weight, bias, updates = layer_with([4, 3], 2, dtype=dtype, factors=factors, device=device)
+        inputs = inputs_of(x, updates)
+        expected = torch.autograd.grad(ops.linear(x, weight, bias, updates).sum(), inputs)
+        out = ops.linear(x, weight, bias, updates).sum()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            found = torch.autograd.grad(out, inputs)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_transforms_and_tensors_without_values_go_through_the_formula():
+    x, weight, bias, updates = layer_with([3], 2)
+    x = x.detach()
+    ours, theirs = (
+        torch.func.jacrev(lambda x, linear=linear: linear(x, weight, bias, updates))(x)
+        for linear in (ops.linear, reference.linear)
+    )
+    assert_equal_to(ours, theirs)
+    mapped = torch.func.vmap(lambda row: ops.linear(row[None], weight, bias, updates)[0])(x)
+    assert_equal_to(mapped, ops.linear(x, weight, bias, updates))
+    on_meta = [update._replace(a=update.a.to("meta"), b=update.b.to("meta")) for update in updates]
+    assert ops.linear(x.to("meta"), weight.to("meta"), bias.to("meta"), on_meta).shape == (5, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(bias, torch.ones_like(bias))
+        out = torch.autograd.forward_ad.unpack_dual(ops.linear(x, weight, dual, updates))
+        assert torch.equal(out.tangent, torch.ones_like(out.primal))
 
 
 def test_nothing_given_is_changed():

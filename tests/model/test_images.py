@@ -5,6 +5,7 @@ Distances are in raw pixel values, 0 to 255: the normalisation is undone first.
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from packaging.version import Version
 from PIL import Image
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
+from qwen_batched.cache import LRUCache
+from qwen_batched.model import tensor_processor
 from tests.support import SIZES, assert_equal_to, noise, photo, photos
 
 RELEASE = Version(transformers.__version__).release
@@ -448,3 +451,16 @@ def test_trap10_frames_on_a_gpu_are_resized_as_by_transformers_there(checkpoint,
     assert ours.is_cuda
     image = processor.image
     assert_apart_at_most(raw(ours, image), raw(theirs, image), TORCHVISION_SHARE_APART)
+
+
+def test_each_stream_has_its_own_copies_and_a_capture_takes_any(monkeypatch):
+    made, cache, key = [], LRUCache(8), ("text", torch.device("cuda"))
+
+    def copied(stream, capturing=False):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        return tensor_processor._copied(cache, key, lambda: made.append(stream) or len(made))
+
+    assert [copied(7), copied(7), copied(8), copied(7)] == [1, 1, 2, 1]
+    assert copied(9, capturing=True) == 1
+    assert made == [7, 8]

@@ -133,6 +133,71 @@ def parametrised():
     return layer
 
 
+def with_two_dtypes():
+    layer = adapted_layer()
+    layer.lora_B["default"].bfloat16()
+    return layer
+
+
+def with_another_shape(name, *shape):
+    def make():
+        layer = adapted_layer()
+        getattr(layer, name)["default"].weight = nn.Parameter(torch.ones(shape))
+        return layer
+
+    return make
+
+
+def with_a_trained_scaling():
+    layer = adapted_layer()
+    layer.scaling["default"] = nn.Parameter(torch.tensor(2.0))
+    return layer
+
+
+def with_a_hooked_dropout():
+    layer = adapted_layer()
+    layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def with_a_variant():
+    layer = adapted_layer()
+    layer.lora_variant["default"] = object()
+    return layer
+
+
+def with_inputs_as_they_come():
+    layer = adapted_layer()
+    layer.cast_input_dtype_enabled = False
+    return layer
+
+
+def with_a_tensor_for_a_bias():
+    layer = adapted_layer()
+    del layer.base_layer.bias
+    layer.base_layer.bias = torch.ones(7, requires_grad=True)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        with_two_dtypes,
+        with_another_shape("lora_A", 3, 8),
+        with_another_shape("lora_B", 5, 3),
+        with_another_shape("lora_B", 9, 3),
+        with_a_trained_scaling,
+        with_a_hooked_dropout,
+        with_a_variant,
+        with_inputs_as_they_come,
+        with_a_tensor_for_a_bias,
+    ],
+)
+def test_what_is_not_known_to_be_plain_is_left_to_peft(make):
+    layer = make()
+    assert take_apart(layer) == (layer, ())
+
+
 MORE_THAN_LORA = [
     with_dora,
     with_dropout,
@@ -314,3 +379,12 @@ def test_adapters_that_come_and_go_are_followed(load, as_on_a_gpu):
                 parameter.mul_(2)
         assert relative_error(hidden_states(adapted, "cpu"), expected) > 0.01
         assert_equal_to(hidden_states(adapted.unload(), "cpu"), without)
+
+
+def test_weights_that_fsdp_lends_are_not_joined_behind_a_lora_layer(load, as_on_a_gpu):
+    """Autograd would keep those of all blocks. `fully_shard` leaves such a hook on what it has sharded."""
+    adapted = peft.get_peft_model(load(), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
+    attention = adapted.base_model.model.model.layers[0].self_attn
+    assert attention._packed() is not None
+    attention.q_proj.base_layer.register_load_state_dict_post_hook(lambda module, keys: None)
+    assert attention._packed() is None

@@ -975,3 +975,14 @@ def test_training_under_fully_shard_multiplies_by_padded_weights_too(always_pack
     monkeypatch.setattr(nn.functional, "linear", lambda *args: products.append(tuple(args[1].shape)) or linear(*args))
     mlp(inputs())
     assert products == [(256, 80), (80, 128)]
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+def test_a_bias_that_is_a_plain_tensor_gets_its_gradient(always_packed, name):
+    mlp = make_mlp()
+    layer = getattr(mlp, name)
+    bias = layer.bias.detach().clone().requires_grad_(True)
+    del layer.bias
+    layer.bias = bias
+    assert not can_be_packed(mlp)
+    assert torch.autograd.grad(mlp(inputs()).sum(), bias)[0].abs().sum() > 0

@@ -93,19 +93,60 @@ def test_encode_images_shares_the_graph(frozen, fake):
     images = photos(2, 2, 56, 84)
     for _ in range(2):
         step(frozen, {"images": images})
-    with torch.no_grad():
-        frozen.encode_images(images)
+    frozen.encode_images(images)
     assert (fake.captured, fake.replayed) == (1, 2)
 
 
-def test_generation_takes_its_features_from_the_graph(frozen, fake):
+def test_generation_takes_its_features_from_a_graph(frozen, fake):
     images = photos(2, 2, 56, 84)
-    for _ in range(2):
-        step(frozen, {"images": images})
-    expected = frozen.generate(images, TEXTS, max_new_tokens=3, cuda_graph=False).texts
-    before = fake.replayed
-    assert frozen.generate(images, TEXTS, max_new_tokens=3).texts == expected
-    assert fake.replayed > before
+    expected = frozen.generate(images, TEXTS, max_new_tokens=1, cuda_graph=False).texts
+    for count in range(3):  # one token takes no step, and so no graph of its own
+        assert frozen.generate(images, TEXTS, max_new_tokens=1).texts == expected
+        assert len(frozen._vision_graphs) == min(count, 1) == fake.captured
+
+
+def test_a_processor_with_a_method_of_its_own_makes_no_graph(load):
+    """It may train something, say."""
+    model = load()
+    model.__class__ = type("OnAGpu", (QwenBatchedVL,), {"device": torch.device("cuda")})
+    assert model._graphs_may_serve(True)
+    model.processor.batch = model.processor.batch
+    assert not model._graphs_may_serve(True)
+
+
+def test_what_a_hidden_wrapper_trains_is_never_captured(frozen, fake, monkeypatch):
+    gain = torch.ones(1, requires_grad=True)
+    embed = type(frozen.visual.patch_embed).forward
+    monkeypatch.setattr(type(frozen.visual.patch_embed), "forward", lambda self, x: gain * embed(self, x))
+    for seed in range(4):
+        gain.grad = None
+        frozen(texts=TEXTS, **CALLS["uniform"](seed)).last_hidden_state.square().mean().backward()
+        assert gain.grad.abs() > 0
+    with torch.no_grad():
+        for _ in range(3):
+            frozen.encode_images(photos(2, 2, 56, 84))
+    gain.grad = None
+    frozen(texts=TEXTS, **CALLS["uniform"](0)).last_hidden_state.square().mean().backward()
+    assert gain.grad.abs() > 0
+
+
+def test_hooks_of_the_tower_see_the_same_arguments_in_every_call(frozen):
+    seen = []
+    frozen.visual.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments)))
+    for cuda_graph in (True, False):
+        frozen(photos(2, 2, 56, 84), TEXTS, cuda_graph=cuda_graph)
+    assert seen == [3, 3]
+
+
+def test_a_tower_put_in_the_place_of_a_trained_one_is_replayed(load, fake, monkeypatch):
+    monkeypatch.setattr(ImageEncoder, "_graphs_may_serve", lambda self, wanted: wanted)
+    model, frozen_tower = load(), freeze_tower(load()).visual
+    with torch.no_grad():
+        model.encode_images(photos(2, 2, 56, 84))
+    model.visual = frozen_tower
+    for seed in range(4):
+        step(model, CALLS["uniform"](seed))
+    assert fake.captured == 1
 
 
 def assert_no_graph(model, fake, arguments):

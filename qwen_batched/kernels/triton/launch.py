@@ -18,8 +18,9 @@ try:
 except ImportError:  # Triton before programmatic dependent launch
     gdc_launch_dependents = gdc_wait = None
 
-# Since then a compiled kernel is launched with all its arguments, those it was compiled for too.
-COMPILED_KERNELS_TAKE_ALL = Version(triton.__version__) >= Version("3.4")
+# Since 3.4 a compiled kernel is launched with all its arguments, those it was compiled for too. Which kernel it is
+# depends on more than is looked at here on other GPUs than NVIDIA's.
+KERNELS_ARE_FOUND = Version(triton.__version__) >= Version("3.4") and torch.version.cuda is not None
 MAX_COMPILED = 4096
 _compiled: dict[Hashable, tuple[CompiledKernel, tuple]] = {}  # with the arguments that it was compiled for
 
@@ -31,7 +32,7 @@ def launch(kernel: KernelInterface, grid: tuple[int, ...], *arguments: object, *
     than the launch. Here that is looked up by all it can depend on: device, dtypes, alignment and values.
     """
     first = arguments[0]
-    if not (COMPILED_KERNELS_TAKE_ALL and first.is_cuda):
+    if not (KERNELS_ARE_FOUND and first.is_cuda):
         kernel[grid](*arguments, **constants)
         return
     traits = [(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
