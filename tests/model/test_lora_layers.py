@@ -15,13 +15,6 @@ EVERY_LAYER = r".*(\.(q|k|v|o|gate|up|down)_proj|\.qkv|attn\.proj|merger\.mlp\.[
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The CPU packs where a GPU would."""
-    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-
-@pytest.fixture
 def calls_of_peft(monkeypatch):
     """The layers that peft's own code runs."""
     calls, forward = [], peft.tuners.lora.layer.Linear.forward
@@ -314,7 +307,7 @@ def check_model(model, device, settings, calls_of_peft, expected_calls):
     [{"target_modules": EVERY_LAYER}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["up_proj", "qkv"]}],
     ids=["every layer", "some of qkv", "up and vision"],
 )
-def test_a_model_runs_no_layer_of_peft_and_gives_what_peft_gives(load, as_on_a_gpu, calls_of_peft, settings):
+def test_a_model_runs_no_layer_of_peft_and_gives_what_peft_gives(load, always_packed, calls_of_peft, settings):
     merger = 2 if settings["target_modules"] == EVERY_LAYER else 0  # called as they are
     check_model(load(), "cpu", settings, calls_of_peft, merger)
 
@@ -325,18 +318,18 @@ def test_a_model_on_a_gpu_runs_no_layer_of_peft(load, calls_of_peft):
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_get_gradients(load, as_on_a_gpu, calls_of_peft, bias):
+def test_trained_biases_get_gradients(load, always_packed, calls_of_peft, bias):
     check_model(load(), "cpu", {"target_modules": ["q_proj", "up_proj", "qkv"], "bias": bias}, calls_of_peft, 0)
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
-def test_layers_with_more_than_lora_are_called(load, as_on_a_gpu, calls_of_peft, settings):
+def test_layers_with_more_than_lora_are_called(load, always_packed, calls_of_peft, settings):
     model = load()
     layers = len(model.model.layers)
     check_model(model, "cpu", {"target_modules": ["k_proj"], **settings}, calls_of_peft, layers)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(load, as_on_a_gpu):
+def test_gradient_checkpointing_gives_the_same_gradients(load, always_packed):
     adapted = randomise(peft.get_peft_model(load(), peft.LoraConfig(r=4, target_modules=EVERY_LAYER)))
     _, expected = step(adapted, "cpu")
     adapted.gradient_checkpointing_enable()
@@ -360,7 +353,7 @@ def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
     assert ours <= 1.1 * theirs
 
 
-def test_adapters_that_come_and_go_are_followed(load, as_on_a_gpu):
+def test_adapters_that_come_and_go_are_followed(load, always_packed):
     """Merged, unmerged, disabled, changed by an optimiser, taken off."""
     model = load()
     without = hidden_states(model, "cpu")
@@ -381,7 +374,7 @@ def test_adapters_that_come_and_go_are_followed(load, as_on_a_gpu):
         assert_equal_to(hidden_states(adapted.unload(), "cpu"), without)
 
 
-def test_weights_that_fsdp_lends_are_not_joined_behind_a_lora_layer(load, as_on_a_gpu):
+def test_weights_that_fsdp_lends_are_not_joined_behind_a_lora_layer(load, always_packed):
     """Autograd would keep those of all blocks. `fully_shard` leaves such a hook on what it has sharded."""
     adapted = peft.get_peft_model(load(), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
     attention = adapted.base_model.model.model.layers[0].self_attn

@@ -26,13 +26,6 @@ FRAMES = photos(2, 2, 56, 84)
 WIDTHS = [(80, 90), (8, 1), (16, 128), (16, 129), (1, 7)]
 
 
-@pytest.fixture
-def always_packed(monkeypatch):
-    """The CPU packs where a GPU would: modules take their parameters for a GPU's."""
-    monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-
 def make_mlp(dim=80, hidden_dim=90, bias=True, device="cpu", seed=0):
     torch.manual_seed(seed)
     return SwiGLU(dim, hidden_dim, bias=bias).requires_grad_(False).to(device)
@@ -723,7 +716,7 @@ def holders(model):
         packing
         for module in model.modules()
         if isinstance(module, PackingModule)
-        for packing in module._packings(*module._plain_linears().layers)
+        for packing in module._plain_linears().packings
     ]
 
 
