@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qwen_batched.kernels import operators, reference
-from qwen_batched.kernels.derivatives import FusedFunction
+from qwen_batched.kernels.derivatives import FusedFunction, has_tangent, wants_gradient
 from qwen_batched.kernels.low_rank import LowRankUpdate
 
 # Beside float32 matrices, what has fewer elements is copied in float32: a kernel that reads it as it is saves the GPU
@@ -32,11 +31,11 @@ def adapted_linear(
     """
     kind = updates[0].a.dtype
     if (
-        (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
+        wants_gradient(weight, bias)
         or any(update.a.dtype != kind for update in updates)
         or x.device.type == "meta"
         or torch._C._are_functorch_transforms_active()
-        or any(forward_ad.unpack_dual(each).tangent is not None for each in (x, weight, bias) if each is not None)
+        or any(map(has_tangent, (x, weight, bias)))
         or (gated and torch.float64 in (x.dtype, kind))
     ):
         return _by_the_reference(x, weight, bias, updates, gated)

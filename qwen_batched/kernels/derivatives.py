@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from qwen_batched.kernels import operators, reference
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to see an operation on these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether forward-mode autograd is to see an operation on this."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class FusedFunction(Function):

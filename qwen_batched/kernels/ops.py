@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from qwen_batched.kernels import derivatives, operators, reference
 from qwen_batched.kernels.adapted_linear import adapted_linear
@@ -52,8 +51,8 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     """See `reference.add_rms_norm`."""
     if _only_the_reference_serves(update, residual, parameters=(weight,), has_backward=True):
         return reference.add_rms_norm(update, residual, weight, eps)
-    if _wants_gradient(update, residual, weight):
-        if residual is not None and not _wants_gradient(update, residual):
+    if derivatives.wants_gradient(update, residual, weight):
+        if residual is not None and not derivatives.wants_gradient(update, residual):
             update, residual = residual + update, None  # the stream is no one's function that wants a gradient
         if residual is None:
             return derivatives.RMSNorm.apply(update, weight, eps), update
@@ -67,7 +66,7 @@ def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: T
     """See `reference.swiglu`."""
     if _only_the_reference_serves(gate, up, parameters=(gate_bias, up_bias), has_backward=gate_bias is None):
         return reference.swiglu(gate, up, gate_bias, up_bias)
-    if _wants_gradient(gate, up):
+    if derivatives.wants_gradient(gate, up):
         return derivatives.SwiGLU.apply(gate, up)
     return operators.swiglu(gate, up, gate_bias, up_bias)
 
@@ -76,7 +75,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
     """See `reference.rotary_attention`."""
     if _only_the_reference_serves(qkv, has_backward=True):
         return reference.rotary_attention(qkv, cos, sin, segments.runs, num_heads)
-    if _wants_gradient(qkv):
+    if derivatives.wants_gradient(qkv):
         turned_IPHE = mrope(qkv.flatten(0, 1), cos, sin, num_heads).view(*qkv.shape[:2], 3 * num_heads, -1)
         return reference.segment_attention(*turned_IPHE.chunk(3, dim=2), segments.runs)
     runs = [number for run in segments.runs for number in (run.start, run.count, run.length)]
@@ -118,7 +117,7 @@ def mrope(
     """See `reference.mrope`."""
     if _only_the_reference_serves(qkv, has_backward=True):
         return reference.mrope(qkv, cos, sin, num_kv_heads, slots, rows)
-    run = derivatives.MRope.apply if _wants_gradient(qkv) else operators.mrope
+    run = derivatives.MRope.apply if derivatives.wants_gradient(qkv) else operators.mrope
     return run(qkv, cos, sin, num_kv_heads, slots, len(qkv) if slots is None else rows)
 
 
@@ -161,7 +160,7 @@ def swiglu_linear(
     updates: Sequence[LowRankUpdate] = (),
 ) -> Tensor:
     """See `reference.swiglu_linear`."""
-    if updates or _wants_gradient(x, gate_up, gate_bias, up_bias):
+    if updates or derivatives.wants_gradient(x, gate_up, gate_bias, up_bias):
         bias = None if gate_bias is None else torch.cat((gate_bias, up_bias))
         if updates:
             return adapted_linear(x, gate_up, bias, updates, gated=True)
@@ -207,10 +206,6 @@ def _is_one_row(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:
     )
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def _only_the_reference_serves(
     *activations: Tensor | None, parameters: tuple[Tensor | None, ...] = (), has_backward: bool = False
 ) -> bool:
@@ -224,7 +219,7 @@ def _only_the_reference_serves(
     given = [tensor for tensor in (*activations, *parameters) if tensor is not None]
     dtypes = {tensor.dtype for tensor in activations if tensor is not None}
     reason = None
-    wants_gradient = _wants_gradient(*given)
+    wants_gradient = derivatives.wants_gradient(*given)
     if wants_gradient and not has_backward:
         reason = "its kernels have no backward: call them under torch.no_grad()"
     elif wants_gradient and not has_kernels(given[0].device):
@@ -233,7 +228,7 @@ def _only_the_reference_serves(
         reason = "its kernels compute in float32, and there is a float64 input"
     elif len(dtypes) > 1:
         reason = f"its kernels take inputs of one dtype, got {' and '.join(sorted(map(str, dtypes)))}"
-    elif not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+    elif not torch.compiler.is_compiling() and any(map(derivatives.has_tangent, given)):
         reason = "its kernels have no forward-mode derivative"
     if reason is None:
         return False

@@ -33,8 +33,10 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
     ):
         return layer, ()
     base = layer.base_layer
-    if layer.disable_adapters or not is_plain_linear(base):
-        return (base, ()) if layer.disable_adapters else (layer, ())
+    if layer.disable_adapters:
+        return base, ()
+    if not is_plain_linear(base):
+        return layer, ()
     updates = []
     matrices_a = layer.lora_A
     for adapter in layer.active_adapters:

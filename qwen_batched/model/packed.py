@@ -119,12 +119,14 @@ class Linears(NamedTuple):
     Attributes:
         layers: In the order of `PackingModule._linears`.
         updates: What adapters add to each.
+        packings: What is packed where.
         parameters: Of all layers.
         want_gradient: Whether autograd is to see any of them.
     """
 
     layers: list[nn.Linear]
     updates: list[Updates]
+    packings: list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]
     parameters: list[nn.Parameter]
     want_gradient: bool
 
@@ -154,18 +156,16 @@ class PackingModule(nn.Module):
         linears = self._plain_linears()
         if linears is None:
             return None
-        packings = self._packings(*linears.layers)
         if self._can_be_packed(linears):
-            return [packed.of(*parameters) for packed, parameters in packings], linears.updates
+            return [packed.of(*parameters) for packed, parameters in linears.packings], linears.updates
         if linears.want_gradient and self._joining_pays(*linears.layers):
-            return [packed.joined(*parameters) for packed, parameters in packings], linears.updates
+            return [packed.joined(*parameters) for packed, parameters in linears.packings], linears.updates
         return None
 
     def _can_be_packed(self, linears: Linears | None) -> bool:
         if linears is None or linears.want_gradient or any(map(has_lent_parameters, linears.layers)):
             return False
-        packings = self._packings(*linears.layers)
-        if all(packed.holds(*parameters) for packed, parameters in packings):
+        if all(packed.holds(*parameters) for packed, parameters in linears.packings):
             return True
         parameters = linears.parameters
         return (
@@ -195,7 +195,7 @@ class PackingModule(nn.Module):
         if not first.is_cuda or any(each.dtype != dtype or each.device != device for each in parameters):
             return None
         wanted = torch.is_grad_enabled() and any(each.requires_grad for each in parameters)
-        return Linears(layers, updates, parameters, wanted)
+        return Linears(layers, updates, self._packings(*layers), parameters, wanted)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> PackingModule:
         """`.to()` and the like: parameters may leave the packed tensors, which must not stay behind on the GPU."""
@@ -216,7 +216,7 @@ def pack(*modules: nn.Module) -> None:
         for child in packing:
             linears = child._plain_linears()
             if child._can_be_packed(linears):
-                for packed, parameters in child._packings(*linears.layers):
+                for packed, parameters in linears.packings:
                     packed.of(*parameters)
 
 
@@ -225,7 +225,7 @@ def unpack(*modules: nn.Module) -> None:
     for child in (child for module in modules for child in module.modules() if isinstance(child, PackingModule)):
         linears = child._plain_linears()
         if linears is not None:
-            for packed, parameters in child._packings(*linears.layers):
+            for packed, parameters in linears.packings:
                 packed.give_back(*parameters)
 
 
