@@ -177,24 +177,19 @@ class Run(runs.Run):
 
 @torch.no_grad()
 def run_all(options: argparse.Namespace, temporary: str) -> int:
-    started = time.perf_counter()
     transformers.logging.set_verbosity_error()
-    device = torch.device("cpu" if options.smoke else "cuda")
     shapes = SMOKE if options.smoke else FULL
     if options.batches:
         shapes = dataclasses.replace(shapes, batches=tuple(options.batches))
-    torch.manual_seed(0)
-    folder = runs.whole_checkpoint(options, shapes.preset, temporary)
-    note("checkpoint ready")
-    model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device=device)
-    run = Run(options, shapes, device, model.requires_grad_(False), started)
+    run, folder = Run.begin(options, shapes, temporary)
+    run.model.requires_grad_(False)
     check_identity(run, folder)
     run.model.generation_config = dataclasses.replace(run.model.generation_config, eos_token_ids=())
     check_graphs(run)
     if not run.wrong:
         reference = None
         if not options.quick:
-            reference = TransformersReference.from_pretrained(folder, dtype=model.dtype, device=device)
+            reference = TransformersReference.from_pretrained(folder, dtype=run.model.dtype, device=run.device)
         for batch in shapes.batches:
             measure_batch(run, batch, reference if batch in shapes.batches[:2] else None)
         if reference is not None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import measure
 import torch
@@ -26,6 +26,7 @@ from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.testing import write_checkpoint
 
 SENTENCE = "pick up the red cube and put it into the box on the left, then open the drawer and move the arm to the sink"
+R = TypeVar("R", bound="Run")
 
 
 @dataclass
@@ -41,6 +42,17 @@ class Run:
     goals: list[Goal] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls: type[R], options: argparse.Namespace, shapes: Any, temporary: str) -> tuple[R, str]:
+        """A run with a bfloat16 model, and the folder of its checkpoint."""
+        started = time.perf_counter()
+        device = torch.device("cpu" if options.smoke else "cuda")
+        torch.manual_seed(0)
+        folder = whole_checkpoint(options, shapes.preset, temporary)
+        note("checkpoint ready")
+        model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device=device)
+        return cls(options, shapes, device, model, started), folder
 
     @property
     def like(self) -> Tensor:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +41,6 @@ from measure import Goal, Work, note, print_table
 from runs import print_beside_ours, ratio_to_ours, text_of
 from torch import Tensor, nn
 
-from qwen_batched import QwenBatchedVL
 from qwen_batched.transformers_reference import TransformersReference
 
 TEMPLATE = "plain"
@@ -130,14 +128,7 @@ def without_gradients(run: Step, parameters: Iterable[nn.Parameter]) -> Step:
 
 
 def run_all(options: argparse.Namespace, temporary: str) -> int:
-    started = time.perf_counter()
-    device = torch.device("cpu" if options.smoke else "cuda")
-    shapes = SMOKE if options.smoke else FULL
-    torch.manual_seed(0)
-    folder = runs.whole_checkpoint(options, shapes.preset, temporary)
-    note("checkpoint ready")
-    model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device=device)
-    run = Run(options, shapes, device, model, started)
+    run, folder = Run.begin(options, SMOKE if options.smoke else FULL, temporary)
     reference = check_gradients(run, folder)
     if not run.wrong:
         measure_steps(run, reference)

@@ -46,7 +46,6 @@ from runs import print_beside_ours, ratio_to_ours, text_of
 from torch import Tensor, nn
 from waits import traced_waits, waits_raise
 
-from qwen_batched import QwenBatchedVL
 from qwen_batched.outputs import VLOutput
 from qwen_batched.profile import Latency
 from qwen_batched.runtime.cuda_graphs import MAX_GRAPHS
@@ -175,19 +174,13 @@ class Run(runs.Run):
 
 @torch.no_grad()
 def run_all(options: argparse.Namespace, temporary: str) -> int:
-    started = time.perf_counter()
-    device = torch.device("cpu" if options.smoke else "cuda")
-    shapes = SMOKE if options.smoke else FULL
-    torch.manual_seed(0)
-    folder = runs.whole_checkpoint(options, shapes.preset, temporary)
-    note("checkpoint ready")
-    model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device=device)
-    run = Run(options, shapes, device, model.requires_grad_(False), started)
+    run, folder = Run.begin(options, SMOKE if options.smoke else FULL, temporary)
+    run.model.requires_grad_(False)
     reference = check_accuracy(run, folder)
     check_graphs(run)
     if options.quick:
         reference = None
-        measure.release(device)
+        measure.release(run.device)
     if not run.wrong:
         measure_times(run, reference)
         set_goals(run)
