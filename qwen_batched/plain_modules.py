@@ -37,7 +37,16 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def runs_own_code(module: nn.Module) -> bool:
     """Whether a call of the module is its class's `forward` and nothing else."""
-    return not any(hooks_of(module)) and module._compiled_call_impl is None and "forward" not in vars(module)
+    return (
+        not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        )
+        and module._compiled_call_impl is None
+    )
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

@@ -368,8 +368,11 @@ def test_the_decoder_alone_reads_only_its_own_tensors(tmp_path, reads, key_layou
     own = {name for name in stored_names(folder) if name.startswith("model.")}
     assert reads == dict.fromkeys({name for name in own if not is_block_from(name, num_layers or 4)}, 1)
     batch = whole.processor(None, TEXTS)
-    embeds, layout = decoder.embed_tokens(batch["input_ids"]), (batch["position_ids"], batch["attention_mask"])
-    hidden = decoder(embeds, *layout, token_index=batch["token_index"])
+    embeds, layout = (
+        decoder.embed_tokens(batch["input_ids"]),
+        (batch["rope_positions"].transpose(0, 1), batch["attention_mask"]),
+    )
+    hidden = decoder(embeds, *layout, tokens=batch["prepared"].tokens)
     assert torch.equal(hidden[0], whole(None, TEXTS).last_hidden_state)
 
 

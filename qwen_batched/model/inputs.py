@@ -169,7 +169,7 @@ def check_int(name: str, value: object, least: int | None = None, most: int | No
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or isinstance(value, Tensor):
+    if number is None or isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} must be an int, got {_shortened(value)}")
     if (least is not None and number < least) or (most is not None and number > most):
         bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
@@ -246,7 +246,7 @@ def check_given(name: str, value: object, kind: str) -> None:
 def check_decoder_inputs(
     inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, tokens: int | None, like: Tensor
 ) -> None:
-    """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or not its embedding `like`."""
+    """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or its embedding `like`."""
     named = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "attention_mask": attention_mask}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):

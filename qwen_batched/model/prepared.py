@@ -147,11 +147,10 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     grids = _check_fields(batch, config, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
     facts: HostFacts = batch[MARKER]
-    on_host = not torch.compiler.is_compiling()  # which must not look at values
-    tokens = _count(mask, facts.tokens, input_ids.numel(), on_host)
-    answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel(), on_host)
+    tokens = _count(mask, facts.tokens, input_ids.numel())
+    answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
     names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = on_host and all(batch[name].device.type == "cpu" for name in names)
+    on_host = _can_read(*(batch[name] for name in names))
 
     where = torch.device("cpu") if on_host else device
     layout = {name: batch[name].to(where, non_blocking=True) for name in names}
@@ -221,9 +220,14 @@ def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch
         raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
 
 
-def _count(marks: Tensor, known: int | None, most: int, may_look: bool) -> int:
+def _can_read(*tensors: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or breaking a compiler's graph."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _count(marks: Tensor, known: int | None, most: int) -> int:
     """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
-    if may_look and marks.device.type == "cpu":
+    if _can_read(marks):
         return max(1, int(marks.sum()))
     return most if known is None else max(1, min(known, most))
 

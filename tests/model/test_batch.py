@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -265,7 +267,9 @@ def test_trap21_cameras_given_as_a_list_of_one_size_equal_the_tensor(model):
     images, mask = photos(2, 3, 84, 140), torch.tensor([[True, False, True], [True, True, True]])
     for camera_mask in (None, mask):
         as_list = run(model, list(images.unbind(1)), TEXTS[:2], camera_mask)
-        assert_identical(as_list, run(model, images, TEXTS[:2], camera_mask))
+        as_tensor = run(model, images, TEXTS[:2], camera_mask)
+        assert isinstance(as_list.image_features, list)
+        assert_identical(as_list, replace(as_tensor, image_features=list(as_tensor.image_features.unbind(1))))
 
 
 def test_trap21_a_sample_without_cameras_equals_text_alone(either_padding):
