@@ -268,8 +268,8 @@ class QwenBatchedVL(ImageEncoder):
             scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
         if has_targets:
             loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_tokens"], self.logits)
-            if batch.get("valid") is not None:
-                loss = loss.masked_fill(~batch["valid"].all(), torch.nan)
+            if batch.get("labels_valid") is not None:
+                loss = loss.masked_fill(~batch["labels_valid"], torch.nan)
         return [
             hidden_states,
             attention_mask,

@@ -190,6 +190,7 @@ FORWARD_PATH = (
     "model.layers",
     "model.modeling_qwen2_5_vl_batched",
     "model.packed",
+    "model.prepared",
     "model.prompt",
     "model.request",
     "model.sequence",
@@ -203,6 +204,11 @@ READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select
 ALLOWED_READS = {
     ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
     ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
+    ("model.inputs", "check_float_range", "float"): "frames that are on the host",
+    ("model.inputs", "check_float_range", "[(frames < low) | (frames > high)]"): "frames that are on the host",
+    ("model.inputs", "check_float_range", "[camera_mask[:, here]]"): "frames that are on the host",
+    ("model.prepared", "restore", "int"): "a layout that is on the host",
+    ("model.prepared", "_count", "int"): "a layout that is on the host",
     ("generation", "rows", "tolist"): "new tokens that have reached the host",
 }
 CASTS = {"int", "float", "bool"}

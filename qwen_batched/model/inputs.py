@@ -217,9 +217,14 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
         TypeError: `layers` is not a list or tuple of ints.
         ValueError: It is empty, or an index is out of range.
     """
-    if not isinstance(layers, (list, tuple)):
+    try:
+        indices = (
+            [check_int("each of layers", layer) for layer in layers] if isinstance(layers, (list, tuple)) else None
+        )
+    except TypeError:
+        indices = None
+    if indices is None:
         raise TypeError(f"layers must be a list or tuple of ints, got {_shortened(layers)}")
-    indices = [check_int("each of layers", layer) for layer in layers]
     if not indices or not all(-size <= layer < size for layer in indices):
         raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {_shortened(layers)}")
     return [layer % size for layer in indices]
