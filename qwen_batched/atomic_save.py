@@ -135,14 +135,16 @@ def _save(target: Path, stale: Callable[[str], bool], last: str) -> Iterator[Pat
         for path in (staging / NEW).iterdir():
             _sync(path)
         _set_modes(target)
-        lines = _write_journal(target, stale, last)
+        lines = _plan(target, stale, last)
         try:
+            _write_journal(target, lines)
             _rename_all(target, lines)
-        except BaseException:
-            _undo(target, lines)
             _forget_journal(target)
+        except BaseException:
+            if (staging / JOURNAL).exists():
+                _undo(target, lines)
+                _forget_journal(target)
             raise
-        _forget_journal(target)
     finally:
         if not (staging / JOURNAL).exists():  # after an undo that failed, `recover` needs all of it
             with suppress(OSError):
@@ -205,22 +207,25 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _write_journal(target: Path, stale: Callable[[str], bool], last: str) -> list[Line]:
-    """From here on the save is completed after a kill."""
+def _plan(target: Path, stale: Callable[[str], bool], last: str) -> list[Line]:
+    """What to rename, in order: weights into the folder, stale files out of it, other files into it."""
     new = target / STAGING / NEW
     staged = set(os.listdir(new))
     weights = {name for name in staged if name.endswith(".safetensors")}
     removed = {name for name in os.listdir(target) if name != STAGING and name not in staged and stale(name)}
     others = sorted(staged - weights, key=lambda name: (name == last, name))
-    lines = [(x, _mark(target / x), _mark(new / x)) for x in (*sorted(weights), *sorted(removed), *others)]
-    draft = target / STAGING / DRAFT
-    write_file(draft, json.dumps(lines).encode())
-    for path in (draft, new, target / STAGING / OLD):
+    return [(x, _mark(target / x), _mark(new / x)) for x in (*sorted(weights), *sorted(removed), *others)]
+
+
+def _write_journal(target: Path, lines: list[Line]) -> None:
+    """From here on the save is completed after a kill."""
+    staging = target / STAGING
+    write_file(staging / DRAFT, json.dumps(lines).encode())
+    for path in (staging / DRAFT, staging / NEW, staging / OLD):
         _sync(path)
-    os.replace(draft, target / STAGING / JOURNAL)
-    _sync(target / STAGING)
+    os.replace(staging / DRAFT, staging / JOURNAL)
+    _sync(staging)
     _sync(target)
-    return lines
 
 
 def _read_journal(staging: Path) -> list[Line] | None:
@@ -250,7 +255,9 @@ def _complete(target: Path) -> None:
     if lines is None:
         return
     for name, before, after in lines:
-        if _mark(target / name) not in (None, before, after):
+        staged = os.path.lexists(target / STAGING / NEW / name)
+        expected = (None, before, after) if staged or after is None else (after,)
+        if _mark(target / name) not in expected:
             raise ValueError(
                 f"saving to {target} was interrupted between two renames, and {name} has been changed since: save "
                 f"again, or remove {STAGING} if the files are right as they are"
@@ -287,7 +294,8 @@ def _forget_journal(target: Path) -> None:
     """From here on there is nothing to complete."""
     _sync(target)
     (target / STAGING / JOURNAL).unlink()
-    _sync(target / STAGING)
+    with suppress(OSError):  # a journal that comes back after a loss of power finds its work done
+        _sync(target / STAGING)
 
 
 def _drop(staging: Path) -> None:
