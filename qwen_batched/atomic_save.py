@@ -166,6 +166,10 @@ def _locked(target: Path, wait: bool) -> Iterator[bool]:
             file = _open_lock(lock)
         except FileNotFoundError:  # its last holder has just removed it
             continue
+        except OSError:
+            with suppress(OSError):
+                lock.parent.rmdir()  # is empty if we have just made it
+            raise
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
