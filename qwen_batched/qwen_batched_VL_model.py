@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.atomic_save import replacing
+from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens, project
@@ -116,7 +117,7 @@ class QwenBatchedVL(ImageEncoder):
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         load_weights(
             model,
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             skip=lambda name: unread(name) or name == HEAD_NAME,
@@ -125,16 +126,21 @@ class QwenBatchedVL(ImageEncoder):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a folder that transformers, vLLM and `from_pretrained` load.
+        """Writes a folder that transformers, vLLM and `from_pretrained` load: all of it, or nothing.
+
+        Everything is written beside what the folder holds, then renamed: the disk needs room for both. After a kill
+        `from_pretrained` finds the old checkpoint or the new one. Files of an old checkpoint that are not written are
+        removed; files that are no part of a checkpoint stay.
 
         Args:
-            folder: Is made where there is none.
+            folder: Is made where there is none. Links in it are replaced; what they lead to stays as it is.
             state_dict: The whole tensors of a sharded model, as gathered by accelerate or `get_model_state_dict`; None
                 for the model's own.
 
         Raises:
             ValueError: The output projection was left out, and transformers would put random weights in its place. Or
-                tensors are missing, unknown, of another shape, or sharded.
+                tensors are missing, unknown, of another shape, or sharded. Or the folder's name is empty or a file's.
+            OSError: The disk is full, or a file cannot be written; it is named. The folder is as before.
         """
         if not (self.has_lm_head or self.config.tie_word_embeddings):
             raise ValueError(
@@ -145,13 +151,15 @@ class QwenBatchedVL(ImageEncoder):
             lambda: QwenBatchedVL(self.config, self.processor, self.checkpoint, self.has_lm_head),
         )
         image = self.processor.image
-        self.checkpoint.describing(
+        checkpoint = self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
             dtype=tensors[EMBEDDING_NAME].dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
-        ).save(Path(folder))
-        save_weights(tensors, Path(folder))
+        )
+        with replacing(folder, stale=is_checkpoint_file, last="config.json") as staged:
+            checkpoint.write(staged)
+            save_weights(tensors, staged)
 
     @property
     def device(self) -> torch.device:

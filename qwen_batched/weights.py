@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import TypeVar
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint import read_json
+from qwen_batched.atomic_save import write_file
+from qwen_batched.checkpoint import Checkpoint, read_json
 
 VISION_PREFIX = "visual."
 TEXT_PREFIX = "model."
@@ -48,7 +51,7 @@ def build_on_meta(make: Callable[[], M]) -> M:
 
 def load_weights(
     module: M,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
@@ -60,7 +63,7 @@ def load_weights(
 
     Args:
         module: Its parameters' names, after `prefix`, are the published ones.
-        folder: The checkpoint's folder.
+        checkpoint: Its folder has the files.
         dtype: Of the parameters; None or "auto" for the stored one.
         device: Of the parameters; None for CUDA where there is any, else the CPU.
         prefix: The part of the checkpoint that the module is.
@@ -69,8 +72,9 @@ def load_weights(
 
     Raises:
         ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape or
-                the tied head differs.
+                the tied head differs; the folder is saved over meanwhile.
     """
+    folder = checkpoint.folder
     stored = find_tensors(folder)
     wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
     _check_names(folder, wanted, stored, skip)
@@ -89,6 +93,7 @@ def load_weights(
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
         value.copy_(_read(stored[name]))
         setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
+    checkpoint.check_unchanged()
     return module
 
 
@@ -137,13 +142,21 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes tensors under their names, in shards of at most 5 GB."""
-    # Where weights are packed, a tensor's rows may lie further apart than they are long.
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size="5GB")
-    for file in folder.glob("*.safetensors"):
-        # safetensors leaves them to the owner alone; they are as readable as the files beside them.
-        file.chmod((folder / "config.json").stat().st_mode)
+    """Writes tensors under their names into `folder`, in shards of at most 5 GB.
+
+    Raises:
+        OSError: A file cannot be written; it is named.
+    """
+    split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
+    for file, names in split.filename_to_tensors.items():
+        try:
+            save_file(_savable({name: tensors[name] for name in names}), folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(folder / file)) from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -192,6 +205,14 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+
+
+def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: rows next to each other, and none in the memory of another."""
+    # Where weights are packed, a tensor's rows may lie further apart than they are long.
+    savable = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(savable.items())}
+    return {name: x if first[x.data_ptr()] == name else x.clone() for name, x in savable.items()}
 
 
 def _files(folder: Path) -> list[Path]:

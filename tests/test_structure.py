@@ -14,7 +14,7 @@ PACKAGE = ROOT / "qwen_batched"
 
 # From low to high; a module imports from lower lines only. Inside `kernels`, `ops` is the one door.
 LAYERS = (
-    ("cache", "config", "outputs", "kernels", "plain_modules"),
+    ("atomic_save", "cache", "config", "outputs", "kernels", "plain_modules"),
     ("checkpoint", "process_group"),
     ("weights",),
     ("model.lora_layers", "runtime.admission", "runtime.snapshot"),

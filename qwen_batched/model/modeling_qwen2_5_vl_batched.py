@@ -73,7 +73,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         config = QwenVLConfig.from_dict(checkpoint.config)
         return load_weights(
             build_on_meta(lambda: cls(config.vision)),
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=VISION_PREFIX,
@@ -300,7 +300,7 @@ class BatchedDecoder(GradientCheckpointing):
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         return load_weights(
             model,
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=TEXT_PREFIX,
