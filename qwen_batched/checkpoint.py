@@ -69,11 +69,15 @@ class Checkpoint:
             tokenizer={file: path.read_bytes() for file in TOKENIZER_FILES if (path := folder / file).is_file()},
         )
 
-    def describing(self, *, num_layers: int, dtype: torch.dtype, min_pixels: int, max_pixels: int) -> Checkpoint:
+    def describing(
+        self, *, num_layers: int, tied: bool, dtype: torch.dtype, min_pixels: int, max_pixels: int
+    ) -> Checkpoint:
         """The same files, saying of a model loaded from them what has changed since."""
         config = dict(self.config)
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         text = dict(config["text_config"]) if "text_config" in config else config
+        if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
+            config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
         text["num_hidden_layers"] = num_layers
         if "layer_types" in text:
             text["layer_types"] = text["layer_types"][:num_layers]

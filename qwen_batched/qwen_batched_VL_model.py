@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.head import answer_loss, last_tokens, project
+from qwen_batched.head import answer_loss, last_tokens
 from qwen_batched.image_encoder import ImageEncoder
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
@@ -20,10 +21,12 @@ from qwen_batched.model.inputs import (
     check_batch,
     check_batch_alone,
     check_given,
+    check_hidden_states,
     check_logits,
     check_norm,
     resolve_layers,
 )
+from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
 from qwen_batched.model.tensor_processor import TensorProcessor, to_device
@@ -47,7 +50,8 @@ class QwenBatchedVL(ImageEncoder):
         processor: Frames and texts to tensors.
         visual: The vision transformer.
         model: The decoder.
-        lm_head: The output projection; None where it is tied to the embeddings or was left out.
+        lm_head: The output projection, which shares the embedding's weight where the checkpoint ties them; None where
+            it was left out.
     """
 
     def __init__(
@@ -73,8 +77,9 @@ class QwenBatchedVL(ImageEncoder):
         self.visual = BatchedVisionTransformer(config.vision)
         self.model = BatchedDecoder(config.text)
         self.has_lm_head = lm_head
-        separate_head = lm_head and not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
+        text, device = config.text, "meta" if config.tie_word_embeddings else None  # no memory for what is shared
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
+        self.tie_weights()
         # Apart, since image features alone stay true whatever happens to the decoder.
         self._vision_graphs, self._graphs = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
         self._step_graphs = CudaGraphs(max_graphs=1)
@@ -122,10 +127,13 @@ class QwenBatchedVL(ImageEncoder):
             skip=lambda name: unread(name) or name == HEAD_NAME,
             tied_head=lm_head and config.tie_word_embeddings,
         )
+        model.tie_weights()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes a folder that transformers, vLLM and `from_pretrained` load.
+
+        Where merging an adapter has parted a tied head from its embedding, an untied checkpoint.
 
         Args:
             folder: Is made where there is none.
@@ -140,13 +148,16 @@ class QwenBatchedVL(ImageEncoder):
             raise ValueError(
                 "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
             )
+        tied = self.lm_head is None or self.has_tied_head
+        config = replace(self.config, tie_word_embeddings=tied)
         tensors = whole_tensors(
             self.state_dict() if state_dict is None else state_dict,
-            lambda: QwenBatchedVL(self.config, self.processor, self.checkpoint, self.has_lm_head),
+            lambda: QwenBatchedVL(config, self.processor, self.checkpoint, self.has_lm_head),
         )
         image = self.processor.image
         self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
+            tied=tied,
             dtype=tensors[EMBEDDING_NAME].dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
@@ -298,7 +309,8 @@ class QwenBatchedVL(ImageEncoder):
             ValueError: The output projection was left out, or D is not the model's.
         """
         self._check_lm_head()
-        return project(hidden_states, self.lm_head, self.model)
+        check_hidden_states(hidden_states, self.config.text.hidden_size)
+        return apply_linear(self.lm_head, hidden_states)
 
     def generate(
         self,

@@ -24,7 +24,8 @@ LAYERS = (
     ("model.prompt", "model.request", "model.sequence"),
     ("model.contexts", "model.image_groups", "model.inputs"),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
-    ("head", "model.embedding", "training"),
+    ("head", "model.embedding", "tied_head"),
+    ("training",),
     ("image_encoder",),
     ("generation",),
     ("qwen_batched_VL_model",),
@@ -195,6 +196,7 @@ FORWARD_PATH = (
     "model.tensor_processor",
     "qwen_batched_VL_model",
     *(name for name in SOURCES if name.startswith("runtime")),
+    "tied_head",
     "training",
 )
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
