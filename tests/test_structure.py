@@ -35,6 +35,7 @@ LAYERS = (
     ("testing.tokenizer", "testing.weights"),
     ("testing.trained_like",),
     ("testing.checkpoints",),
+    ("adapter_files",),
     ("lora", "testing", "transformers_reference"),
     ("deviation.cases", "deviation.loading", "deviation.measures", "deviation.stages"),
     ("deviation.memory", "deviation.ours", "deviation.theirs"),
