@@ -263,8 +263,8 @@ def _check_whole(adapted: PeftModel, state: Mapping[str, Tensor], front: str) ->
     outside = sorted(name for name in state if not name.startswith(front))
     if outside:
         raise ValueError(
-            f"an adapter of the QwenBatchedVL at {front.rstrip('.')!r} cannot hold what is outside it: {shown(outside)}; "
-            "save those by themselves"
+            f"an adapter of the QwenBatchedVL at {front.rstrip('.')!r} cannot hold what is outside it: "
+            f"{shown(outside)}; save those by themselves"
         )
     parts = [name for name, x in state.items() if type(x) not in (Tensor, nn.Parameter) or x.is_meta]
     if parts:
