@@ -141,7 +141,8 @@ def _put(model: nn.Module, config: LoraConfig, weights: dict[str, Tensor], adapt
 
     adapted = PeftModel(model, config, adapter_name)
     result = set_peft_model_state_dict(adapted, weights, adapter_name)
-    missing = [key for key in result.missing_keys if MARK in key and f".{adapter_name}" in key]
+    ends = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
+    missing = [key for key in result.missing_keys if key.endswith(ends) or (MARK in key and f".{adapter_name}" in key)]
     if missing or result.unexpected_keys:
         raise ValueError(f"{WEIGHTS_FILE} misses {missing[:5]} and has unknown {result.unexpected_keys[:5]}")
     return adapted
@@ -189,9 +190,14 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
     # The settings name modules as the model did that was trained, and so do the keys.
     theirs = nested_name if any(published_name(key) != key for key in stored) else str
     config = LoraConfig(**settings)
-    missing = {name for name in names if check_target_module_exists(config, theirs(name))} - set(layers.values())
-    if missing:
-        raise ValueError(f"{WEIGHTS_FILE} misses layers that {CONFIG_FILE} names: {shown(sorted(missing))}")
+    meant, there = {name for name in names if check_target_module_exists(config, theirs(name))}, set(layers.values())
+    if meant - there:
+        raise ValueError(f"{WEIGHTS_FILE} misses layers that {CONFIG_FILE} names: {shown(sorted(meant - there))}")
+    extra = there - meant
+    if settings.get("ensure_weight_tying"):
+        extra.discard("lm_head")  # it has the embedding's adapter
+    if extra:
+        raise ValueError(f"{WEIGHTS_FILE} has layers that {CONFIG_FILE} does not name: {shown(sorted(extra))}")
 
     def modules(entry: str) -> list[str]:
         return [name for name in names if theirs(name).endswith(entry)]

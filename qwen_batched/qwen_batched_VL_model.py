@@ -31,6 +31,7 @@ from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, Batch
 from qwen_batched.model.packed import pack
 from qwen_batched.model.tensor_processor import TensorProcessor, to_device
 from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.plain_modules import check_placement
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import (
     EMBEDDING_NAME,
@@ -166,13 +167,16 @@ class QwenBatchedVL(ImageEncoder):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.embed_tokens.weight.device
+        """Where the parameters are. Raises `ValueError` where they are on several devices, or have no values."""
+        device = self._embedding_weight().device
+        if device.type == "meta" or "hf_device_map" in vars(self):
+            check_placement(device, vars(self).get("hf_device_map", {}))
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.model.embed_tokens.weight.dtype
+        return self._embedding_weight().dtype
 
     def forward(
         self,

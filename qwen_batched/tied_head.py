@@ -88,6 +88,12 @@ class TiedHead(GradientCheckpointing):
             setattr(self.get_submodule(owner), leaf, self.get_parameter(embedding))
         return self
 
+    def _embedding_weight(self) -> Tensor:
+        """The embedding's own weight; to ask a wrapper for `weight` may compute one."""
+        embedding = self.model.embed_tokens
+        weight = embedding._parameters.get("weight")
+        return next(embedding.parameters()) if weight is None else weight
+
     def _shared_names(self) -> dict[str, str]:
         """The names under `lm_head` of parameters that are the embedding's too, and their names there."""
         if self.lm_head is None:

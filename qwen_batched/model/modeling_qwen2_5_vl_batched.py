@@ -38,7 +38,7 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
-from qwen_batched.plain_modules import has_lent_parameters
+from qwen_batched.plain_modules import check_has_values, has_lent_parameters, runs_own_code
 from qwen_batched.process_group import is_waited_for
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
@@ -229,8 +229,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        check_has_values(self.proj)
         patches = patches.to(self.proj.weight.dtype)
-        if type(self.proj) is not nn.Conv3d:  # a layer around it, LoRA's
+        if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj):  # a layer around it, or somebody listens
             return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
         # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
         return F.linear(patches, self.proj.weight.flatten(1))
@@ -321,6 +322,7 @@ class BatchedDecoder(GradientCheckpointing):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
+        check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, token_index, self.config.hidden_size)
         tokens = attention_mask.numel() if token_index is None else token_index.numel()
         places_T, rows = back_to_back(attention_mask, tokens)
