@@ -44,7 +44,7 @@ def runs_own_code(module: nn.Module) -> bool:
 
 
 def check_has_values(module: nn.Module) -> None:
-    """Raises `ValueError` where the weight is on the meta device, and no hook of accelerate's brings it at each call."""
+    """Raises `ValueError` where the weight is on the meta device, and no hook of accelerate's brings its values."""
     weight = module._parameters.get("weight")
     if weight is not None and weight.is_meta and runs_own_code(module):
         raise ValueError("the weights have no values: they are on the meta device; load the model with device=...")
@@ -59,12 +59,12 @@ def check_placement(device: torch.device, device_map: Mapping[str, object]) -> N
     """
     if device.type == "meta":
         raise ValueError(
-            "the model's weights have no values: they are on the meta device, or accelerate has offloaded them. Load the "
-            "model with device=..., or offload what comes after the embedding: `visual`, `model.layers`"
+            "the model's weights have no values: they are on the meta device, or accelerate has offloaded them. Load "
+            "the model with device=..., or offload what comes after the embedding: `visual`, `model.layers`"
         )
-    places = {torch.device(place) for place in device_map.values() if place not in ("cpu", "disk")}
+    places = {str(place) for place in device_map.values()} - {"cpu", "disk"}
     if len(places) > 1:
-        raise ValueError(f"a model runs on one device, accelerate has placed it on {sorted(map(str, places))}")
+        raise ValueError(f"a model runs on one device, accelerate has placed it on several: {sorted(places)}")
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
