@@ -110,10 +110,14 @@ class Checkpoint:
         if _stamp(self.folder) != self.stamp:
             raise ValueError(f"checkpoint folder {self.folder} was saved over while it was loaded: load it again")
 
-    def describing(self, *, num_layers: int, dtype: torch.dtype, min_pixels: int, max_pixels: int) -> Checkpoint:
+    def describing(
+        self, *, num_layers: int, tied: bool, dtype: torch.dtype, min_pixels: int, max_pixels: int
+    ) -> Checkpoint:
         """The same files, saying of a model loaded from them what has changed since."""
         config = copy.deepcopy(self.config)
         text = config.get("text_config") or config
+        if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
+            config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
         text["num_hidden_layers"] = num_layers
         if "dtype" not in config:
             config["torch_dtype"] = None

@@ -1,4 +1,4 @@
-"""What a checkpoint folder's JSON files say, as frozen dataclasses.
+"""What a checkpoint folder's JSON files say, as dataclasses.
 
 Field names are those of `config.json`, `preprocessor_config.json` and `generation_config.json`; defaults are those of
 transformers' own configuration classes, because a file saved by transformers leaves a default out.
@@ -108,7 +108,7 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: where merging parts head and embedding, peft says so here
 class QwenVLConfig:
     """`config.json`."""
 

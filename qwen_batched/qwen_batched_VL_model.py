@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,25 @@ from qwen_batched.atomic_save import replacing
 from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
 from qwen_batched.config import GenerationConfig, QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.head import answer_loss, last_tokens, project
+from qwen_batched.head import answer_loss, last_tokens
 from qwen_batched.image_encoder import ImageEncoder
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
     Resize,
     check_given,
+    check_hidden_states,
     check_int,
     check_logits,
     check_norm,
     resolve_layers,
 )
+from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
 from qwen_batched.model.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.plain_modules import check_placement
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import (
     EMBEDDING_NAME,
@@ -48,7 +52,8 @@ class QwenBatchedVL(ImageEncoder):
         processor: Frames and texts to tensors.
         visual: The vision transformer.
         model: The decoder.
-        lm_head: The output projection; None where it is tied to the embeddings or was left out.
+        lm_head: The output projection, which shares the embedding's weight where the checkpoint ties them; None where
+            it was left out.
     """
 
     def __init__(
@@ -74,8 +79,9 @@ class QwenBatchedVL(ImageEncoder):
         self.visual = BatchedVisionTransformer(config.vision)
         self.model = BatchedDecoder(config.text)
         self.has_lm_head = lm_head
-        separate_head = lm_head and not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
+        text, device = config.text, "meta" if config.tie_word_embeddings else None  # no memory for what is shared
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
+        self.tie_weights()
         # Apart, since image features alone stay true whatever happens to the decoder.
         self._vision_graphs, self._graphs = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
         self._step_graphs = CudaGraphs(max_graphs=1)
@@ -123,6 +129,7 @@ class QwenBatchedVL(ImageEncoder):
             skip=lambda name: unread(name) or name == HEAD_NAME,
             tied_head=lm_head and config.tie_word_embeddings,
         )
+        model.tie_weights()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -131,6 +138,8 @@ class QwenBatchedVL(ImageEncoder):
         Everything is written beside what the folder holds, then renamed: the disk needs room for both. After a kill
         `from_pretrained` finds the old checkpoint or the new one. Files of an old checkpoint that are not written are
         removed; files that are no part of a checkpoint stay.
+
+        Where merging an adapter has parted a tied head from its embedding, an untied checkpoint.
 
         Args:
             folder: Is made where there is none. Links in it are replaced; what they lead to stays as it is.
@@ -146,13 +155,16 @@ class QwenBatchedVL(ImageEncoder):
             raise ValueError(
                 "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
             )
+        tied = self.lm_head is None or self.has_tied_head
+        config = replace(self.config, tie_word_embeddings=tied)
         tensors = whole_tensors(
             self.state_dict() if state_dict is None else state_dict,
-            lambda: QwenBatchedVL(self.config, self.processor, self.checkpoint, self.has_lm_head),
+            lambda: QwenBatchedVL(config, self.processor, self.checkpoint, self.has_lm_head),
         )
         image = self.processor.image
         checkpoint = self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
+            tied=tied,
             dtype=tensors[EMBEDDING_NAME].dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
@@ -163,13 +175,16 @@ class QwenBatchedVL(ImageEncoder):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.embed_tokens.weight.device
+        """Where the parameters are. Raises `ValueError` where they are on several devices, or have no values."""
+        device = self._embedding_weight().device
+        if device.type == "meta" or "hf_device_map" in vars(self):
+            check_placement(device, vars(self).get("hf_device_map", {}))
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.model.embed_tokens.weight.dtype
+        return self._embedding_weight().dtype
 
     def forward(
         self,
@@ -303,7 +318,8 @@ class QwenBatchedVL(ImageEncoder):
             ValueError: The output projection was left out, or D is not the model's.
         """
         self._check_lm_head()
-        return project(hidden_states, self.lm_head, self.model)
+        check_hidden_states(hidden_states, self.config.text.hidden_size)
+        return apply_linear(self.lm_head, hidden_states)
 
     def generate(
         self,

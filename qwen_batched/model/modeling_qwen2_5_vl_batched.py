@@ -40,7 +40,7 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
-from qwen_batched.plain_modules import has_lent_parameters, runs_own_code
+from qwen_batched.plain_modules import check_has_values, has_lent_parameters, runs_own_code
 from qwen_batched.process_group import is_waited_for
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
@@ -244,6 +244,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        check_has_values(self.proj)
         patches = patches.to(self.proj.weight.dtype)
         if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj) or _has_any_global_hook():
             # A layer around it, LoRA's, or hooks.
@@ -337,6 +338,7 @@ class BatchedDecoder(GradientCheckpointing):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
+        check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
         tokens = attention_mask.numel() if tokens is None else tokens
         places_T, rows = back_to_back(attention_mask, tokens)
