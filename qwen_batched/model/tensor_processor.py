@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
+from qwen_batched.loading import ProcessorOptions, read_options
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
 from qwen_batched.model.inputs import (
     Resize,
@@ -82,9 +83,11 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
-        return cls.from_checkpoint(Checkpoint.open(name, weights=False), padding_side, min_pixels, max_pixels)
+        checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
 
     @classmethod
     def from_checkpoint(
@@ -99,13 +102,12 @@ class TensorProcessor:
         Raises:
             ValueError: The folder lacks a file, or says something that this package does not implement.
         """
-        config = QwenVLConfig.from_dict(checkpoint.config)
-        if checkpoint.preprocessor is None:
-            raise ValueError(f"checkpoint folder {checkpoint.folder} has no preprocessor_config.json")
-        image = ImageConfig.from_dict(checkpoint.preprocessor)
+        config = checkpoint.model_config()
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        image = replace(image, **{key: value for key, value in given.items() if value is not None})
+        image = replace(checkpoint.image_config(), **{k: v for k, v in given.items() if v is not None})
         prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
+        config.check_embedded(f"{checkpoint.folder}: the ids of the image and pad tokens", *prompts.written_ids())
+        config.check_embedded(f"{checkpoint.folder}: eos_token_id", *checkpoint.generation_config().eos_token_ids)
         return cls(config, image, prompts, padding_side)
 
     def __call__(
