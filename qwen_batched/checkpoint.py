@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 
 from qwen_batched.arguments import cut, shown
-from qwen_batched.config import ImageConfig, QwenVLConfig
+from qwen_batched.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.generation_config import GenerationConfig
 
@@ -118,12 +118,18 @@ class Checkpoint:
         with _naming(self.folder / "config.json"):
             return QwenVLConfig.from_dict(self.config)
 
-    def image_config(self) -> ImageConfig:
-        """How images are prepared. Raises `ValueError`, naming the file, for what this package does not implement."""
+    def image_config(self, vision: VisionConfig) -> ImageConfig:
+        """How images are prepared for `vision`.
+
+        Raises:
+            ValueError: The file says what this package does not implement or the model does not take. It is named.
+        """
         if self.preprocessor is None:
             raise ValueError(f"checkpoint folder {self.folder} has no {PREPROCESSOR_FILE}")
         with _naming(self.folder / self.preprocessor_file):
-            return ImageConfig.from_dict(self.preprocessor)
+            image = ImageConfig.from_dict(self.preprocessor)
+            image.check_patches(vision)
+        return image
 
     def generation_config(self) -> GenerationConfig:
         """How text is generated. Raises `ValueError`, naming the file, where that is damaged."""
@@ -175,7 +181,8 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    options = {option: getattr(hub, option) for option in HubOptions.__dataclass_fields__}
+    options = {field.name: getattr(hub, field.name) for field in fields(HubOptions)}
+    options = {option: value for option, value in options.items() if value != getattr(HubOptions, option)}
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors

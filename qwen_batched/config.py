@@ -170,7 +170,7 @@ class QwenVLConfig:
             raise ValueError(f"image_token_id must be an int, got {shown(image_token_id)}")
         return cls(
             vision=_vision_config(vision),
-            text=_text_config(text),
+            text=_text_config(text, nested=text is not raw),
             image_token_id=image_token_id,
             tie_word_embeddings=any(tied),
             dtype=_dtype(raw, text),
@@ -214,6 +214,15 @@ class ImageConfig:
                 f"got {shown(self.image_mean)}, {shown(self.image_std)}"
             )
 
+    def check_patches(self, vision: VisionConfig) -> None:
+        """Raises `ValueError` where images are cut into other patches than the vision transformer takes."""
+        patches = (self.patch_size, self.merge_size, self.temporal_patch_size)
+        expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        if patches != expected:
+            raise ValueError(
+                f"(patch_size, merge_size, temporal_patch_size) must be {expected} as in config.json, got {patches}"
+            )
+
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ImageConfig:
         """Reads `min_pixels`/`max_pixels` or `size.shortest_edge`/`size.longest_edge`; the former win."""
@@ -239,12 +248,11 @@ def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     _require(raw, "vision_config.hidden_act", "hidden_act", ("silu",))
     rope = _rope(raw)
     _require(rope, "the vision's rope_type", "rope_type", ("axial", "default"))
-    _require(rope, "the vision's partial_rotary_factor", "partial_rotary_factor", (1, None))
     # The published files also have in_chans and spatial_patch_size; transformers reads neither.
     return _from_fields(VisionConfig, {**raw, **_given(rope, "rope_theta")}, "vision_config.")
 
 
-def _text_config(raw: Mapping[str, Any]) -> TextConfig:
+def _text_config(raw: Mapping[str, Any], nested: bool) -> TextConfig:
     _require(raw, "hidden_act", "hidden_act", ("silu",))
     if raw.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not supported")
@@ -257,7 +265,6 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
         raise ValueError(f"attention_dropout must be 0, got {shown(raw['attention_dropout'])}")
     rope = _rope(raw)
     _require(rope, "the rope type", "rope_type", ("default", "mrope", "yarn"))
-    _require(rope, "partial_rotary_factor", "partial_rotary_factor", (1, None))
     merged = {**raw, "mrope_section": rope.get("mrope_section"), **_given(rope, "rope_theta")}
     if "num_key_value_heads" in merged and merged["num_key_value_heads"] is None:
         merged["num_key_value_heads"] = merged.get("num_attention_heads", TextConfig.num_attention_heads)
@@ -266,7 +273,12 @@ def _text_config(raw: Mapping[str, Any]) -> TextConfig:
         raise ValueError(f"head_dim must be {config.head_dim}, got {shown(raw['head_dim'])}")
     if rope["rope_type"] != "yarn":
         return config
-    return replace(config, yarn=_yarn(rope, raw, config))
+    _require(rope, "partial_rotary_factor", "partial_rotary_factor", (1,))
+    # A field of text_config wins over the parameter; among the flat layout's fields transformers does not look for it.
+    original = raw.get("original_max_position_embeddings") if nested else None
+    if original is None:
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return replace(config, yarn=_yarn(rope, original, config))
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,18 +287,13 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
 
 
-def _yarn(rope: Mapping[str, Any], raw: Mapping[str, Any], config: TextConfig) -> Yarn:
-    """As transformers' `_compute_yarn_parameters` reads it."""
+def _yarn(rope: Mapping[str, Any], original: object, config: TextConfig) -> Yarn:
+    """As transformers' `_compute_yarn_parameters` reads them; `original` is the length trained on."""
     for name in YARN_NUMBERS:
         if rope.get(name) is not None and (not fits(rope[name], float) or rope[name] < 0):
             raise ValueError(f"{name} of the rope type yarn must be a number of at least 0, got {shown(rope[name])}")
     if "factor" not in rope:
         raise ValueError("the rope type yarn needs a factor")
-    # Beside the text's fields it wins; no place at all means that the length is the same.
-    original = raw.get("original_max_position_embeddings") if raw.get("model_type") != MODEL_TYPE else None
-    original = (
-        rope.get("original_max_position_embeddings", config.max_position_embeddings) if original is None else original
-    )
     if not fits(original, float) or original <= 0:
         raise ValueError(f"original_max_position_embeddings must be a number above 0, got {shown(original)}")
     factor = config.max_position_embeddings / original if rope["factor"] is None else rope["factor"]

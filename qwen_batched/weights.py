@@ -221,7 +221,7 @@ def _files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
     names = sorted({name if isinstance(name, str) else shown(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or "\0" in name or not is_file(folder / name):
+        if not name or Path(name).name != name or "\0" in name or not is_file(folder / name):
             raise ValueError(f"{folder / INDEX_FILE} names {shown(name)}, which is not a file of the folder")
     return [folder / name for name in names]
 

@@ -59,13 +59,7 @@ class TensorProcessor:
         Raises:
             ValueError: The two configurations disagree on the patches, or `padding_side` is unknown.
         """
-        vision = config.vision
-        patches = (image.patch_size, image.merge_size, image.temporal_patch_size)
-        if patches != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
-            raise ValueError(
-                "preprocessor_config.json and config.json disagree on (patch_size, merge_size, temporal_patch_size): "
-                f"{patches} and {(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)}"
-            )
+        image.check_patches(config.vision)
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         self.config = config
@@ -104,7 +98,7 @@ class TensorProcessor:
         """
         config = checkpoint.model_config()
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        image = replace(checkpoint.image_config(), **{k: v for k, v in given.items() if v is not None})
+        image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
         prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
         config.check_embedded(f"{checkpoint.folder}: the ids of the image and pad tokens", *prompts.written_ids())
         config.check_embedded(f"{checkpoint.folder}: eos_token_id", *checkpoint.generation_config().eos_token_ids)
