@@ -29,19 +29,22 @@ def cut(text: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
+def integer(value: object) -> object:
+    """A NumPy integer as an int; anything else as it is, for a check to judge."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
 def as_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int: Python's or NumPy's, no bool and no float.
 
     Raises:
         ValueError: It is not an integer from `low` to `high`, or of at least `low` where `high` is None.
     """
-    number = None
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-    if number is None or number < low or (high is not None and number > high):
+    number = integer(value)
+    if type(number) is not int or number < low or (high is not None and number > high):
         expected = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be an int {expected}, got {shown(value)}")
     return number

@@ -115,7 +115,7 @@ class Checkpoint:
 
     def model_config(self) -> QwenVLConfig:
         """The model's shape. Raises `ValueError`, naming the file, for what this package does not implement."""
-        with _naming(self.folder / "config.json"):
+        with naming(self.folder / "config.json"):
             return QwenVLConfig.from_dict(self.config)
 
     def image_config(self, vision: VisionConfig) -> ImageConfig:
@@ -126,14 +126,14 @@ class Checkpoint:
         """
         if self.preprocessor is None:
             raise ValueError(f"checkpoint folder {self.folder} has no {PREPROCESSOR_FILE}")
-        with _naming(self.folder / self.preprocessor_file):
+        with naming(self.folder / self.preprocessor_file):
             image = ImageConfig.from_dict(self.preprocessor)
             image.check_patches(vision)
         return image
 
     def generation_config(self) -> GenerationConfig:
         """How text is generated. Raises `ValueError`, naming the file, where that is damaged."""
-        with _naming(self.folder / ("config.json" if self.generation is None else "generation_config.json")):
+        with naming(self.folder / ("config.json" if self.generation is None else "generation_config.json")):
             return GenerationConfig.from_dict(self.generation, self.config)
 
     def describing(self, *, num_layers: int, dtype: torch.dtype, min_pixels: int, max_pixels: int) -> Checkpoint:
@@ -192,8 +192,8 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's path before the message of a `ValueError` about its content."""
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path of a file or folder before the message of a `ValueError` about its content."""
     try:
         yield
     except ValueError as error:
@@ -222,7 +222,7 @@ def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
             for key, value in (content or {}).items():
                 # transformers reads "vocab_file" and the like from where they say.
                 if key.endswith("_file") and isinstance(value, str):
-                    with _naming(folder / name):
+                    with naming(folder / name):
                         is_file(folder / value), is_file(Path(value))
     contents = {name: read_bytes(folder / name) for name in TOKENIZER_FILES}
     return {name: content for name, content in contents.items() if content is not None}

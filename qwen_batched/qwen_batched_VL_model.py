@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.arguments import as_int
+from qwen_batched.arguments import as_int, integer
 from qwen_batched.checkpoint import Checkpoint
 from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
@@ -352,7 +352,7 @@ class QwenBatchedVL(ImageEncoder):
         """
         self._check_lm_head()
         self.generation_config.check()
-        sampling = Sampling(temperature, top_k, top_p, seed)
+        sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.model.geometry import MAX_ASPECT_RATIO
 from qwen_batched.model.sequence import NO_LABEL
 
@@ -113,18 +114,19 @@ def check_resize(resize: Resize, factor: int) -> None:
     """Raises `TypeError` or `ValueError` where `resize` is not "hf", None or a size in multiples of `factor`."""
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return
-    if not isinstance(resize, (tuple, list)) or len(resize) != 2 or any(type(side) is not int for side in resize):
+    if not isinstance(resize, (tuple, list)) or len(resize) != 2 or not all(map(_is_int, resize)):
         raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {resize!r}")
     if any(side < factor or side % factor for side in resize):
         raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises `TypeError` or `ValueError` where `chunk_size` is neither None nor an int of at least 1."""
-    if chunk_size is not None and type(chunk_size) is not int:
-        raise TypeError(f"chunk_size must be None or an int, got {chunk_size!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """`chunk_size`. Raises `TypeError` or `ValueError` where it is neither None nor an int of at least 1."""
+    if chunk_size is None:
+        return None
+    if not _is_int(chunk_size):
+        raise TypeError(f"chunk_size must be None or an int, got {shown(chunk_size)}")
+    return as_int("chunk_size", chunk_size, 1)
 
 
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
@@ -135,10 +137,16 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
         ValueError: It is empty, or an index is out of range.
     """
     if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
-        raise TypeError(f"layers must be a list or tuple of ints, got {layers!r}")
+        if not isinstance(layers, (list, tuple)) or not all(map(_is_int, layers)):
+            raise TypeError(f"layers must be a list or tuple of ints, got {shown(layers)}")
+        layers = [integer(layer) for layer in layers]  # NumPy's
     if not layers or not all(-size <= layer < size for layer in layers):
         raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {tuple(layers)}")
     return [layer % size for layer in layers]
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int or type(integer(value)) is int
 
 
 def check_norm(norm: str) -> None:

@@ -115,7 +115,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
             ValueError: Shapes do not fit together, a layer is out of range, or `chunk_size` is below 1.
         """
         config = self.config
-        check_chunk_size(chunk_size)
+        chunk_size = check_chunk_size(chunk_size)
         wanted = None if layers is None else resolve_layers(layers, config.depth)
         cameras = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
 from qwen_batched.loading import ProcessorOptions, read_options
@@ -99,9 +99,11 @@ class TensorProcessor:
         config = checkpoint.model_config()
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
-        prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
-        config.check_embedded(f"{checkpoint.folder}: the ids of the image and pad tokens", *prompts.written_ids())
-        config.check_embedded(f"{checkpoint.folder}: eos_token_id", *checkpoint.generation_config().eos_token_ids)
+        tokenizer = load_tokenizer(checkpoint.folder)
+        with naming(checkpoint.folder):
+            prompts = PromptEncoder(tokenizer, checkpoint.chat_template, config.image_token_id)
+            config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
+            config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
         return cls(config, image, prompts, padding_side)
 
     def __call__(
@@ -239,7 +241,7 @@ class TensorProcessor:
             return height, width
         if resize == "hf":
             return smart_resize(height, width, factor, self.image.min_pixels, self.image.max_pixels)
-        return tuple(resize)
+        return tuple(map(int, resize))  # NumPy's integers are allowed
 
     def _pixels(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
         """`pixel_values` and `raster_order`."""
