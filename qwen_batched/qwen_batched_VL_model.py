@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_batched.arguments import as_int, integer
 from qwen_batched.atomic_save import replacing
 from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
-from qwen_batched.config import GenerationConfig, QwenVLConfig
+from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens
 from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.loading import Device, ModelOptions, read_options
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
     Resize,
     check_given,
     check_hidden_states,
-    check_int,
     check_logits,
     check_norm,
     resolve_layers,
@@ -75,7 +76,7 @@ class QwenBatchedVL(ImageEncoder):
         self.config = config
         self.processor = processor
         self.checkpoint = checkpoint
-        self.generation_config = GenerationConfig.from_dict(checkpoint.generation or {}, checkpoint.config)
+        self.generation_config = checkpoint.generation_config()
         self.visual = BatchedVisionTransformer(config.vision)
         self.model = BatchedDecoder(config.text)
         self.has_lm_head = lm_head
@@ -91,31 +92,38 @@ class QwenBatchedVL(ImageEncoder):
         cls,
         name: str | Path,
         dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
+        device: Device = None,
         num_layers: int | None = None,
         lm_head: bool = True,
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        **options: Any,
     ) -> QwenBatchedVL:
         """Loads a checkpoint, tensor by tensor, straight to `device` in `dtype`.
 
         Args:
             name: A hub id, or a folder in the hub's layout.
-            dtype: Of the parameters; "auto" for the checkpoint's own.
+            dtype: Of the parameters, or its name ("bfloat16"); "auto" for the checkpoint's own.
             device: None for CUDA where there is any, else the CPU.
             num_layers: Keep only the first N decoder blocks; the others are not read from disk. None for all.
             lm_head: False leaves the output projection out; then there are no logits and no generation.
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            **options: `revision`, `cache_dir`, `token` and `local_files_only` go to huggingface_hub. `torch_dtype`,
+                `device_map` (one device), `attn_implementation`, `low_cpu_mem_usage` and `trust_remote_code` (False)
+                are there for calls written for transformers, see `ModelOptions`.
 
         Raises:
+            TypeError: An argument is unknown or of another type.
             ValueError: There is no such checkpoint, it is damaged or incomplete, or it is of a kind that this package
                 does not implement.
         """
-        checkpoint = Checkpoint.open(name)
-        stored = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
         processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
@@ -340,7 +348,7 @@ class QwenBatchedVL(ImageEncoder):
         """New text for each sample.
 
         The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here alone.
+        tokens are drawn is said here alone. Any other setting there that would change transformers' tokens is refused.
 
         Args:
             images: As for `forward`.
@@ -359,12 +367,13 @@ class QwenBatchedVL(ImageEncoder):
             cuda_graph: False runs every step without a CUDA graph.
 
         Raises:
-            TypeError, ValueError: An argument is not as described, or prompt and new tokens together exceed the
-                model's maximum. Nothing was done.
+            TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
+                maximum, or generation_config.json has a setting that is not supported. Nothing was done.
         """
         self._check_lm_head()
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=1)
+        self.generation_config.check()
+        sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
         check_given("texts", texts, "a list of str")

@@ -15,14 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qwen_batched.arguments import as_int, cut, shown
 from qwen_batched.atomic_save import write_file
-from qwen_batched.checkpoint import Checkpoint, read_json
+from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.config import DTYPES
+from qwen_batched.files import is_file, read_json
 
 VISION_PREFIX = "visual."
 TEXT_PREFIX = "model."
 HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 # Prefixes in files saved by transformers 4.52 and later, and their published names.
 NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
+# Of one saved from `Qwen2_5_VLModel`, which has no head; its "visual." is the published one.
+HEADLESS_PREFIX = "language_model."
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,7 +51,7 @@ def build_on_meta(make: Callable[[], M]) -> M:
         with torch.device("meta"):
             return make()
     except RuntimeError as error:
-        raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
+        raise ValueError(f"config.json describes a model that cannot be built: {cut(error)}") from error
 
 
 def load_weights(
@@ -166,7 +171,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         for tensor in _read_header(file):
             name = published_name(tensor.key)
             if name in found:
-                raise ValueError(f"{tensor.key} is in {file} and, as {found[name].key}, in {found[name].file}")
+                raise ValueError(
+                    f"{cut(tensor.key)} is in {file} and, as {cut(found[name].key)}, in {found[name].file}"
+                )
             found[name] = tensor
     return found
 
@@ -176,6 +183,8 @@ def published_name(key: str) -> str:
     for nested, published in NESTED_PREFIXES:
         if key.startswith(nested):
             return published + key.removeprefix(nested)
+    if key.startswith(HEADLESS_PREFIX):
+        return TEXT_PREFIX + key.removeprefix(HEADLESS_PREFIX)
     return key
 
 
@@ -187,24 +196,29 @@ def nested_name(name: str) -> str:
     return name
 
 
-def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
-    """`dtype`, or `stored` for None and "auto"."""
-    if dtype is None or dtype == "auto":
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None) -> torch.dtype | None:
+    """`dtype`, which may be given by its name, or `stored` for None and "auto"."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return stored
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype must be 'auto' or a floating torch.dtype of 16 bits or more, got {dtype!r}")
-    return dtype
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise ValueError(
+            f"dtype must be 'auto', a torch.dtype or the name of one ({', '.join(DTYPES)}), got {shown(dtype)}"
+        )
+    return found
 
 
-def resolve_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
     """`device`, or CUDA where there is any, else the CPU. Raises `ValueError` where it cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, (str, torch.device)):
+        device = as_int("device", device, 0)
     try:
         # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
 
 
 def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,7 +231,7 @@ def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _files(folder: Path) -> list[Path]:
     """The safetensors files to read: the single one, or those that the index names."""
-    if (folder / SINGLE_FILE).exists():
+    if is_file(folder / SINGLE_FILE):
         return [folder / SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     if index is None:
@@ -227,10 +241,10 @@ def _files(folder: Path) -> list[Path]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted({name if isinstance(name, str) else shown(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is not a file of the folder")
+        if not name or Path(name).name != name or "\0" in name or not is_file(folder / name):
+            raise ValueError(f"{folder / INDEX_FILE} names {shown(name)}, which is not a file of the folder")
     return [folder / name for name in names]
 
 
@@ -240,10 +254,10 @@ def _read_header(file: Path) -> list[StoredTensor]:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
             entries = [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a readable safetensors file: {cut(error)}") from error
     for key, _, dtype in entries:
         if dtype not in STORED_DTYPES:
-            raise ValueError(f"{file}: {key} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
+            raise ValueError(f"{file}: {cut(key)} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
     return [StoredTensor(file, key, shape, STORED_DTYPES[dtype]) for key, shape, dtype in entries]
 
 
@@ -266,4 +280,5 @@ def _check_names(
     unknown = [tensor.key for name, tensor in stored.items() if name not in wanted and not skip(name)]
     for what, names in (("misses", missing), ("has unknown", unknown)):
         if names:
-            raise ValueError(f"checkpoint {folder} {what} keys: {', '.join(names[:5])} ({len(names)} in all)")
+            keys = ", ".join(cut(name) for name in names[:5])
+            raise ValueError(f"checkpoint {folder} {what} keys: {keys} ({len(names)} in all)")

@@ -14,9 +14,12 @@ PACKAGE = ROOT / "qwen_batched"
 
 # From low to high; a module imports from lower lines only. Inside `kernels`, `ops` is the one door.
 LAYERS = (
-    ("atomic_save", "cache", "config", "outputs", "kernels", "plain_modules"),
-    ("checkpoint", "process_group"),
+    ("arguments",),
+    ("atomic_save", "cache", "config", "files", "outputs", "kernels", "plain_modules"),
+    ("generation_config", "process_group"),
+    ("checkpoint",),
     ("weights",),
+    ("loading",),
     ("model.lora_layers", "runtime.admission", "runtime.snapshot"),
     ("model.packed",),
     ("runtime", "runtime.cuda_graphs"),

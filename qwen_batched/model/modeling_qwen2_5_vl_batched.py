@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
-from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
+from qwen_batched.config import TextConfig, VisionConfig
 from qwen_batched.kernels import ops
+from qwen_batched.loading import Device, ModelOptions, read_options
 from qwen_batched.model.attention_rows import back_to_back
 from qwen_batched.model.contexts import Context, NextTokenContext, PromptContext
-from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
+from qwen_batched.model.geometry import VisionPlan, decoder_frequencies, make_vision_plan, split_into_passes
 from qwen_batched.model.gradient_checkpointing import CheckpointedBlock, GradientCheckpointing
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.inputs import (
@@ -66,11 +68,13 @@ class BatchedVisionTransformer(GradientCheckpointing):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: Device = None, **options: Any
     ) -> BatchedVisionTransformer:
         """The vision transformer of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
-        checkpoint = Checkpoint.open(name)
-        config = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        config = checkpoint.model_config()
         return load_weights(
             build_on_meta(lambda: cls(config.vision)),
             checkpoint,
@@ -289,12 +293,15 @@ class BatchedDecoder(GradientCheckpointing):
         cls,
         name: str | Path,
         dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
+        device: Device = None,
         num_layers: int | None = None,
+        **options: Any,
     ) -> BatchedDecoder:
         """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
-        checkpoint = Checkpoint.open(name)
-        stored = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
         model = build_on_meta(lambda: cls(config.text))
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
@@ -357,13 +364,16 @@ class BatchedDecoder(GradientCheckpointing):
         return hidden_states[0]
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), self.config.mrope_section)
+        config = self.config
+        cos, sin = ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
+        if config.yarn is None:
+            return cos, sin
+        return cos * config.yarn.attention_factor, sin * config.yarn.attention_factor
 
     @torch.compiler.assume_constant_result
     def _inverse_frequencies(self, device: torch.device) -> Tensor:
         config = self.config
-        dim, theta = config.head_dim, config.rope_theta
-        return self._inv_freq.get((dim, theta, device), lambda: inverse_frequencies(dim, theta).to(device))
+        return self._inv_freq.get((config, device), lambda: decoder_frequencies(config).to(device))
 
     def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
         last = self.config.num_hidden_layers

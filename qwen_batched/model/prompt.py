@@ -16,6 +16,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qwen_batched.arguments import cut
 from qwen_batched.cache import LRUCache
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -68,6 +69,11 @@ class PromptEncoder:
         last = self._encode_text(before + answer)
         of_answer = sum(end > len(before) for _, end in last.offsets)
         return [*self._ids(pieces), *last.ids, self.end_token(template)], of_answer + 1
+
+    def written_ids(self) -> list[int]:
+        """The ids that are written without a text that holds them: of images, of padding, after answers."""
+        ids = (self.image_token_id, self.pad_token_id, self.tokenizer.eos_token_id)
+        return [token for token in ids if token is not None]
 
     def end_token(self, template: str) -> int:
         """What ends an answer: the end of the chat template's assistant turn, in other layouts the tokenizer's own.
@@ -191,7 +197,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer: {error}") from error
+        raise ValueError(
+            f"checkpoint folder {folder} has no readable tokenizer (tokenizer.json, tokenizer_config.json): "
+            f"{cut(error)}"
+        ) from error
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

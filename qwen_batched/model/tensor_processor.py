@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qwen_batched.arguments import as_int
 from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
+from qwen_batched.loading import ProcessorOptions, read_options
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
 from qwen_batched.model.inputs import (
     Resize,
@@ -27,7 +29,6 @@ from qwen_batched.model.inputs import (
     check_dtype,
     check_float_range,
     check_frames,
-    check_int,
     check_resize,
     check_targets,
     check_texts,
@@ -62,13 +63,7 @@ class TensorProcessor:
         Raises:
             ValueError: The two configurations disagree on the patches, or `padding_side` is unknown.
         """
-        vision = config.vision
-        patches = (image.patch_size, image.merge_size, image.temporal_patch_size)
-        if patches != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
-            raise ValueError(
-                "preprocessor_config.json and config.json disagree on (patch_size, merge_size, temporal_patch_size): "
-                f"{patches} and {(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)}"
-            )
+        image.check_patches(config.vision)
         self.config = config
         self.image = image
         self.prompts = prompts
@@ -95,9 +90,11 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
-        return cls.from_checkpoint(Checkpoint.open(name, weights=False), padding_side, min_pixels, max_pixels)
+        checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
 
     @classmethod
     def from_checkpoint(
@@ -112,13 +109,14 @@ class TensorProcessor:
         Raises:
             ValueError: The folder lacks a file, or says something that this package does not implement.
         """
-        config = QwenVLConfig.from_dict(checkpoint.config)
-        if checkpoint.preprocessor is None:
-            raise ValueError(f"checkpoint folder {checkpoint.folder} has no preprocessor_config.json")
-        image = ImageConfig.from_dict(checkpoint.preprocessor)
+        config = checkpoint.model_config()
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        image = replace(image, **{key: value for key, value in given.items() if value is not None})
-        prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
+        image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
+        tokenizer = load_tokenizer(checkpoint.folder)
+        with naming(checkpoint.folder):
+            prompts = PromptEncoder(tokenizer, checkpoint.chat_template, config.image_token_id)
+            config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
+            config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
         return cls(config, image, prompts, padding_side)
 
     def __call__(
@@ -187,7 +185,7 @@ class TensorProcessor:
         max_new_tokens: int = 0,
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
-        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=0)
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         resize = check_resize(resize, self.config.vision.cell_size)
         groups, device = self._check_images(images, camera_mask, device)
         if groups is None and texts is None:
