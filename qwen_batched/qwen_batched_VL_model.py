@@ -90,6 +90,7 @@ class QwenBatchedVL(ImageEncoder):
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
     ) -> QwenBatchedVL:
         """Loads a checkpoint, tensor by tensor, straight to `device` in `dtype`.
 
@@ -102,6 +103,9 @@ class QwenBatchedVL(ImageEncoder):
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
+                a CPU equal (neither library is used); None for the one that transformers would use on this machine.
+                `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
 
         Raises:
             ValueError: There is no such checkpoint, it is damaged or incomplete, or it is of a kind that this package
@@ -110,7 +114,7 @@ class QwenBatchedVL(ImageEncoder):
         checkpoint = Checkpoint.open(name)
         stored = QwenVLConfig.from_dict(checkpoint.config)
         config = stored if num_layers is None else stored.truncated(num_layers)
-        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
+        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)

@@ -31,6 +31,7 @@ from qwen_batched.model.inputs import (
 )
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.model.request import Grid, Prompts, Request
+from qwen_batched.model.resample_backend import resolve_resample_backend
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
@@ -51,12 +52,18 @@ class TensorProcessor:
     """Prepares batches on the frames' device: no PIL, no numpy, no loop over images, no value read back."""
 
     def __init__(
-        self, config: QwenVLConfig, image: ImageConfig, prompts: PromptEncoder, padding_side: str = "left"
+        self,
+        config: QwenVLConfig,
+        image: ImageConfig,
+        prompts: PromptEncoder,
+        padding_side: str = "left",
+        resample_backend: str | None = None,
     ) -> None:
         """Takes what the checkpoint says of its model, its images and its prompts.
 
         Raises:
-            ValueError: The two configurations disagree on the patches, or `padding_side` is unknown.
+            ValueError: The two configurations disagree on the patches, or `padding_side` or `resample_backend` is
+                unknown.
         """
         vision = config.vision
         patches = (image.patch_size, image.merge_size, image.temporal_patch_size)
@@ -71,6 +78,7 @@ class TensorProcessor:
         self.image = image
         self.prompts = prompts
         self.padding_side = padding_side
+        self.resample_backend = resolve_resample_backend(resample_backend)
         self._rows = LRUCache(MAX_CACHED_TEXTS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
@@ -82,9 +90,11 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
-        return cls.from_checkpoint(Checkpoint.open(name, weights=False), padding_side, min_pixels, max_pixels)
+        checkpoint = Checkpoint.open(name, weights=False)
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
 
     @classmethod
     def from_checkpoint(
@@ -93,6 +103,7 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
 
@@ -106,7 +117,8 @@ class TensorProcessor:
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         image = replace(image, **{key: value for key, value in given.items() if value is not None})
         prompts = PromptEncoder(load_tokenizer(checkpoint.folder), checkpoint.chat_template, config.image_token_id)
-        return cls(config, image, prompts, padding_side)
+        backend = resolve_resample_backend(resample_backend, checkpoint.preprocessor.get("image_processor_type"))
+        return cls(config, image, prompts, padding_side, backend)
 
     def __call__(
         self,
@@ -281,6 +293,7 @@ class TensorProcessor:
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
             dtype=dtype,
+            resample_backend=self.resample_backend,
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 
