@@ -655,7 +655,7 @@ def op_cases():
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device("cpu"))
     cos, sin = rope_tables(29, 16, "cpu")
     runs = [number for run in segments.runs for number in (run.start, run.count, run.length)]
-    how = (1.0, MEAN, STD, torch.arange(4), 7, 2, 2, torch.float32)
+    how = (1.0, MEAN, STD, torch.arange(4), 7, 2, 2, torch.float32, ops.PILLOW)
     tables = (*resize_axis(10, 28, torch.device("cpu")), *resize_axis(12, 28, torch.device("cpu")))
     packed = normal(5, 180)
     return {
