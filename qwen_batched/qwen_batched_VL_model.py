@@ -98,6 +98,7 @@ class QwenBatchedVL(ImageEncoder):
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
         **options: Any,
     ) -> QwenBatchedVL:
         """Loads a checkpoint, tensor by tensor, straight to `device` in `dtype`.
@@ -111,6 +112,9 @@ class QwenBatchedVL(ImageEncoder):
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
+                a CPU equal (neither library is used); None for the one that transformers would use on this machine.
+                `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
             **options: `revision`, `cache_dir`, `token` and `local_files_only` go to huggingface_hub. `torch_dtype`,
                 `device_map` (one device), `attn_implementation`, `low_cpu_mem_usage` and `trust_remote_code` (False)
                 are there for calls written for transformers, see `ModelOptions`.
@@ -125,7 +129,7 @@ class QwenBatchedVL(ImageEncoder):
         checkpoint = Checkpoint.open(name, hub=chosen)
         stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
-        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
+        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)

@@ -36,6 +36,7 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.prepared import HostFacts, prepare
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.model.request import Grid, Prompts, Request
+from qwen_batched.model.resample_backend import resolve_resample_backend
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
@@ -56,18 +57,25 @@ class TensorProcessor:
     """Prepares batches on the frames' device: no PIL, no numpy, no loop over images, no value read back."""
 
     def __init__(
-        self, config: QwenVLConfig, image: ImageConfig, prompts: PromptEncoder, padding_side: str = "left"
+        self,
+        config: QwenVLConfig,
+        image: ImageConfig,
+        prompts: PromptEncoder,
+        padding_side: str = "left",
+        resample_backend: str | None = None,
     ) -> None:
         """Takes what the checkpoint says of its model, its images and its prompts.
 
         Raises:
-            ValueError: The two configurations disagree on the patches, or `padding_side` is unknown.
+            ValueError: The two configurations disagree on the patches, or `padding_side` or `resample_backend` is
+                unknown.
         """
         image.check_patches(config.vision)
         self.config = config
         self.image = image
         self.prompts = prompts
         self.padding_side = padding_side
+        self.resample_backend = resolve_resample_backend(resample_backend)
         self._rows = LRUCache(MAX_CACHED_TEXTS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
@@ -90,11 +98,12 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
         **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
         checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
-        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels)
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
 
     @classmethod
     def from_checkpoint(
@@ -103,6 +112,7 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
 
@@ -117,7 +127,8 @@ class TensorProcessor:
             prompts = PromptEncoder(tokenizer, checkpoint.chat_template, config.image_token_id)
             config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
             config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
-        return cls(config, image, prompts, padding_side)
+        backend = resolve_resample_backend(resample_backend, checkpoint.preprocessor.get("image_processor_type"))
+        return cls(config, image, prompts, padding_side, backend)
 
     def __call__(
         self,
@@ -299,6 +310,7 @@ class TensorProcessor:
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
             dtype=dtype,
+            resample_backend=self.resample_backend,
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 

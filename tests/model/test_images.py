@@ -68,7 +68,7 @@ EXACT_SIZES = [
 
 @pytest.fixture(scope="module")
 def processor(checkpoint):
-    return TensorProcessor.from_pretrained(checkpoint)
+    return TensorProcessor.from_pretrained(checkpoint, resample_backend="pillow")
 
 
 @pytest.fixture(scope="module")
