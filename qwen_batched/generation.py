@@ -101,7 +101,7 @@ class Decoding:
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor,
-        token_index: Tensor,
+        tokens: int | None,
         *,
         max_new_tokens: int,
         sampling: Sampling,
@@ -116,7 +116,7 @@ class Decoding:
             input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
             position_ids: Int64 (3, B, S).
             attention_mask: Bool (B, S).
-            token_index: Int64 (T,), see `BatchedDecoder.forward`.
+            tokens: As for `BatchedDecoder.forward`.
             max_new_tokens: At least 1.
             sampling: How tokens are chosen.
             repetition_penalty: 1 for none.
@@ -136,7 +136,7 @@ class Decoding:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
         self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
-        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, token_index=token_index)[0]
+        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, tokens=tokens)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
         self._seen_BW: Tensor | None = None
         if repetition_penalty != 1:

@@ -38,7 +38,7 @@ def answer_loss(
     hidden_BSD: Tensor,
     attention_mask: Tensor,
     labels_BS: Tensor,
-    answer_index: Tensor,
+    answer_tokens: int,
     logits: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Mean cross entropy, in float32, of all labels of the batch, each predicted from the token before it.
@@ -49,15 +49,17 @@ def answer_loss(
         hidden_BSD: Hidden states after the final norm.
         attention_mask: Bool (B, S), False on padding.
         labels_BS: Token ids, `NO_LABEL` where there is nothing to learn.
-        answer_index: (A,), places b * S + s, those of all labels among them.
+        answer_tokens: A, no fewer than there are labels: the host's count of them, so that nothing is read back.
         logits: (T, D) to (T, vocabulary).
 
     Returns:
         A scalar; 0 where there are no labels.
     """
-    before_A = (answer_index - 1).clamp(min=0)
-    has_before_A = attention_mask.flatten().index_select(0, before_A) & (answer_index % labels_BS.shape[1] > 0)
-    labels_A = labels_BS.flatten().index_select(0, answer_index).masked_fill(~has_before_A, NO_LABEL)
+    # The places b * S + s of all labels first, in ascending order.
+    places_A = torch.argsort((labels_BS == NO_LABEL).flatten().to(torch.uint8), stable=True)[:answer_tokens]
+    before_A = (places_A - 1).clamp(min=0)
+    has_before_A = attention_mask.flatten().index_select(0, before_A) & (places_A % labels_BS.shape[1] > 0)
+    labels_A = labels_BS.flatten().index_select(0, places_A).masked_fill(~has_before_A, NO_LABEL)
     hidden_AD = hidden_BSD.flatten(0, 1).index_select(0, before_A)
 
     def loss_of_chunk(hidden_TD: Tensor, labels_T: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen_batched.model.embedding import Features
+from qwen_batched.model.embedding import Features, as_given
 from qwen_batched.model.inputs import Resize, check_chunk_size, check_given, resolve_layers
 from qwen_batched.model.request import Request
 from qwen_batched.model.tensor_processor import TensorProcessor
@@ -52,16 +53,16 @@ class ImageEncoder(Trainable):
             cuda_graph: As for `forward`.
 
         Returns:
-            (B, V, h, w, D), row-major, h = resized height / 28; a list of V tensors (B, h, w, D) when the cameras'
-            grids differ. With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
+            (B, V, h, w, D), row-major, h = resized height / 28; for a list of cameras a list of V tensors (B, h, w, D).
+            With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
 
         Raises:
-            TypeError, ValueError: An argument is not as described. Nothing was done.
+            TypeError, ValueError: An argument is not as described. Raised before any work.
             torch.OutOfMemoryError: The batch does not fit; the model stays usable.
         """
         if layers is not None:
-            resolve_layers(layers, self.config.vision.depth)
-        check_chunk_size(chunk_size)
+            layers = resolve_layers(layers, self.config.vision.depth)
+        chunk_size = check_chunk_size(chunk_size)
         check_given("images", images, "a tensor or a list of tensors")
         self.check_no_gradient_in_a_capture(images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=self.device)
@@ -77,7 +78,7 @@ class ImageEncoder(Trainable):
             f"(images per pass) needs less. {reason}"
         )
 
-    def _batch(self, request: Request, cuda_graph: bool) -> dict[str, Tensor | list[Tensor]]:
+    def _batch(self, request: Request, cuda_graph: bool) -> dict[str, Any]:
         """The processor's batch; on a GPU with `features` in place of pixels.
 
         Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
@@ -97,8 +98,11 @@ class ImageEncoder(Trainable):
             batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
             inputs = batch["pixel_values"], batch["raster_order"], batch.get("camera_present")
             if layers is None and chunk_size is None:  # as `embed` calls it: hooks see the same arguments
-                return self.visual(*inputs)
-            return self.visual(*inputs, layers=layers, chunk_size=chunk_size)
+                return as_given(self.visual(*inputs), request.as_list)
+            features = self.visual(*inputs, layers=layers, chunk_size=chunk_size)
+            if layers is None:
+                return as_given(features, request.as_list)
+            return [as_given(output, request.as_list) for output in features]
 
         if not self._graphs_may_serve(cuda_graph):
             return run(*request.tensors)

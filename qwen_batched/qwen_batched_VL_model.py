@@ -17,16 +17,16 @@ from qwen_batched.image_encoder import ImageEncoder
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
     Resize,
-    check_batch,
-    check_batch_alone,
     check_given,
+    check_int,
     check_logits,
     check_norm,
     resolve_layers,
 )
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
-from qwen_batched.model.tensor_processor import TensorProcessor, to_device
+from qwen_batched.model.prepared import HostFacts, check_prepared_alone, restore
+from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import (
@@ -175,7 +175,7 @@ class QwenBatchedVL(ImageEncoder):
         resize: Resize = "hf",
         cuda_graph: bool = True,
         targets: Sequence[str] | None = None,
-        **batch: Tensor | list[Tensor],
+        **batch: Tensor | list[Tensor] | HostFacts,
     ) -> VLOutput:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
 
@@ -205,21 +205,18 @@ class QwenBatchedVL(ImageEncoder):
             targets: B strings, each sample's answer. It follows the generation prompt, with the end token of the chat
                 template's turn, in other templates of the tokenizer; `loss` is that of these tokens alone. Like texts,
                 whatever they contain is text.
-            **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned.
+            **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned, or some rows
+                of it. What is on the host is checked; of what is on the GPU, a sample that does not fit becomes NaN.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or gradients are wanted while a CUDA graph is
-                captured. Nothing was done.
+                captured. Raised before any work.
         """
         self.check_no_gradient_in_a_capture(batch.get("pixel_values", images))
         wanted = self._check_outputs(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
-            check_batch_alone(batch, images, texts, camera_mask, targets, template, resize)
-            check_batch(
-                batch, self.config.vision.patch_dim, self.config.vision.cell_patches, self.config.text.vocab_size
-            )
-            batch = to_device(batch, self.device)
-            return VLOutput(*self._run(batch, wanted, norm, logits))
+            check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize)
+            return VLOutput(*self._run(restore(batch, self.config, self.device), wanted, norm, logits))
         check_given("texts", texts, "a list of str")
         device = self.device
         request = self.processor.request(
@@ -253,9 +250,7 @@ class QwenBatchedVL(ImageEncoder):
             for _ in range(2):  # the first compiles kernels and packs weights
                 self(images, texts, **arguments)
 
-    def _run(
-        self, batch: dict[str, Tensor | list[Tensor]], wanted: list[int], norm: str, logits: str | None
-    ) -> list[object]:
+    def _run(self, batch: dict[str, Any], wanted: list[int], norm: str, logits: str | None) -> list[object]:
         """The fields of `VLOutput`, in its order."""
         inputs_embeds, features = embed(self.visual, self.model, batch)
         has_targets = "labels" in batch
@@ -263,7 +258,7 @@ class QwenBatchedVL(ImageEncoder):
             wanted = [*wanted, self.config.text.num_hidden_layers]
         attention_mask = batch["attention_mask"]
         hidden_states = self.model(
-            inputs_embeds, batch["position_ids"], attention_mask, wanted, norm, token_index=batch["token_index"]
+            inputs_embeds, batch["position_ids"], attention_mask, wanted, norm, tokens=batch["tokens"]
         )
         scores = loss = None
         if logits is not None or has_targets:
@@ -272,7 +267,7 @@ class QwenBatchedVL(ImageEncoder):
         if logits is not None:
             scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
         if has_targets:
-            loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_index"], self.logits)
+            loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_tokens"], self.logits)
         return [
             hidden_states,
             attention_mask,
@@ -343,8 +338,7 @@ class QwenBatchedVL(ImageEncoder):
         """
         self._check_lm_head()
         sampling = Sampling(temperature, top_k, top_p, seed)
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=1)
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
         check_given("texts", texts, "a list of str")
@@ -364,7 +358,7 @@ class QwenBatchedVL(ImageEncoder):
             self.model,
             self.lm_head,
             inputs_embeds,
-            *(batch[name] for name in ("input_ids", "position_ids", "attention_mask", "token_index")),
+            *(batch[name] for name in ("input_ids", "position_ids", "attention_mask", "tokens")),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             repetition_penalty=self.generation_config.repetition_penalty,

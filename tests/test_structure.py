@@ -23,6 +23,7 @@ LAYERS = (
     ("model.attention_rows", "model.geometry", "model.gradient_checkpointing", "model.kv_cache", "model.layers"),
     ("model.prompt", "model.request", "model.sequence"),
     ("model.contexts", "model.image_groups", "model.inputs"),
+    ("model.prepared",),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
     ("head", "model.embedding", "training"),
     ("image_encoder",),

@@ -85,10 +85,11 @@ def camera_pixels(
     """Each camera's patches (B, P, patch_dim) in transformers' order: merged cells in raster order."""
     batch = processor(case.images, None, device=device, dtype=dtype)
     pixels, orders = batch["pixel_values"], batch["raster_order"]
-    pixels = pixels.unbind(1) if isinstance(pixels, Tensor) else pixels
+    if isinstance(pixels, Tensor):
+        pixels, orders = pixels.unbind(1), [orders] * pixels.shape[1]
     cell = processor.config.vision.cell_patches
     return [
-        patches.unflatten(1, (-1, cell)).index_select(1, order.flatten()).flatten(1, 2)
+        patches.unflatten(1, (-1, cell)).index_select(1, order[0].flatten()).flatten(1, 2)
         for patches, order in zip(pixels, orders, strict=True)
     ]
 

@@ -193,14 +193,13 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: list[int], tab
 
 @_operator(
     "expand_prompts(Tensor prompts, Tensor grids, Tensor? camera_mask, int image_token_id, int pad_token_id, "
-    "int length, int tokens, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left: (
+    "int length, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda prompts, grids, camera_mask, image_token_id, pad_token_id, length, left: (
         prompts.new_empty(len(prompts), length),
         prompts.new_empty(len(prompts), length, dtype=torch.bool),
         prompts.new_empty(3, len(prompts), length),
         prompts.new_empty(len(prompts), length),
         prompts.new_empty(len(prompts), length),
-        prompts.new_empty(tokens),
     ),
 )
 def expand_prompts(
@@ -210,12 +209,11 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
-    tokens: int,
     left: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.expand_prompts`."""
     kernels = triton_kernels(prompts.device) or reference
-    return kernels.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left)
+    return kernels.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, left)
 
 
 @_operator(

@@ -181,12 +181,10 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
-    tokens: int,
     left: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `reference.expand_prompts`."""
-    how = (image_token_id, pad_token_id, length, tokens, left)
-    return operators.expand_prompts(prompts, grids, camera_mask, *how)
+    return operators.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, left)
 
 
 def _is_one_row(x: Tensor, weight: Tensor, *biases: Tensor | None) -> bool:

@@ -257,9 +257,8 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
-    tokens: int,
     left: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gives each image token of the prompts as many places as its camera's image has cells.
 
     Rope positions are those of transformers' `get_rope_index` for still images (Qwen2-VL, arXiv:2409.12191, section
@@ -273,7 +272,6 @@ def expand_prompts(
         image_token_id: The token that stands for an image.
         pad_token_id: Fills the ids on padding.
         length: S, no less than the longest sequence.
-        tokens: T, how many places to list: the real tokens' first, then the padding's.
         left: Whether padding stands on the left.
 
     Returns:
@@ -309,7 +307,6 @@ def expand_prompts(
         positions.masked_fill(~mask_BS, 0),
         camera_BS.masked_fill(~is_image_BS, NO_TOKEN),
         (first_feature[camera_BS] + cell_BS).masked_fill(~is_image_BS, NO_TOKEN),
-        torch.argsort((~mask_BS).flatten().to(torch.uint8), stable=True)[:tokens],
     )
 
 

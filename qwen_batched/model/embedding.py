@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,22 +15,34 @@ Features = Tensor | list[Tensor]
 
 
 def embed(
-    visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: dict[str, Tensor | list[Tensor]]
+    visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: dict[str, Any]
 ) -> tuple[Tensor, Features | None]:
     """The embeddings, and the image features (see `BatchedVisionTransformer.forward`); None without images.
 
-    A batch may hold the features already, in place of pixels.
+    A batch may hold the features already, in place of pixels. Samples that are not `valid` become NaN.
     """
     features = batch.get("features")
     if "pixel_values" in batch:
         features = visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
+        features = as_given(features, batch["as_list"])
     embeds_BSD = decoder.embed_tokens(batch["input_ids"])
-    if features is not None:
-        return place_features(embeds_BSD, features, batch["feature_index"]), features
-    if not is_waited_for(visual):
-        return embeds_BSD, None
-    # The others may have images: so one blank cell goes through the tower, and to no place.
-    return place_features(embeds_BSD, _blank_feature(visual, batch["input_ids"]), batch["feature_index"]), None
+    placed = features
+    if features is None and is_waited_for(visual):
+        # The others may have images: so one blank cell goes through the tower, and to no place.
+        placed = _blank_feature(visual, batch["input_ids"])
+    if placed is not None:
+        embeds_BSD = place_features(embeds_BSD, placed, batch["feature_index"])
+    valid_B = batch.get("valid")
+    if valid_B is not None:
+        embeds_BSD = embeds_BSD.masked_fill(~valid_B[:, None, None], torch.nan)
+    return embeds_BSD, features
+
+
+def as_given(features: Features, as_list: bool) -> Features:
+    """Features (B, V, ...) as one tensor for each camera, where cameras were given so."""
+    if not as_list or not isinstance(features, Tensor):
+        return features
+    return [camera.contiguous() for camera in features.unbind(1)]
 
 
 def _blank_feature(visual: BatchedVisionTransformer, input_ids: Tensor) -> Tensor:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_batched.model.geometry import MAX_ASPECT_RATIO
-from qwen_batched.model.sequence import NO_LABEL
 
-TEXT_NAMES = ("input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index")
+TEXT_NAMES = ("input_ids", "attention_mask", "rope_positions", "camera_ids", "feature_index")
 IMAGE_NAMES = ("pixel_values", "raster_order")
-LABEL_NAMES = ("labels", "answer_index")
 Resize = str | tuple[int, int] | None
+MAX_PIXELS = 2**31  # of a frame: resizing needs 12 bytes for each
+# Bicubic resizing overshoots by less, so frames that were resized before pass; frames in 0..255 do not.
+FLOAT_RANGE = (-0.5, 1.5)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -26,6 +29,7 @@ def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tenso
         ValueError: Its shape, dtype or device is not as the contract says.
     """
     if isinstance(images, Tensor):
+        check_plain("images", images)
         if images.ndim != 5:
             raise ValueError(f"images must be (B, n_cameras, 3, H, W), got {images.ndim} dimensions {_shape(images)}")
         groups = [images]
@@ -33,6 +37,7 @@ def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tenso
         if not images:
             raise ValueError("images must hold at least one camera, got an empty list")
         for camera, frames in enumerate(images):
+            check_plain(f"images[{camera}]", frames)
             if frames.ndim != 4:
                 raise ValueError(
                     f"images[{camera}] must be (B, 3, H, W), got {frames.ndim} dimensions {_shape(frames)}"
@@ -57,8 +62,6 @@ def _check_group(frames: Tensor, min_side: int) -> None:
         raise ValueError(f"images must have 3 channels before height and width, got {_shape(frames)}{hint}")
     if batch == 0 or cameras == 0:
         raise ValueError(f"images must hold at least one sample and one camera, got {_shape(frames)}")
-    if frames.layout != torch.strided:
-        raise ValueError(f"images must be dense, got {frames.layout}")
     if frames.dtype != torch.uint8 and not frames.dtype.is_floating_point:
         raise ValueError(f"images must be uint8 (0..255) or floating (0..1), got {frames.dtype}")
     if min(height, width) < min_side:
@@ -122,10 +125,39 @@ def _check_unicode(name: str, string: str) -> None:
         raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {string!r:.200}")
 
 
+def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> None:
+    """Raises `ValueError` where floating frames on the host are not in 0..1.
+
+    Values that are not finite pass: they spoil their own sample. So do absent cameras' frames, which change nothing.
+    """
+    low, high = FLOAT_RANGE
+    cameras = 0
+    for frames in groups:
+        here = slice(cameras, cameras := cameras + frames.shape[1])
+        if not frames.dtype.is_floating_point or frames.device.type != "cpu" or _is_transformed(frames):
+            continue
+        frames = frames.detach()
+        least, most = frames.aminmax()
+        if low <= least and most <= high:
+            continue
+        if camera_mask is not None:
+            if camera_mask.device.type != "cpu":
+                continue
+            frames = frames[camera_mask[:, here]]
+        outside = frames[(frames < low) | (frames > high)]
+        outside = outside[outside.isfinite()]
+        if outside.numel():
+            raise ValueError(
+                f"floating images must be in 0..1, got {float(outside[0]):g}: frames in 0..255 are to be uint8, or "
+                "divided by 255"
+            )
+
+
 def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: torch.device) -> None:
     """Raises `TypeError` or `ValueError` where the mask is not bool (batch, cameras) on the host or on `device`."""
     if not isinstance(camera_mask, Tensor):
         raise TypeError(f"camera_mask must be a bool tensor, got {_describe(camera_mask)}")
+    check_plain("camera_mask", camera_mask)
     if camera_mask.dtype != torch.bool or camera_mask.shape != (batch, cameras):
         raise ValueError(
             f"camera_mask must be bool ({batch}, {cameras}), got {camera_mask.dtype} {_shape(camera_mask)}"
@@ -139,22 +171,73 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the host or on {device}, got {tensor.device}")
 
 
-def check_resize(resize: Resize, factor: int) -> None:
-    """Raises `TypeError` or `ValueError` where `resize` is not "hf", None or a size in multiples of `factor`."""
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Raises `ValueError` where `tensor` is not dense, or has no values."""
+    kind = None
+    if tensor.is_nested:
+        kind = "a nested tensor"
+    elif tensor.layout != torch.strided:
+        kind = str(tensor.layout)
+    elif tensor.is_quantized:
+        kind = str(tensor.dtype)
+    elif tensor.device.type == "meta":
+        kind = "one on the meta device"
+    elif isinstance(tensor, FakeTensor) and not torch._C._len_torch_dispatch_stack():
+        kind = "a fake tensor outside its mode"
+    if kind is not None:
+        raise ValueError(f"{name} must be a dense tensor with values, got {kind}")
+
+
+def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
+    """`value` as an int; NumPy's integers serve too.
+
+    Raises:
+        TypeError: It is no integer, or a bool.
+        ValueError: It is below `least` or above `most`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be an int, got {_shortened(value)}")
+    if (least is not None and number < least) or (most is not None and number > most):
+        bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise ValueError(f"{name} must be an int {bounds}, got {_shortened(number)}")
+    return number
+
+
+def check_dtype(dtype: object) -> torch.dtype:
+    """Raises `TypeError` or `ValueError` where `dtype` is no floating dtype of 16 bits or more."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {_shortened(dtype)}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype must be floating, of 16 bits or more, got {dtype}")
+    return dtype
+
+
+def check_resize(resize: Resize, factor: int) -> Resize:
+    """`resize` with plain ints.
+
+    Raises:
+        TypeError: It is not "hf", None or a pair of ints.
+        ValueError: The size is not in multiples of `factor`, or above `MAX_PIXELS`.
+    """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
-        return
-    if not isinstance(resize, (tuple, list)) or len(resize) != 2 or any(type(side) is not int for side in resize):
-        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {resize!r}")
-    if any(side < factor or side % factor for side in resize):
-        raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
+        return resize
+    if not isinstance(resize, (tuple, list)) or len(resize) != 2:
+        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {_shortened(resize)}")
+    height, width = (check_int("each side of resize", side) for side in resize)
+    if any(side < factor or side % factor for side in (height, width)):
+        raise ValueError(f"resize must be multiples of {factor} pixels, got {_shortened((height, width))}")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"resize must ask for at most 2**31 pixels a frame, got {_shortened((height, width))}")
+    return height, width
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises `TypeError` or `ValueError` where `chunk_size` is neither None nor an int of at least 1."""
-    if chunk_size is not None and type(chunk_size) is not int:
-        raise TypeError(f"chunk_size must be None or an int, got {chunk_size!r}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """`chunk_size` as an int. Raises `TypeError` or `ValueError` where it is neither None nor at least 1."""
+    return None if chunk_size is None else check_int("chunk_size", chunk_size, least=1)
 
 
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
@@ -164,11 +247,12 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
         TypeError: `layers` is not a list or tuple of ints.
         ValueError: It is empty, or an index is out of range.
     """
-    if not isinstance(layers, (list, tuple)) or any(type(layer) is not int for layer in layers):
-        raise TypeError(f"layers must be a list or tuple of ints, got {layers!r}")
-    if not layers or not all(-size <= layer < size for layer in layers):
-        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {tuple(layers)}")
-    return [layer % size for layer in layers]
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"layers must be a list or tuple of ints, got {_shortened(layers)}")
+    indices = [check_int("each of layers", layer) for layer in layers]
+    if not indices or not all(-size <= layer < size for layer in indices):
+        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {_shortened(layers)}")
+    return [layer % size for layer in indices]
 
 
 def check_norm(norm: str) -> None:
@@ -190,10 +274,18 @@ def check_given(name: str, value: object, kind: str) -> None:
 
 
 def check_decoder_inputs(
-    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None, width: int
+    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, tokens: int | None, like: Tensor
 ) -> None:
-    """Raises `ValueError` where the decoder's inputs do not fit together, or not its `width`."""
-    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width:
+    """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or not its embedding `like`."""
+    named = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "attention_mask": attention_mask}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
+        check_plain(name, tensor)
+        if tensor.device != inputs_embeds.device or tensor.device != like.device:
+            raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+    width = like.shape[-1]
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width or inputs_embeds.numel() == 0:
         raise ValueError(f"inputs_embeds must be (B, S, {width}), got {_shape(inputs_embeds)}")
     batch, length = inputs_embeds.shape[:2]
     if position_ids.shape != (3, batch, length) or attention_mask.shape != (batch, length):
@@ -201,10 +293,26 @@ def check_decoder_inputs(
             f"inputs_embeds {_shape(inputs_embeds)} needs position_ids (3, {batch}, {length}) and attention_mask "
             f"({batch}, {length}), got {_shape(position_ids)} and {_shape(attention_mask)}"
         )
-    if attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask must be bool, got {attention_mask.dtype}")
-    if token_index is not None:
-        _check_index("token_index", token_index, batch * length)
+    if attention_mask.dtype != torch.bool or position_ids.dtype != torch.int64:
+        raise ValueError(
+            f"attention_mask must be bool and position_ids int64, got {attention_mask.dtype} and {position_ids.dtype}"
+        )
+    _check_activations("inputs_embeds", inputs_embeds, like)
+    if tokens is not None:
+        check_int("tokens", tokens, least=1, most=batch * length)
+
+
+def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
+    """Raises `ValueError` where one of `tensors` is not where `parameter` is."""
+    wrong = [tensor for tensor in tensors if tensor.device != parameter.device]
+    if wrong:
+        raise ValueError(f"{name} must be on {parameter.device}, got {wrong[0].device}")
+
+
+def _check_activations(name: str, x: Tensor, parameter: Tensor) -> None:
+    """Products need one dtype, but under autocast, which casts."""
+    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{name} must be {parameter.dtype}, the model's dtype, got {x.dtype}")
 
 
 def check_hidden_states(hidden_states: Tensor, width: int) -> None:
@@ -213,129 +321,56 @@ def check_hidden_states(hidden_states: Tensor, width: int) -> None:
         raise ValueError(f"hidden_states must be (..., {width}), got {_shape(hidden_states)}")
 
 
-def _check_index(name: str, index: object, places: int) -> None:
-    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1
-    if not fits or not 0 < index.numel() <= places:
-        raise ValueError(f"{name} must be torch.int64 (T,) with 1 to {places} tokens, got {_describe_tensor(index)}")
-
-
-def check_batch_names(names: Collection[str]) -> None:
-    """Raises `TypeError` where there are names that no processor's batch has."""
-    unknown = sorted(set(names) - {*TEXT_NAMES, *IMAGE_NAMES, *LABEL_NAMES, "token_index", "camera_present"})
-    if unknown:
-        raise TypeError(f"forward() got unexpected arguments {unknown}")
-
-
-def check_batch_alone(
-    batch: Collection[str],
-    images: object,
-    texts: object,
-    camera_mask: object,
-    targets: object,
-    template: str,
-    resize: Resize,
-) -> None:
-    """Raises `TypeError` or `ValueError` where a processor's batch comes with what shapes one when it is made."""
-    check_batch_names(batch)
-    if images is not None or texts is not None:
-        raise ValueError("give either images and texts or a processor's batch, got both")
-    if camera_mask is not None or targets is not None or template != "chat" or resize != "hf":
-        raise ValueError(
-            "camera_mask, targets, template and resize shape a batch when the processor makes it, not later"
-        )
-
-
-def check_batch(batch: Mapping[str, object], patch_dim: int, cell_patches: int, vocab_size: int) -> None:
-    """Raises `TypeError` or `ValueError` where `batch` is not what a processor returned for frames and texts."""
-    check_batch_names(batch)
-    has_images = "pixel_values" in batch
-    has_labels = any(name in batch for name in LABEL_NAMES)
-    expected = (
-        *TEXT_NAMES,
-        "token_index",
-        *(IMAGE_NAMES if has_images else ()),
-        *(LABEL_NAMES if has_labels else ()),
-    )
-    missing = [name for name in expected if name not in batch]
-    stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
-    if missing or stray:
-        raise ValueError(f"a processor's batch must hold {expected}, got {sorted(batch)}")
-    input_ids = batch["input_ids"]
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (B, S), got {_describe_tensor(input_ids)}")
-    for name in TEXT_NAMES:
-        shape = (3, *input_ids.shape) if name == "position_ids" else tuple(input_ids.shape)
-        _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
-    _check_index("token_index", batch["token_index"], input_ids.numel())
-    if has_labels:
-        _check_tensor("labels", batch["labels"], tuple(input_ids.shape), torch.int64)
-        _check_index("answer_index", batch["answer_index"], input_ids.numel())
-        _check_labels(batch["labels"], batch["answer_index"], vocab_size)
-    mask = batch["attention_mask"]
-    if mask.device.type == "cpu" and mask.sum() > batch["token_index"].numel():
-        raise ValueError(
-            f"token_index must hold every token of attention_mask, got {len(batch['token_index'])} of {mask.sum()}"
-        )
-    if has_images:
-        cameras = check_pixels(batch["pixel_values"], batch["raster_order"], patch_dim, cell_patches, len(input_ids))
-        if "camera_present" in batch:
-            _check_tensor("camera_present", batch["camera_present"], (len(input_ids), cameras), torch.bool)
-
-
-def _check_labels(labels: Tensor, answer_index: Tensor, vocab_size: int) -> None:
-    """Of tensors on the host alone: elsewhere nothing is read back."""
-    if labels.device.type == answer_index.device.type == "cpu":
-        if not 0 <= answer_index.min() <= answer_index.max() < labels.numel():
-            raise ValueError(f"answer_index must hold places in 0..{labels.numel() - 1}, got others")
-        uses = torch.zeros_like(labels).flatten().index_add(0, answer_index, torch.ones_like(answer_index))
-        if (uses > 1).any():
-            raise ValueError(f"answer_index must hold each place once, got one twice in {len(answer_index)}")
-        wrong = (labels != NO_LABEL) & ((labels < 0) | (labels >= vocab_size))
-        if wrong.any():
-            raise ValueError(f"labels must be {NO_LABEL} or 0 to {vocab_size - 1}, got {wrong.sum()} others")
-        outside = labels.flatten().index_fill(0, answer_index, NO_LABEL) != NO_LABEL
-        if outside.any():
-            raise ValueError(f"answer_index must hold the places of all labels, got labels at {outside.sum()} others")
-
-
 def check_pixels(
     pixel_values: object, raster_order: object, patch_dim: int, cell_patches: int, batch: int | None = None
-) -> int:
-    """The number of cameras. Raises `ValueError` where pixels and grids do not fit together or to `batch` samples."""
+) -> list[tuple[int, int]]:
+    """The grid of each camera's image, in merged cells, as shapes say it.
+
+    Raises:
+        ValueError: Pixels and grids do not fit together, or not to `batch` samples.
+    """
     if isinstance(pixel_values, Tensor):
         if not isinstance(raster_order, Tensor) or raster_order.ndim != 3:
-            raise ValueError(f"raster_order must be (V, h, w), got {_describe_tensor(raster_order)}")
-        cameras, h, w = raster_order.shape
-        _check_pixel_tensor(pixel_values, (batch, cameras, h * w * cell_patches, patch_dim))
-        return cameras
-    if not isinstance(pixel_values, (list, tuple)) or not isinstance(raster_order, (list, tuple)):
+            raise ValueError(f"raster_order must be (B, h, w), got {describe_tensor(raster_order)}")
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
+        cameras = pixel_values.shape[1]
+        pixels, orders = [pixel_values], [raster_order]
+    elif isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple)):
+        if len(pixel_values) != len(raster_order) or not pixel_values:
+            raise ValueError(
+                f"expected a raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras"
+            )
+        cameras = None
+        pixels, orders = pixel_values, raster_order
+    else:
         raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
-    if len(pixel_values) != len(raster_order) or not pixel_values:
-        raise ValueError(f"expected a raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras")
-    for pixels, order in zip(pixel_values, raster_order, strict=True):
-        if not isinstance(order, Tensor) or order.ndim != 2:
-            raise ValueError(f"raster_order must be (h, w) for each camera, got {_describe_tensor(order)}")
-        batch = pixels.shape[0] if batch is None and isinstance(pixels, Tensor) and pixels.ndim else batch
-        _check_pixel_tensor(pixels, (batch, order.numel() * cell_patches, patch_dim))
-    return len(pixel_values)
+    for part, order in zip(pixels, orders, strict=True):
+        if not isinstance(order, Tensor) or order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
+            raise ValueError(f"raster_order must be int64 (B, h, w), got {describe_tensor(order)}")
+        batch = order.shape[0] if batch is None else batch
+        patches = order.shape[1] * order.shape[2] * cell_patches
+        _check_pixel_tensor(part, (batch, *([] if cameras is None else [cameras]), patches, patch_dim))
+        if order.shape[0] != batch:
+            raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
+    return [(order.shape[1], order.shape[2]) for order in orders] * (cameras or 1)
 
 
-def _check_pixel_tensor(pixels: object, shape: tuple[int | None, ...]) -> None:
-    fits = isinstance(pixels, Tensor) and pixels.dtype.is_floating_point and pixels.ndim == len(shape)
-    if not fits or any(want not in (None, got) for want, got in zip(shape, pixels.shape, strict=True)):
-        wanted = ", ".join("B" if side is None else str(side) for side in shape)
-        raise ValueError(
-            f"pixel_values must be floating ({wanted}) to fit raster_order, got {_describe_tensor(pixels)}"
-        )
+def _check_pixel_tensor(pixels: object, shape: tuple[int, ...]) -> None:
+    fits = isinstance(pixels, Tensor) and tuple(pixels.shape) == shape and pixels.numel() > 0
+    if not fits or not pixels.dtype.is_floating_point or pixels.dtype.itemsize < 2:
+        raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(pixels)}")
+    check_plain("pixel_values", pixels)
 
 
-def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not isinstance(value, Tensor) or _shape(value) != shape or value.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {_describe_tensor(value)}")
-
-
-def _describe_tensor(value: object) -> str:
+def describe_tensor(value: object) -> str:
+    """Dtype and shape of a tensor, the type of anything else."""
     return f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether a functional transform or a mode hides the values of `x`."""
+    return type(x) is not Tensor or torch._C._functorch.maybe_current_level() is not None
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -346,3 +381,14 @@ def _describe(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
     return type(value).__name__
+
+
+def _shortened(value: object) -> str:
+    """A value for a message, however long it is."""
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "an int of 10**18 or more"
+    try:
+        text = repr(value)
+    except ValueError:  # Python's own limit of digits
+        return f"a {type(value).__name__} of very large ints"
+    return text if len(text) <= 200 else f"{text[:200]}..."

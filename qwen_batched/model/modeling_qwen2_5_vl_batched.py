@@ -33,6 +33,7 @@ from qwen_batched.model.inputs import (
     check_decoder_inputs,
     check_norm,
     check_pixels,
+    check_same_device,
     resolve_layers,
 )
 from qwen_batched.model.kv_cache import KVCache
@@ -81,7 +82,8 @@ class BatchedVisionTransformer(GradientCheckpointing):
     @torch.compiler.assume_constant_result
     def plan(self, h: int, w: int, device: torch.device) -> VisionPlan:
         """The geometry of an image of `h` x `w` merged cells, made once."""
-        return self._plans.get((h, w, device), lambda: make_vision_plan(self.config, h, w, device))
+        config = self.config
+        return self._plans.get((config, h, w, device), lambda: make_vision_plan(config, h, w, device))
 
     def forward(
         self,
@@ -95,8 +97,8 @@ class BatchedVisionTransformer(GradientCheckpointing):
 
         Args:
             pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ.
-            raster_order: (V, h, w), or V tensors (h_v, w_v): the place in window order of each merged cell. Its shape
-                is the images' grid, so that geometry is known without reading the device.
+            raster_order: Int64 (B, h, w), or V tensors (B, h_v, w_v): the place in window order of each merged cell.
+                Its shape is the images' grid, so that geometry is known without reading the device.
             camera_present: Bool (B, V), False where a camera is absent; those features are zero. None where none is.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
@@ -108,19 +110,21 @@ class BatchedVisionTransformer(GradientCheckpointing):
             per layer, of patches: (B, V, 2h, 2w, C).
 
         Raises:
-            ValueError: Shapes do not fit together, a layer is out of range, or `chunk_size` is below 1.
+            TypeError, ValueError: Shapes do not fit together, a layer is out of range, or `chunk_size` is below 1.
+                Raised before any work.
         """
         config = self.config
-        check_chunk_size(chunk_size)
+        chunk_size = check_chunk_size(chunk_size)
         wanted = None if layers is None else resolve_layers(layers, config.depth)
-        cameras = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
+        grids = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
-        grids = [raster_order.shape[1:]] if uniform else [order.shape for order in raster_order]
-        plans = [self.plan(*grid, pixels[0].device) for grid in grids]
-        batch = len(pixel_values) if uniform else len(pixels[0])
+        batch, device = pixel_values.shape[0] if uniform else pixels[0].shape[0], pixels[0].device
+        check_same_device("pixel_values", pixels, self.patch_embed.proj.weight)
         if camera_present is not None:
-            check_camera_mask(camera_present, batch, cameras, pixels[0].device)
+            check_camera_mask(camera_present, batch, len(grids), device)
+            camera_present = camera_present.to(device, non_blocking=True)
+        plans = [self.plan(*grid, device) for grid in (grids[:1] if uniform else grids)]
 
         images = self._run_in_passes(pixels, plans, wanted, chunk_size)
         features = [by_camera(groups, batch, camera_present, uniform) for groups in images]
@@ -299,7 +303,7 @@ class BatchedDecoder(GradientCheckpointing):
         layers: Sequence[int] = (-1,),
         norm: str = "post",
         cache: KVCache | None = None,
-        token_index: Tensor | None = None,
+        tokens: int | None = None,
     ) -> list[Tensor]:
         """Hidden states of the `layers` asked for; blocks above the highest are not run.
 
@@ -310,8 +314,8 @@ class BatchedDecoder(GradientCheckpointing):
             layers: 0 is `inputs_embeds`, k the output of block k, the number of blocks (or -1) the last output.
             norm: "post" applies the final norm to the last output, "pre" leaves it out.
             cache: Takes the keys and values of the tokens.
-            token_index: (T,), T no less than the tokens that are not padding. Its shape alone is looked at: it says how
-                many there are without reading the mask back, so that padding can be left out. None computes it too.
+            tokens: How many tokens to compute, no fewer than are not padding: the host's count of them, so that padding
+                is left out without reading the mask back. None computes padding too.
 
         Returns:
             One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
@@ -321,8 +325,8 @@ class BatchedDecoder(GradientCheckpointing):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
-        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, token_index, self.config.hidden_size)
-        tokens = attention_mask.numel() if token_index is None else token_index.numel()
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
+        tokens = attention_mask.numel() if tokens is None else tokens
         places_T, rows = back_to_back(attention_mask, tokens)
         x_TD = inputs_embeds.flatten(0, 1).index_select(0, places_T)
         rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
@@ -346,7 +350,8 @@ class BatchedDecoder(GradientCheckpointing):
     @torch.compiler.assume_constant_result
     def _inverse_frequencies(self, device: torch.device) -> Tensor:
         config = self.config
-        return self._inv_freq.get(device, lambda: inverse_frequencies(config.head_dim, config.rope_theta).to(device))
+        dim, theta = config.head_dim, config.rope_theta
+        return self._inv_freq.get((dim, theta, device), lambda: inverse_frequencies(dim, theta).to(device))
 
     def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
         last = self.config.num_hidden_layers

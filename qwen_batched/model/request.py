@@ -41,6 +41,7 @@ class Request:
         prompts: Tokens on `device`; None for images alone.
         grids: Of each camera's image.
         device: Where the batch goes.
+        as_list: Whether image features are to be a list, of one tensor for each camera.
     """
 
     frames: tuple[Tensor, ...]
@@ -48,6 +49,7 @@ class Request:
     prompts: Prompts | None
     grids: tuple[Grid, ...]
     device: torch.device
+    as_list: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -59,7 +61,7 @@ class Request:
         """All else that shapes the batch."""
         prompts = self.prompts
         sizes = None if prompts is None else (prompts.length, prompts.tokens, prompts.answer_tokens)
-        return len(self.frames), *(x is not None for x in self._others), self.grids, sizes, self.device
+        return len(self.frames), *(x is not None for x in self._others), self.grids, sizes, self.device, self.as_list
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Request:
         """The same request for other `tensors` of the same shapes."""

@@ -27,8 +27,6 @@ class Sequences:
         camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
         feature_index: Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token
             stands for, -1 elsewhere.
-        token_index: Int64 (T,), the places b * S + s of the tokens that are not padding, in ascending order; where only
-            the device knows how many there are, T = B * S and padding follows.
     """
 
     input_ids: Tensor
@@ -36,7 +34,6 @@ class Sequences:
     position_ids: Tensor
     camera_ids: Tensor
     feature_index: Tensor
-    token_index: Tensor
 
 
 def expand_prompts(
@@ -47,7 +44,6 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
-    tokens: int | None,
     padding_side: str,
 ) -> Sequences:
     """Gives each image token of the prompts as many places as its camera's image has cells.
@@ -57,33 +53,26 @@ def expand_prompts(
         image_token_id: The token that stands for an image.
         pad_token_id: Fills `input_ids` on padding.
         length: S, no less than the longest sequence.
-        tokens: T, how many tokens all sequences have; None where only the device knows.
         padding_side: "left" or "right".
     """
-    tokens = len(prompts) * length if tokens is None else tokens
     left = padding_side == "left"
-    return Sequences(
-        *ops.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, tokens, left)
-    )
+    return Sequences(*ops.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, left))
 
 
-def label_answers(sequences: Sequences, answers: Tensor, places: int) -> tuple[Tensor, Tensor]:
+def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
     """What to train on: the tokens at the end of each sequence that are its answer's.
 
     Args:
         sequences: Prompts with their answers.
         answers: Int64 (B,), how many tokens of each are its answer's.
-        places: A, how many these are in all, or more where only the device knows.
 
     Returns:
         Labels, int64 (B, S): the answers' tokens, `NO_LABEL` elsewhere; each is to be predicted from the token before.
-        And int64 (A,): the places b * S + s of the labels, in ascending order; others follow where A is more.
     """
     mask_BS = sequences.attention_mask
     tokens_BS = mask_BS.long().cumsum(1)
     is_answer_BS = mask_BS & (tokens_BS > tokens_BS[:, -1:] - answers[:, None])
-    labels_BS = sequences.input_ids.masked_fill(~is_answer_BS, NO_LABEL)
-    return labels_BS, torch.argsort((~is_answer_BS).flatten().to(torch.uint8), stable=True)[:places]
+    return sequences.input_ids.masked_fill(~is_answer_BS, NO_LABEL)
 
 
 def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:

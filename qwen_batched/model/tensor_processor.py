@@ -6,10 +6,10 @@ texts, targets -> token ids -> sequences with a place for each image cell and la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,15 @@ from qwen_batched.model.inputs import (
     Resize,
     check_camera_mask,
     check_device,
+    check_dtype,
+    check_float_range,
     check_frames,
+    check_int,
     check_resize,
     check_targets,
     check_texts,
 )
+from qwen_batched.model.prepared import HostFacts, prepare
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.model.request import Grid, Prompts, Request
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
@@ -65,8 +69,6 @@ class TensorProcessor:
                 "preprocessor_config.json and config.json disagree on (patch_size, merge_size, temporal_patch_size): "
                 f"{patches} and {(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)}"
             )
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         self.config = config
         self.image = image
         self.prompts = prompts
@@ -74,6 +76,17 @@ class TensorProcessor:
         self._rows = LRUCache(MAX_CACHED_TEXTS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
+
+    @property
+    def padding_side(self) -> str:
+        """ "left" or "right", of shorter prompts."""
+        return self._padding_side
+
+    @padding_side.setter
+    def padding_side(self, side: str) -> None:
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
+        self._padding_side = side
 
     @classmethod
     def from_pretrained(
@@ -117,11 +130,11 @@ class TensorProcessor:
         targets: Sequence[str] | None = None,
         template: str = "chat",
         resize: Resize = "hf",
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         max_new_tokens: int = 0,
-    ) -> dict[str, Tensor | list[Tensor]]:
-        """A batch for `QwenBatchedVL.forward(**batch)`.
+    ) -> dict[str, Tensor | list[Tensor] | HostFacts]:
+        """A batch for `QwenBatchedVL.forward(**batch)`, of which loaders may take, cut and join rows.
 
         Args:
             images: (B, V, 3, H, W), RGB, uint8 in 0..255 or floating in 0..1; or V tensors (B, 3, H_i, W_i); or None.
@@ -136,15 +149,18 @@ class TensorProcessor:
             max_new_tokens: How many tokens must find room behind each prompt.
 
         Returns:
-            With images: `pixel_values` (B, V, P, patch_dim) in window order and `raster_order` (V, h, w), see
-            `BatchedVisionTransformer.forward`; both are lists of one per camera when the feature grids differ.
-            `camera_present` (B, V), where a camera mask was given. With texts: the fields of `Sequences`. With targets:
-            `labels` (B, S) and `answer_index` (A,), see `label_answers`.
+            Tensors, each with B first and memory of its own. With images: `pixel_values` (B, V, P, patch_dim) in window
+            order and `raster_order` (B, h, w), see `BatchedVisionTransformer.forward`; for a list of cameras both are
+            lists of one (B, P, patch_dim) and (B, h, w) each. `camera_present` (B, V), where a camera mask was given.
+            With texts: `input_ids`, `attention_mask`, `camera_ids` and `feature_index` (B, S) and `rope_positions`
+            (B, 3, S), see `Sequences`. With targets: `labels` (B, S), see `label_answers`. And `prepared`, the host's
+            own counts, by which the model knows such a batch.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
                 model's maximum.
         """
+        check_dtype(dtype)
         request = self.request(
             images,
             texts,
@@ -155,7 +171,7 @@ class TensorProcessor:
             device=device,
             max_new_tokens=max_new_tokens,
         )
-        return self.batch(request, dtype)
+        return prepare(self.batch(request, dtype))
 
     @torch.compiler.disable  # work of the host, different at every call
     def request(
@@ -167,11 +183,13 @@ class TensorProcessor:
         targets: Sequence[str] | None = None,
         template: str = "chat",
         resize: Resize = "hf",
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         max_new_tokens: int = 0,
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
-        groups, device = self._check_images(images, camera_mask, resize, device)
+        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=0)
+        resize = check_resize(resize, self.config.vision.cell_size)
+        groups, device = self._check_images(images, camera_mask, device)
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
         if texts is not None:
@@ -193,34 +211,37 @@ class TensorProcessor:
             prompts=prompts,
             grids=grids,
             device=device,
+            as_list=isinstance(images, (list, tuple)),
         )
 
     @torch.compiler.disable
-    def batch(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
-        """The batch of a request, computed on its device without a look at any value."""
-        batch: dict[str, Tensor | list[Tensor]] = {}
+    def batch(self, request: Request, dtype: torch.dtype) -> dict[str, Any]:
+        """The batch of a request, computed on its device without a look at any value.
+
+        `pixel_values` and `raster_order` as `BatchedVisionTransformer.forward` takes them, `camera_present`, the fields
+        of `Sequences`, `labels`; and of the host `tokens` and `answer_tokens`, see `Prompts`, and `as_list`.
+        """
+        batch: dict[str, Any] = {"as_list": request.as_list}
         if request.frames:
             batch.update(self._pixels(request, dtype))
         if request.camera_mask is not None:
             batch["camera_present"] = request.camera_mask
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
-            batch.update(vars(sequences))
+            batch.update(vars(sequences), tokens=prompts.tokens)
             if prompts.answers is not None:
-                labels = label_answers(sequences, prompts.answers, prompts.answer_tokens)
-                batch["labels"], batch["answer_index"] = labels
+                batch["labels"] = label_answers(sequences, prompts.answers)
+                batch["answer_tokens"] = prompts.answer_tokens
         return batch
 
     def _check_images(
         self,
         images: Tensor | Sequence[Tensor] | None,
         camera_mask: Tensor | None,
-        resize: Resize,
-        device: torch.device | None,
+        device: torch.device | str | None,
     ) -> tuple[list[Tensor] | None, torch.device]:
         """The cameras' frames by size, and the device of the batch."""
         factor = self.config.vision.cell_size
-        check_resize(resize, factor)
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
@@ -231,6 +252,7 @@ class TensorProcessor:
         if camera_mask is not None:
             cameras = sum(group.shape[1] for group in groups)
             check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
+        check_float_range(groups, camera_mask)
         return groups, device
 
     def _target_size(self, frames: Tensor, resize: Resize) -> tuple[int, int]:
@@ -243,7 +265,7 @@ class TensorProcessor:
             return height, width
         if resize == "hf":
             return smart_resize(height, width, factor, self.image.min_pixels, self.image.max_pixels)
-        return tuple(resize)
+        return resize
 
     def _pixels(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
         """`pixel_values` and `raster_order`."""
@@ -254,14 +276,12 @@ class TensorProcessor:
             frames = frames.to(request.device, non_blocking=True)
             patches.append(self._patches(frames, request.grids[camera], mask, dtype))
             camera = cameras.stop
-        orders = [self._patch_order(grid, request.device)[1] for grid in request.grids]
+        samples = request.frames[0].shape[0]
+        orders = [self._patch_order(grid, request.device)[1].expand(samples, -1, -1) for grid in request.grids]
         if len(set(request.grids)) == 1:
             pixel_values = patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
-            return {"pixel_values": pixel_values, "raster_order": torch.stack(orders)}
-        return {
-            "pixel_values": [part[:, 0] for part in patches],
-            "raster_order": [order.clone() for order in orders],
-        }
+            return {"pixel_values": pixel_values, "raster_order": orders[0]}
+        return {"pixel_values": [part[:, 0] for part in patches], "raster_order": orders}
 
     def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
@@ -358,7 +378,6 @@ class TensorProcessor:
             image_token_id=self.config.image_token_id,
             pad_token_id=self.prompts.pad_token_id,
             length=prompts.length,
-            tokens=prompts.tokens,
             padding_side=self.padding_side,
         )
 
@@ -384,8 +403,8 @@ class TensorProcessor:
 
     def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Window order and raster order of the cells of an image."""
-        key = ("patch order", grid, device)
-        return self._tables.get(key, lambda: make_patch_order(self.config.vision, *grid, device))
+        vision = self.config.vision
+        return self._tables.get(("patch order", vision, grid, device), lambda: make_patch_order(vision, *grid, device))
 
     def _resize_tables(
         self, source: tuple[int, int], target: tuple[int, int], device: torch.device
@@ -401,21 +420,13 @@ class TensorProcessor:
         return (*axis(1), *axis(0))
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        values = tuple(self.image.image_mean), tuple(self.image.image_std)
+
         def make() -> tuple[Tensor, Tensor]:
-            values = (self.image.image_mean, self.image.image_std)
             mean, std = (torch.tensor(x, dtype=torch.float32, device="cpu").to(device) for x in values)
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
-        return self._tables.get(("normalisation", device), make)
-
-
-def to_device(batch: Mapping[str, Tensor | Sequence[Tensor]], device: torch.device) -> dict[str, Tensor | list[Tensor]]:
-    """A processor's batch on `device`; from pinned memory without a wait."""
-
-    def moved(value: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else [moved(item) for item in value]
-
-    return {name: moved(value) for name, value in batch.items()}
+        return self._tables.get(("normalisation", values, device), make)
 
 
 def _copied(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:

@@ -122,7 +122,7 @@ def launch_rotary(images, tokens, heads, size, dtype):
 def launch_prompts(batch, tokens, cameras, length, with_mask, left):
     prompts, grids = zeros(batch, tokens, dtype=torch.int64), zeros(cameras, 2, dtype=torch.int64)
     mask = zeros(batch, cameras, dtype=torch.bool) if with_mask else None
-    launchers.expand_prompts(prompts, grids, mask, 151655, 151643, length, batch * length, left)
+    launchers.expand_prompts(prompts, grids, mask, 151655, 151643, length, left)
 
 
 def launch_frames(source, target, frames_dtype, dtype):

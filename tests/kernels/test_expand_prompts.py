@@ -11,7 +11,7 @@ from qwen_batched.kernels.reference import NO_TOKEN
 launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
 
 IMAGE, PAD = 151655, 3
-FIELDS = "input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index", "token_index"
+FIELDS = "input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"
 
 
 def make_case(batch, cameras, longest_text, largest_side, masked, seed):
@@ -36,11 +36,10 @@ def make_case(batch, cameras, longest_text, largest_side, masked, seed):
     return prompts, grids, mask, lengths
 
 
-def assert_equals_the_reference(case, left, slack, counted, device):
+def assert_equals_the_reference(case, left, slack, device):
     prompts, grids, mask, lengths = case
     length = max(1, *lengths, 1) + slack
-    tokens = sum(lengths) if counted else len(prompts) * length
-    how = (IMAGE, PAD, length, tokens, left)
+    how = (IMAGE, PAD, length, left)
     expected = reference.expand_prompts(prompts, grids, mask, *how)
     on_device = [None if x is None else x.to(device) for x in (prompts, grids, mask)]
     for name, ours, theirs in zip(FIELDS, launchers.expand_prompts(*on_device, *how), expected, strict=True):
@@ -56,17 +55,16 @@ def assert_equals_the_reference(case, left, slack, counted, device):
     masked=st.booleans(),
     left=st.booleans(),
     slack=st.integers(0, 3),
-    counted=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_expanded_prompts_equal_the_reference(
-    device, batch, cameras, longest_text, largest_side, masked, left, slack, counted, seed
+    device, batch, cameras, longest_text, largest_side, masked, left, slack, seed
 ):
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
     case = make_case(batch, cameras, longest_text, largest_side, masked, seed)
-    assert_equals_the_reference(case, left, slack, counted, device)
+    assert_equals_the_reference(case, left, slack, device)
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -76,12 +74,12 @@ def test_more_than_a_block_of_samples_tokens_and_places(batch, cameras, longest_
         pytest.skip("kernels are compiled where there is a GPU")
     for masked in (True, False):
         case = make_case(batch, cameras, longest_text, 9, masked, seed=batch)
-        assert_equals_the_reference(case, left, 1, True, device)
+        assert_equals_the_reference(case, left, 1, device)
 
 
 def test_no_samples_are_no_sequences():
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
     nothing = torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), None
-    out = launchers.expand_prompts(*nothing, IMAGE, PAD, 5, 0, True)
-    assert [x.shape for x in out] == [(0, 5), (0, 5), (3, 0, 5), (0, 5), (0, 5), (0,)]
+    out = launchers.expand_prompts(*nothing, IMAGE, PAD, 5, True)
+    assert [x.shape for x in out] == [(0, 5), (0, 5), (3, 0, 5), (0, 5), (0, 5)]

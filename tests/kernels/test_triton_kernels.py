@@ -705,8 +705,8 @@ def op_cases():
         "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29)),
         "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40)),
         "decode_attention": ("decode_attention", decode_inputs()),
-        "expand_prompts": ("expand_prompts", (*prompt_inputs(), None, 9, 3, 12, 19, True)),
-        "expand_prompts-mask": ("expand_prompts", (*prompt_inputs(), torch.ones(2, 1).bool(), 9, 3, 12, 24, False)),
+        "expand_prompts": ("expand_prompts", (*prompt_inputs(), None, 9, 3, 12, True)),
+        "expand_prompts-mask": ("expand_prompts", (*prompt_inputs(), torch.ones(2, 1).bool(), 9, 3, 12, False)),
         "frames_to_patches": ("frames_to_patches", (noise(2, 1, 28, 28)[:, 0], 28, 28, *(None,) * 4, *how)),
         "frames_to_patches-resize": ("frames_to_patches", (noise(1, 1, 12, 10)[0], 28, 28, *tables, *how)),
         "frames_to_patches-float": ("frames_to_patches", (torch.rand(2, 3, 28, 28), 28, 28, *(None,) * 4, *how)),
@@ -766,7 +766,7 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
         out = ops.decode_attention(x[0, :2], torch.zeros(2, 8), torch.zeros(2, 8), *cache, lengths, tickets)
         assert (out.shape, out.dtype) == ((2, 48), dtype)
         prompts, grids = torch.zeros(2, 5).long(), torch.zeros(3, 2).long()
-        assert ops.expand_prompts(prompts, grids, None, 9, 0, 12, 20, True)[2].shape == (3, 2, 12)
+        assert ops.expand_prompts(prompts, grids, None, 9, 0, 12, True)[2].shape == (3, 2, 12)
         frames, tables = torch.zeros(2, 3, 30, 40, dtype=torch.uint8), tuple(torch.zeros(3) for _ in range(4))
         mean = std = torch.zeros(3, 1, 1)
         patches = ops.frames_to_patches(frames, 56, 84, tables, 1.0, mean, std, torch.zeros(6).long(), 14, 2, 2, dtype)

@@ -20,28 +20,18 @@ from qwen_batched.kernels.triton.launch import (
     wait_for_inputs,
 )
 
-PLACES, TOKENS, SAMPLES, WARPS = 128, 64, 16, 4
+PLACES, TOKENS, WARPS = 128, 64, 4
 
 
 @triton.jit
-def _ranks(present, AXIS: tl.constexpr):
+def _ranks(present):
     """Each camera's turn: the present ones in their order, then the absent ones."""
     here = present.to(tl.int32)
-    turn_of_absent = tl.cumsum(1 - here, axis=AXIS) - 1 + tl.expand_dims(tl.sum(here, axis=AXIS), AXIS)
-    return tl.where(present, tl.cumsum(here, axis=AXIS) - 1, turn_of_absent)
-
-
-@triton.jit
-def _cameras_present(mask_ptr, sample, exists, c, V: tl.constexpr, HAS_MASK: tl.constexpr):
-    """(samples, cameras)."""
-    inside = exists[:, None] & (c < V)[None, :]
-    if HAS_MASK:
-        return inside & (tl.load(mask_ptr + sample[:, None] * V + c[None, :], mask=inside, other=0) != 0)
-    return inside
+    return tl.where(present, tl.cumsum(here, axis=0) - 1, tl.cumsum(1 - here, axis=0) - 1 + tl.sum(here, axis=0))
 
 
 # Not compiled anew for another text.
-@triton.jit(do_not_specialize=["batch", "prompt_length", "length", "tokens", "image_token", "pad_token"])
+@triton.jit(do_not_specialize=["batch", "prompt_length", "length", "image_token", "pad_token"])
 def _expand_prompts_kernel(
     prompts_ptr,
     grids_ptr,
@@ -51,11 +41,9 @@ def _expand_prompts_kernel(
     positions_ptr,
     cameras_ptr,
     features_ptr,
-    index_ptr,
     batch,
     prompt_length,
     length,
-    tokens,
     image_token,
     pad_token,
     NO_TOKEN: tl.constexpr,
@@ -63,7 +51,6 @@ def _expand_prompts_kernel(
     HAS_MASK: tl.constexpr,
     LEFT: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    SAMPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     PLACES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -72,33 +59,27 @@ def _expand_prompts_kernel(
     wait_for_inputs(EARLY)
     sample = tl.program_id(0)
     s = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
-    b, c, u = tl.arange(0, SAMPLES), tl.arange(0, BLOCK_V), tl.arange(0, TOKENS)
+    c, u = tl.arange(0, BLOCK_V), tl.arange(0, TOKENS)
     heights = tl.load(grids_ptr + 2 * c, mask=c < V, other=0).to(tl.int32)
     widths = tl.load(grids_ptr + 2 * c + 1, mask=c < V, other=0).to(tl.int32)
     cells = heights * widths
     features = tl.cumsum(cells, axis=0) - cells
 
-    # How long this sample is, how long those before it are together, and how long all are.
-    own, before, everything = 0, 0, 0
-    for start in range(0, batch, SAMPLES):
-        exists = start + b < batch
-        texts, images = tl.zeros((SAMPLES,), tl.int32), tl.zeros((SAMPLES,), tl.int32)
-        for at in range(0, prompt_length, TOKENS):
-            inside = exists[:, None] & (at + u < prompt_length)[None, :]
-            place = (start + b)[:, None] * prompt_length + (at + u)[None, :]
-            token = tl.load(prompts_ptr + place, mask=inside, other=NO_TOKEN).to(tl.int32)
-            images += tl.sum((token == image_token).to(tl.int32), axis=1)
-            texts += tl.sum(((token != image_token) & (token != NO_TOKEN)).to(tl.int32), axis=1)
-        ranks = _ranks(_cameras_present(mask_ptr, start + b, exists, c, V, HAS_MASK), 1)
-        totals = texts + tl.sum(tl.where(ranks < images[:, None], cells[None, :], 0), axis=1)
-        totals = tl.where(exists, totals, 0)
-        own += tl.sum(tl.where(start + b == sample, totals, 0), axis=0)
-        before += tl.sum(tl.where(start + b < sample, totals, 0), axis=0)
-        everything += tl.sum(totals, axis=0)
+    # How long this sample is.
+    texts, images = 0, 0
+    for at in range(0, prompt_length, TOKENS):
+        token = tl.load(prompts_ptr + sample * prompt_length + at + u, mask=at + u < prompt_length, other=NO_TOKEN).to(
+            tl.int32
+        )
+        images += tl.sum((token == image_token).to(tl.int32), axis=0)
+        texts += tl.sum(((token != image_token) & (token != NO_TOKEN)).to(tl.int32), axis=0)
+    present = c < V
+    if HAS_MASK:
+        present = present & (tl.load(mask_ptr + sample * V + c, mask=c < V, other=0) != 0)
+    ranks = _ranks(present)
+    own = texts + tl.sum(tl.where(ranks < images, cells, 0), axis=0)
 
     slot = s - (length - own) if LEFT else s
-    one = tl.arange(0, 1)
-    ranks = _ranks(_cameras_present(mask_ptr, sample + one, one == 0, c, V, HAS_MASK), 1)
     nothing = tl.zeros((PLACES,), tl.int32)
     token_of, cell_of, first_of, camera_of, width_of, feature_of = nothing, nothing, nothing, nothing, nothing, nothing
     images, cells_before, steps_before = 0, 0, 0
@@ -109,7 +90,7 @@ def _expand_prompts_kernel(
         is_image = (token == image_token).to(tl.int32)
         is_text = ((token != image_token) & (token != NO_TOKEN)).to(tl.int32)
         turn = images + tl.cumsum(is_image, axis=0) - 1
-        chosen = (ranks == turn[:, None]) & (is_image[:, None] == 1)  # (TOKENS, BLOCK_V)
+        chosen = (ranks[None, :] == turn[:, None]) & (is_image[:, None] == 1)  # (TOKENS, BLOCK_V)
         height = tl.sum(tl.where(chosen, heights[None, :], 0), axis=1) + is_text
         width = tl.sum(tl.where(chosen, widths[None, :], 0), axis=1) + is_text
         camera = tl.sum(tl.where(chosen, c[None, :], 0), axis=1) + V * is_text
@@ -140,10 +121,6 @@ def _expand_prompts_kernel(
     tl.store(positions_ptr + 2 * batch * length + place, tl.where(real, first_of + column, 0).to(tl.int64), mask=inside)
     tl.store(cameras_ptr + place, tl.where(is_image, camera_of, NO_TOKEN).to(tl.int64), mask=inside)
     tl.store(features_ptr + place, tl.where(is_image, feature_of + cell_of, NO_TOKEN).to(tl.int64), mask=inside)
-    # The tokens of all samples come first, then the padding.
-    real_before = before + tl.minimum(tl.maximum(slot, 0), own)
-    rank = tl.where(real, real_before, everything + place - real_before)
-    tl.store(index_ptr + rank, place.to(tl.int64), mask=inside & (rank < tokens))
 
 
 def expand_prompts(
@@ -153,17 +130,16 @@ def expand_prompts(
     image_token_id: int,
     pad_token_id: int,
     length: int,
-    tokens: int,
     left: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(B, U) to five (B, S), one of them thrice, and (T,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(B, U) to five (B, S), one of them thrice."""
     batch, cameras = prompts.shape[0], grids.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=prompts.device)
 
     ids, camera_ids, features = (empty(batch, length) for _ in range(3))
-    real, positions, index = empty(batch, length, dtype=torch.bool), empty(3, batch, length), empty(tokens)
+    real, positions = empty(batch, length, dtype=torch.bool), empty(3, batch, length)
     if ids.numel() > 0:
         _expand_prompts_kernel[(batch, cdiv(length, PLACES))](
             prompts.contiguous(),
@@ -174,11 +150,9 @@ def expand_prompts(
             positions,
             camera_ids,
             features,
-            index,
             batch,
             prompts.shape[1],
             length,
-            tokens,
             image_token_id,
             pad_token_id,
             NO_TOKEN=NO_TOKEN,
@@ -186,10 +160,9 @@ def expand_prompts(
             HAS_MASK=camera_mask is not None,
             LEFT=left,
             BLOCK_V=next_power_of_2(max(2, cameras)),  # Triton 3.6 cannot sum up along an axis of one
-            SAMPLES=SAMPLES,
             TOKENS=TOKENS,
             PLACES=PLACES,
             num_warps=WARPS,
             **launch_options(prompts.device),
         )
-    return ids, real, positions, camera_ids, features, index
+    return ids, real, positions, camera_ids, features
