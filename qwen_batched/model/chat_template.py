@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 
-from qwen_batched.model.template_sandbox import MARK, TemplateBudgetError, TemplateEnvironment, bounded
+from qwen_batched.model.template_budget import MARK, TemplateBudgetError, bounded
+from qwen_batched.model.template_sandbox import TemplateEnvironment
 
 # Stand for texts while a layout is rendered. The sandbox sees by them whether the template looks at a text.
 TEXT_MARK, ANSWER_MARK, SYSTEM_MARK = (f"{MARK}{name}\ue001" for name in ("text", "answer", "system"))
@@ -21,7 +22,7 @@ class Rendering:
 
     Attributes:
         text: The prompt.
-        looked: Whether the template did anything with a mark but print it: with other texts, more may change than these.
+        looked: Whether the template did anything with a mark but print it, so that other texts may change more.
     """
 
     text: str
@@ -48,8 +49,8 @@ class ChatTemplate:
             self._render(1, TEXT_MARK, None, None)
         except TemplateBudgetError as error:
             raise ValueError(f"the chat template of {name} is refused: {error}") from error
-        except Exception:  # noqa: S110  a template that fails otherwise is refused where it is used
-            pass
+        except Exception:
+            return  # a template that fails otherwise is refused where it is used
 
     def render(self, cameras: int, text: str, system: str | None = None, answer: str | None = None) -> Rendering:
         """A user's turn with the generation prompt, or with the assistant's turn where there is an answer.

@@ -102,10 +102,12 @@ def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> 
     return targets
 
 
-def check_system(system: str | None, template: str) -> None:
+def check_system(system: str | None, texts: Sequence[str] | None, template: str) -> None:
     """Raises `TypeError` or `ValueError` where `system` is neither None nor a string for the chat template."""
     if system is None:
         return
+    if texts is None:
+        raise ValueError("system needs texts that it stands before, got texts=None")
     if not isinstance(system, str):
         raise TypeError(f"system must be None or a str, got {_describe(system)}")
     if template != "chat":

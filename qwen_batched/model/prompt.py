@@ -1,8 +1,8 @@
 """Text and a layout -> token ids, with one image token per camera.
 
 The layout's control tokens are tokens; whatever the user's text contains stays text, but for tokens that a fine-tuner
-added to the vocabulary. So the layout is cut at its control tokens, and the stretches between, with the text put in, are
-tokenised whole by a tokenizer that knows no control tokens: the pieces merge at their seams as in transformers' own
+added to the vocabulary. So the layout is cut at its control tokens, and the stretches between, with the text put in,
+are tokenised whole by a tokenizer that knows no control tokens: the pieces merge at their seams as in transformers' own
 rendering of the template. A chat template that looks at its text is rendered anew with each.
 """
 
@@ -272,7 +272,9 @@ class PromptEncoder:
                     f"({fields.count(field)} times)"
                 )
         if "{images}" in fields and slots:
-            raise ValueError(f"template must hold either {{images}} or {{image}} for each, got both in {template!r:.200}")
+            raise ValueError(
+                f"template must hold either {{images}} or {{image}} for each, got both in {template!r:.200}"
+            )
         return None if "{images}" in fields else slots
 
     def _layout(self, template: str, cameras: Cameras, has_system: bool) -> Layout:

@@ -130,7 +130,9 @@ class Vocabulary:
         if self._renamed:
             ids = [self._renamed.get(index, index) for index in ids]
         if not self._forbidden.isdisjoint(ids):
-            raise ValueError("the checkpoint's tokenizer makes a control token of a text: its vocabulary holds one twice")
+            raise ValueError(
+                "the checkpoint's tokenizer makes a control token of a text: its vocabulary holds one twice"
+            )
         return ids, [end for _, end in encoding.offsets]
 
     def least_tokens(self, text: str) -> int:
