@@ -208,8 +208,8 @@ class QwenBatchedVL(ImageEncoder):
             cuda_graph: False never captures and never replays. Nor are graphs made for a prepared batch, or of a model
                 with hooks, wrapped layers or a processor of another class.
             targets: B strings, or one where B is 1, each sample's answer. It follows the generation prompt, with the
-                end token of the chat template's turn, in other templates of the tokenizer; `loss` is that of these tokens alone. Like texts,
-                whatever they contain is text.
+                end token of the chat template's turn, in other templates of the tokenizer; `loss` is that of these
+                tokens alone. They are read like `texts`.
             system: Replaces the chat template's system text, and is text like `texts`; None for its own.
             **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned, or some rows
                 of it. What is on the host is checked; of what is on the GPU, a sample that does not fit becomes NaN.

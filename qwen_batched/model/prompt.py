@@ -26,8 +26,9 @@ IMAGE = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 MAX_LAYOUTS, MAX_LAYOUT_BYTES = 256, 16 << 20
 DEFAULT_PAD = "<|endoftext|>"  # of a tokenizer that names neither a pad nor an end token
 _FIELDS = re.compile("(" + "|".join(map(re.escape, ("{text}", "{images}", "{image}", IMAGE))) + ")")
-_MARKS = re.compile("(" + "|".join((TEXT_MARK, SYSTEM_MARK)) + ")")
-_PRIVATE_USE = range(0xE000, 0xF900)
+_BOTH = (TEXT_MARK, SYSTEM_MARK)
+_MARKS = re.compile("(" + "|".join(_BOTH) + ")")
+_STAND_INS = range(0x2A00, 0x2B00)  # mathematical symbols, as "<" is one: to every test of a character the same
 
 Cameras = int | tuple[bool, ...]  # how many there are, or which where the layout has a slot for each
 
@@ -218,38 +219,42 @@ class PromptEncoder:
         """The layout with the texts in their places: ids of control tokens, and strings."""
         layout = self._layout(template, cameras, system is not None)
         if layout.looked:
-            return self._rendered_anew(text, cameras, system)
+            return self._rendered_anew(text, cameras, system, layout)
         values = {TEXT_MARK: text, SYSTEM_MARK: system}
         return [
             piece if isinstance(piece, int) else "".join(values.get(part, part) for part in piece)
             for piece in layout.pieces
         ]
 
-    def _rendered_anew(self, text: str, cameras: int, system: str | None) -> list[int | str]:
+    def _rendered_anew(self, text: str, cameras: int, system: str | None, layout: Layout) -> list[int | str]:
         """The same of a chat template that looks at the texts, which it is therefore given.
 
-        What begins a control token in a text is given to it as another character, and must not have mattered.
+        What begins a control token in a text is given to it as another character, and must not have mattered. Nor may a
+        text change which control tokens there are, unless it is blank, when it cannot hold any.
         """
         rendered = self.chat.render(cameras, text, system).text
-        everything = text + (system or "") + rendered
-        unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in everything)
-        table = {first: next(unused) for first in self._vocabulary.first_characters if first in text + (system or "")}
-        back = {ord(replacement): first for first, replacement in table.items()}
+        texts = text + (system or "")
+        unused = (chr(code) for code in _STAND_INS if chr(code) not in texts + rendered)
+        table = {first: next(unused) for first in self._vocabulary.first_characters if first in texts}
+        back = {ord(stand_in): first for first, stand_in in table.items()}
         if table:
-            neutral = str.maketrans(table)
-            changed = self.chat.render(cameras, text.translate(neutral), system and system.translate(neutral)).text
+            stands_in = str.maketrans(table)
+            changed = self.chat.render(cameras, text.translate(stands_in), system and system.translate(stands_in)).text
             if changed.translate(back) != rendered:
-                raise ValueError(f"the chat template looks for what its control tokens begin with in {text!r:.200}")
+                raise ValueError(
+                    f"the chat template must treat {', '.join(map(repr, table))} as other characters, or control tokens "
+                    f"in a text cannot be told from its own, got another rendering for {text!r:.200}"
+                )
             rendered = changed
         pieces = self._vocabulary.cut(rendered)
-        # Blank texts cannot become tokens, and may leave a turn out.
-        marked = [
-            value if value is None or not value.strip() else mark
-            for value, mark in ((text, TEXT_MARK), (system, SYSTEM_MARK))
-        ]
-        expected = self._pieces(self.chat.render(cameras, *marked).text)
-        if [piece for piece in pieces if isinstance(piece, int)] != Layout(expected, True).control_tokens:
-            raise ValueError(f"the chat template lays out other control tokens for {text!r:.200} than for other texts")
+        values = [value if value is None or value.strip() else "" for value in (text, system)]
+        if "" in values:
+            marks = (mark if value else given for mark, value, given in zip(_BOTH, values, (text, system), strict=True))
+            layout = Layout(self._pieces(self.chat.render(cameras, *marks).text), looked=True)
+        if [piece for piece in pieces if isinstance(piece, int)] != layout.control_tokens:
+            raise ValueError(
+                f"the chat template must have the same control tokens for every text, got others for {text!r:.200}"
+            )
         return [piece if isinstance(piece, int) else piece.translate(back) for piece in pieces]
 
     def _ids(self, pieces: Sequence[int | str]) -> list[int]:
@@ -292,7 +297,7 @@ class PromptEncoder:
             layout = Layout(self._pieces(text), looked)
             images = layout.control_tokens.count(self._image_token_id)
             present = cameras if isinstance(cameras, int) else sum(cameras)
-            texts, systems = (text.count(mark) for mark in (TEXT_MARK, SYSTEM_MARK))
+            texts, systems = (text.count(mark) for mark in _BOTH)
             if images != present or not (looked or (texts, systems) == (1, int(has_system))):
                 raise ValueError(
                     f"template {template!r:.200} must lay out {present} images, 1 text and {int(has_system)} system "

@@ -36,92 +36,95 @@ class TextCall:
     """What a call says of its prompts.
 
     Attributes:
+        encoder: Makes tokens of them.
+        config: Of the decoder: the longest sequence, and how many ids its embedding has.
         texts: B of them.
         targets: B answers; None without.
         template: As of `TensorProcessor`, like `system`.
         system: None for the chat template's own.
+        grids: Of each camera's image.
         max_new_tokens: How many tokens must find room behind each prompt.
+        device: Where the ids go.
     """
 
+    encoder: PromptEncoder
+    config: TextConfig
     texts: Sequence[str]
     targets: Sequence[str] | None
     template: str
     system: str | None
+    grids: Sequence[Grid]
     max_new_tokens: int
+    device: torch.device
 
 
 class PromptRows:
-    """The rows of recent calls."""
+    """Lays out prompts, and keeps the rows of recent calls."""
 
     def __init__(self) -> None:
         self._rows = LRUCache(MAX_CACHED_TEXTS, MAX_CACHED_BYTES, _row_bytes)
 
-    def lay_out(
-        self,
-        encoder: PromptEncoder,
-        config: TextConfig,
-        call: TextCall,
-        grids: Sequence[Grid],
-        camera_mask: Tensor | None,
-        device: torch.device,
-    ) -> Prompts:
-        """The tokens of a batch.
-
-        Args:
-            encoder: Makes them.
-            config: Of the decoder: the longest sequence, and how many ids its embedding has.
-            call: The texts.
-            grids: Of each camera's image.
-            camera_mask: Bool (B, V), on the host or on `device`; None where every camera is there.
-            device: Where the ids go.
+    def lay_out(self, call: TextCall, camera_mask: Tensor | None) -> Prompts:
+        """The tokens of a batch whose cameras the host knows: `camera_mask`, bool (B, V), on the host, or None for all.
 
         Raises:
-            ValueError: A prompt is empty or too long, a token of it has no embedding, or there are too many layouts.
+            ValueError: A prompt is empty or too long, or a token of it has no embedding.
         """
-        stamp = encoder.stamp(call.template)
-        cells = [h * w for h, w in grids]
-        has_slots = encoder.has_slots(call.template)
-        answers = call.targets or [None] * len(call.texts)
-
-        def row(text: str, answer: str | None, here: Sequence[bool]) -> tuple[TokenRow, int]:
-            """A row, and the length of its sequence."""
-            span = sum(itertools.compress(cells, here)) - sum(here)
-            cameras = tuple(here) if has_slots else sum(here)
-            made = self._row(encoder, config, call, text, answer, cameras, span, stamp, device)
-            return made, len(made.ids) + span
-
-        if camera_mask is not None and camera_mask.device.type != "cpu":
-            options = _options(cells, has_slots)
-            rows = [
-                row(text, answer, here) for text, answer in zip(call.texts, answers, strict=True) for here in options
-            ]
-            return _chosen(rows, len(call.texts), camera_mask, has_slots, call.targets is not None)
-        present = [[True] * len(grids)] * len(call.texts) if camera_mask is None else camera_mask.tolist()
-        rows = [row(*sample) for sample in zip(call.texts, answers, present, strict=True)]
-        before = [length - made.answer_tokens for made, length in rows]
+        batch, cameras = len(call.texts), len(call.grids)
+        present = [[True] * cameras] * batch if camera_mask is None else camera_mask.tolist()
+        rows, lengths = self._rows_of(call, [[here] for here in present])
+        before = [length - row.answer_tokens for row, length in zip(rows, lengths, strict=True)]
         if min(before) == 0:
             raise ValueError(f"a prompt must have at least one token, got none for sample {before.index(0)}")
-        counts = None if call.targets is None else torch.cat([made.count for made, _ in rows])
-        lengths = [length for _, length in rows]
-        answer_tokens = sum(made.answer_tokens for made, _ in rows)
-        return Prompts(_as_one([made.ids for made, _ in rows]), max(lengths), sum(lengths), counts, answer_tokens)
+        answers = None if call.targets is None else torch.cat([row.count for row in rows])
+        answer_tokens = sum(row.answer_tokens for row in rows)
+        return Prompts(_as_one([row.ids for row in rows]), max(lengths), sum(lengths), answers, answer_tokens)
+
+    def lay_out_on_device(self, call: TextCall, camera_mask: Tensor) -> Prompts:
+        """The same where only the device knows the mask: whatever it may be is laid out, and the device chooses.
+
+        Raises:
+            ValueError: As of `lay_out`; or the template has slots for so many cameras that there are too many layouts.
+        """
+        cells, batch, has_slots = _cells(call), len(call.texts), call.encoder.has_slots(call.template)
+        options = _options(cells, has_slots)
+        rows, lengths = self._rows_of(call, [options] * batch)
+        if has_slots:
+            bits = torch.arange(len(cells), device=camera_mask.device)
+            chosen = (camera_mask.long() << bits).sum(dim=1, keepdim=True)
+        else:
+            chosen = camera_mask.sum(dim=1, keepdim=True)
+        ids = _as_one([row.ids for row in rows]).unflatten(0, (batch, len(options)))
+        ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
+        if call.targets is None:
+            return Prompts(ids, max(lengths), tokens=None)
+        answers = torch.cat([row.count for row in rows]).view(batch, len(options)).gather(1, chosen)[:, 0]
+        samples = (rows[start : start + len(options)] for start in range(0, len(rows), len(options)))
+        most = sum(max(row.answer_tokens for row in sample) for sample in samples)
+        return Prompts(ids, max(lengths), None, answers, most)
+
+    def _rows_of(self, call: TextCall, present: Sequence[Sequence[Sequence[bool]]]) -> tuple[list[TokenRow], list[int]]:
+        """For each sample a row for each choice of its cameras, and the lengths of their sequences, images expanded."""
+        stamp, has_slots = call.encoder.stamp(call.template), call.encoder.has_slots(call.template)
+        cells = _cells(call)
+        rows, lengths = [], []
+        for text, answer, choices in zip(call.texts, call.targets or [None] * len(call.texts), present, strict=True):
+            for here in choices:
+                count = sum(here)
+                span = sum(itertools.compress(cells, here)) - count
+                row = self._row(call, text, answer, tuple(here) if has_slots else count, span, stamp)
+                rows.append(row)
+                lengths.append(len(row.ids) + span)
+        return rows, lengths
 
     def _row(
-        self,
-        encoder: PromptEncoder,
-        config: TextConfig,
-        call: TextCall,
-        text: str,
-        answer: str | None,
-        cameras: Cameras,
-        span: int,
-        stamp: str | None,
-        device: torch.device,
+        self, call: TextCall, text: str, answer: str | None, cameras: Cameras, span: int, stamp: str | None
     ) -> TokenRow:
         """Tokens on the device, copied there the first time only; `span` more come with the images.
 
         Nothing is kept of a prompt that is refused.
         """
+        encoder, config = call.encoder, call.config
 
         def make() -> TokenRow:
             least = encoder.least_tokens(text) + (encoder.least_tokens(answer) if answer else 0)
@@ -133,13 +136,17 @@ class PromptRows:
                 ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
             _check_length(config, len(ids) + span, call.max_new_tokens)
             check_embedding(encoder, config, ids)
-            both = copy_to(device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
+            both = copy_to(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
-        key = (text, answer, call.template, call.system, cameras, stamp, encoder, encoder.chat, device)
+        key = (text, answer, call.template, call.system, cameras, stamp, encoder, encoder.chat, call.device)
         row = copied(self._rows, key, make)
-        _check_length(config, len(row.ids) + span, call.max_new_tokens)
+        _check_length(config, len(row.ids) + span, call.max_new_tokens)  # which are not in the key
         return row
+
+
+def _cells(call: TextCall) -> list[int]:
+    return [height * width for height, width in call.grids]
 
 
 def check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
@@ -173,26 +180,6 @@ def _options(cells: Sequence[int], has_slots: bool) -> list[tuple[bool, ...]]:
             f"more than {MAX_DEVICE_LAYOUTS}: give the mask on the host"
         )
     return [choice[::-1] for choice in itertools.product((False, True), repeat=len(cells))]
-
-
-def _chosen(
-    rows: Sequence[tuple[TokenRow, int]], batch: int, camera_mask: Tensor, has_slots: bool, has_targets: bool
-) -> Prompts:
-    """Of the rows for all options of each sample, those that the mask asks for; the device chooses."""
-    if has_slots:
-        bits = torch.arange(camera_mask.shape[1], device=camera_mask.device)
-        chosen = (camera_mask.long() << bits).sum(dim=1, keepdim=True)
-    else:
-        chosen = camera_mask.sum(dim=1, keepdim=True)
-    length = max(length for _, length in rows)
-    ids = _as_one([row.ids for row, _ in rows]).unflatten(0, (batch, -1))
-    ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
-    if not has_targets:
-        return Prompts(ids, length, tokens=None)
-    answers = torch.cat([row.count for row, _ in rows]).view(batch, -1)
-    options = len(rows) // batch
-    most = (max(row.answer_tokens for row, _ in rows[i : i + options]) for i in range(0, len(rows), options))
-    return Prompts(ids, length, None, answers.gather(1, chosen)[:, 0], sum(most))
 
 
 def _as_one(rows: list[Tensor]) -> Tensor:

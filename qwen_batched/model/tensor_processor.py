@@ -214,8 +214,11 @@ class TensorProcessor:
         grids = tuple((height // factor, width // factor) for height, width in sizes)
         prompts = None
         if texts is not None:
-            call = TextCall(texts, targets, template, system, max_new_tokens)
-            prompts = self._rows.lay_out(self.prompts, self.config.text, call, grids, camera_mask, device)
+            text = self.config.text
+            call = TextCall(self.prompts, text, texts, targets, template, system, grids, max_new_tokens, device)
+            on_host = camera_mask is None or camera_mask.device.type == "cpu"
+            lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
+            prompts = lay_out(call, camera_mask)
         return Request(
             frames=tuple(groups or ()),
             camera_mask=self._mask_on_device(camera_mask, device),
