@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers.decoders import DecodeStream
@@ -40,10 +40,12 @@ class Layout:
     Attributes:
         pieces: Ids of control tokens, and strings, each as its parts, of which some are marks.
         looked: Whether these pieces hold for the marks only, since the chat template looks at what it lays out.
+        known: The ids of strings that are the same for every text.
     """
 
     pieces: tuple[int | tuple[str, ...], ...]
     looked: bool
+    known: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def control_tokens(self) -> list[int]:
@@ -121,7 +123,8 @@ class PromptEncoder:
 
     def encode(self, text: str, template: str, cameras: Cameras, system: str | None = None) -> list[int]:
         """Token ids of one prompt with an image token for each camera, not yet repeated for each image cell."""
-        return self._ids(self._vocabulary.strip(self._filled(text, template, cameras, system)))
+        layout = self._layout(template, cameras, system is not None)
+        return self._ids(self._vocabulary.strip(self._filled(layout, text, cameras, system)), layout)
 
     def encode_with_answer(
         self, text: str, answer: str, template: str, cameras: Cameras, system: str | None = None
@@ -135,18 +138,19 @@ class PromptEncoder:
         Raises:
             ValueError: The chat template changes the answer.
         """
-        pieces, end = self._filled(text, template, cameras, system), self.end_token(template)
+        layout = self._layout(template, cameras, system is not None)
+        pieces, end = self._filled(layout, text, cameras, system), self.end_token(template)
         if template != "chat":
-            ids, _ = self._vocabulary.encode(answer)
-            return [*self._ids(self._vocabulary.strip(pieces)), *ids, end], len(ids) + 1
+            ids = self._vocabulary.encode(answer)
+            return [*self._ids(self._vocabulary.strip(pieces), layout), *ids, end], len(ids) + 1
         if self._ending().looked:
             self._check_answer(text, answer, cameras, system)
         before = pieces.pop() if pieces and isinstance(pieces[-1], str) else ""
         *pieces, last, _ = self._vocabulary.strip([*pieces, before + answer, end])
         dropped = (before + answer).find(last)  # white space that the control token ahead takes
-        ids, ends = self._vocabulary.encode(last)
+        ids, ends = self._vocabulary.encode_with_ends(last)
         of_answer = sum(stop > len(before) - dropped for stop in ends)
-        return [*self._ids(pieces), *ids, end], of_answer + 1
+        return [*self._ids(pieces, layout), *ids, end], of_answer + 1
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, found without tokenising it."""
@@ -215,9 +219,8 @@ class PromptEncoder:
             raise ValueError(f"the chat template of {name} must be a string, got {type(named).__name__}")
         return named
 
-    def _filled(self, text: str, template: str, cameras: Cameras, system: str | None) -> list[int | str]:
+    def _filled(self, layout: Layout, text: str, cameras: Cameras, system: str | None) -> list[int | str]:
         """The layout with the texts in their places: ids of control tokens, and strings."""
-        layout = self._layout(template, cameras, system is not None)
         if layout.looked:
             return self._rendered_anew(text, cameras, system, layout)
         values = {TEXT_MARK: text, SYSTEM_MARK: system}
@@ -239,7 +242,8 @@ class PromptEncoder:
         back = {ord(stand_in): first for first, stand_in in table.items()}
         if table:
             stands_in = str.maketrans(table)
-            changed = self.chat.render(cameras, text.translate(stands_in), system and system.translate(stands_in)).text
+            given = (text.translate(stands_in), system and system.translate(stands_in))
+            changed = self.chat.render(cameras, *given).text
             if changed.translate(back) != rendered:
                 raise ValueError(
                     f"the chat template must treat {', '.join(map(repr, table))} as other characters, or control tokens "
@@ -257,10 +261,13 @@ class PromptEncoder:
             )
         return [piece if isinstance(piece, int) else piece.translate(back) for piece in pieces]
 
-    def _ids(self, pieces: Sequence[int | str]) -> list[int]:
+    def _ids(self, pieces: Sequence[int | str], layout: Layout) -> list[int]:
         ids: list[int] = []
         for piece in pieces:
-            ids.extend([piece] if isinstance(piece, int) else self._vocabulary.encode(piece)[0])
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids.extend(layout.known[piece] if piece in layout.known else self._vocabulary.encode(piece))
         return ids
 
     def _slots(self, template: str) -> int | None:
@@ -270,11 +277,11 @@ class PromptEncoder:
     def _count_slots(self, template: str) -> int | None:
         fields = _FIELDS.findall(template)
         slots = fields.count("{image}") + fields.count(IMAGE)
-        for field, few in (("{text}", 1), ("{images}", 0)):
-            if not few <= fields.count(field) <= 1:
+        for name, few in (("{text}", 1), ("{images}", 0)):
+            if not few <= fields.count(name) <= 1:
                 raise ValueError(
-                    f"template must be 'chat', 'plain' or hold {field} once, got {template!r:.200} "
-                    f"({fields.count(field)} times)"
+                    f"template must be 'chat', 'plain' or hold {name} once, got {template!r:.200} "
+                    f"({fields.count(name)} times)"
                 )
         if "{images}" in fields and slots:
             raise ValueError(
@@ -294,7 +301,9 @@ class PromptEncoder:
                 text, looked = rendering.text, rendering.looked
             else:
                 text = self._laid_out(template, cameras)
-            layout = Layout(self._pieces(text), looked)
+            pieces = self._pieces(text)
+            literals = {piece[0] for piece in pieces if isinstance(piece, tuple) and len(piece) == 1} - {*_BOTH}
+            layout = Layout(pieces, looked, {literal: self._vocabulary.encode(literal) for literal in literals})
             images = layout.control_tokens.count(self._image_token_id)
             present = cameras if isinstance(cameras, int) else sum(cameras)
             texts, systems = (text.count(mark) for mark in _BOTH)
@@ -393,4 +402,5 @@ def _layout_bytes(key: Hashable, value: object) -> int:
     parts = [part for part in key if isinstance(part, str)]
     if isinstance(value, Layout):
         parts += [part for piece in value.pieces if isinstance(piece, tuple) for part in piece]
+        parts += value.known.values()
     return sum(map(sys.getsizeof, parts))

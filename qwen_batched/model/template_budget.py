@@ -60,6 +60,8 @@ class Run:
 
     def measure(self, value: Any) -> tuple[int, bool]:
         """The bytes of a value, what it holds included as often as it would be printed, and whether any is marked."""
+        if isinstance(value, str):  # most are
+            return ITEM + len(value), MARK in value
         total, marked, pending = 0, False, [value]
         while pending:
             item = pending.pop()
@@ -81,9 +83,9 @@ class Run:
                 raise TemplateBudgetError(f"it makes more than {MAX_BYTES} bytes")
         return total, marked
 
-    def taste(self, *values: Any) -> None:
-        """Charges for values that are read whole, and notes if one is marked."""
-        total, marked = self.measure(values)
+    def taste(self, value: Any) -> None:
+        """Charges for a value that is read whole, and notes if it is marked."""
+        total, marked = self.measure(value)
         self.spend(total)
         self.looked = self.looked or marked
 

@@ -97,7 +97,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         """Of an operand."""
         run = current()
         run.step()
-        run.taste(*((*value,) if keys_only and isinstance(value, Mapping) else (value,)))
+        run.taste(list(value) if keys_only and isinstance(value, dict) else value)
         return value
 
     def made(self, value: Any) -> Any:
@@ -221,7 +221,7 @@ def _counted_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]
         run = current()
         run.step()
         if name not in TYPE_TESTS:
-            run.taste(*args[first:])
+            run.taste(args[first:])
         return function(*args)
 
     return counted

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 # The added tokens of each family's published tokenizers, whether they are "special" there or not. In a user's text they
@@ -119,13 +119,20 @@ class Vocabulary:
                     stripped[place] = piece
         return stripped
 
-    def encode(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a stretch without control tokens, and where in it each token ends.
+    def encode(self, text: str) -> list[int]:
+        """Ids of a stretch without control tokens.
 
         Raises:
             ValueError: The tokenizer's own rules make a control token of it.
         """
+        return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """The same, and where in the text each token ends."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._ids(encoding), [end for _, end in encoding.offsets]
+
+    def _ids(self, encoding: Encoding) -> list[int]:
         ids = encoding.ids
         if self._renamed:
             ids = [self._renamed.get(index, index) for index in ids]
@@ -133,7 +140,7 @@ class Vocabulary:
             raise ValueError(
                 "the checkpoint's tokenizer makes a control token of a text: its vocabulary holds one twice"
             )
-        return ids, [end for _, end in encoding.offsets]
+        return ids
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, found without tokenising it."""
