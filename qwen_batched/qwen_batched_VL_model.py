@@ -98,6 +98,7 @@ class QwenBatchedVL(ImageEncoder):
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
         **options: Any,
     ) -> QwenBatchedVL:
@@ -112,6 +113,8 @@ class QwenBatchedVL(ImageEncoder):
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            added_tokens: Which tokens that were added to the published vocabulary are read in texts, targets and
+                templates: tokens or patterns ("<action_*>"), () for none; None for all.
             resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
                 a CPU equal (neither library is used); None for the one that transformers would use on this machine.
                 `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
@@ -129,7 +132,9 @@ class QwenBatchedVL(ImageEncoder):
         checkpoint = Checkpoint.open(name, hub=chosen)
         stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
-        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
+        processor = TensorProcessor.from_checkpoint(
+            checkpoint, padding_side, min_pixels, max_pixels, added_tokens, resample_backend
+        )
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
@@ -201,7 +206,7 @@ class QwenBatchedVL(ImageEncoder):
     def forward(
         self,
         images: Tensor | Sequence[Tensor] | None = None,
-        texts: Sequence[str] | None = None,
+        texts: Sequence[str] | str | None = None,
         camera_mask: Tensor | None = None,
         layers: Sequence[int] = (-1,),
         norm: str = "post",
@@ -209,7 +214,8 @@ class QwenBatchedVL(ImageEncoder):
         template: str = "chat",
         resize: Resize = "hf",
         cuda_graph: bool = True,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str] | str | None = None,
+        system: str | None = None,
         **batch: Tensor | list[Tensor] | HostFacts,
     ) -> VLOutput:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
@@ -225,21 +231,23 @@ class QwenBatchedVL(ImageEncoder):
         Args:
             images: (B, V, 3, H, W), RGB, on the model's device or the host; uint8 means 0..255, a floating dtype 0..1.
                 Or V tensors (B, 3, H_i, W_i) when cameras differ in size. Or None for text alone.
-            texts: B strings. Whatever they contain is text and never a control token.
+            texts: B strings, or one where B is 1. Control tokens in them stay text; tokens that were added to the
+                published vocabulary are read as such.
             camera_mask: Bool (B, V), False where a camera is absent for a sample: its pixels change nothing, and the
                 sample's hidden states are those of a call with only its present cameras.
             layers: Indices as of transformers' `hidden_states`: 0 the input embeddings, k the output of decoder block
                 k, the last (or -1) after the final norm. Blocks above the highest are not run.
             norm: "pre" leaves the final norm out of the last layer.
             logits: None, "last" for the last token of each sample, "all".
-            template: "chat", "plain", or a layout with `{images}` and `{text}`.
+            template: "chat", "plain", or a layout with `{text}` and either `{images}` or one `{image}` for each camera.
             resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
                 already have a size that the model takes.
             cuda_graph: False never captures and never replays. Nor are graphs made for a prepared batch, or of a model
                 with hooks, wrapped layers or a processor of another class.
-            targets: B strings, each sample's answer. It follows the generation prompt, with the end token of the chat
-                template's turn, in other templates of the tokenizer; `loss` is that of these tokens alone. Like texts,
-                whatever they contain is text.
+            targets: B strings, or one where B is 1, each sample's answer. It follows the generation prompt, with the
+                end token of the chat template's turn, in other templates of the tokenizer; `loss` is that of these
+                tokens alone. They are read like `texts`.
+            system: Replaces the chat template's system text, and is text like `texts`; None for its own.
             **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned, or some rows
                 of it. What is on the host is checked; of what is on the GPU, a sample that does not fit becomes NaN.
 
@@ -250,12 +258,12 @@ class QwenBatchedVL(ImageEncoder):
         self.check_no_gradient_in_a_capture(batch.get("pixel_values", images))
         wanted = self._check_outputs(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
-            check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize)
+            check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize, system)
             return VLOutput(*self._run(restore(batch, self.config, self.device), wanted, norm, logits))
         check_given("texts", texts, "a list of str")
         device = self.device
         request = self.processor.request(
-            images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device
+            images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
         )
 
         def run(*tensors: Tensor) -> list[object]:
@@ -348,6 +356,7 @@ class QwenBatchedVL(ImageEncoder):
         stream: Callable[[list[str]], None] | None = None,
         progress: bool = False,
         cuda_graph: bool = True,
+        system: str | None = None,
     ) -> GenerateOutput:
         """New text for each sample.
 
@@ -369,6 +378,7 @@ class QwenBatchedVL(ImageEncoder):
                 CPU and for every few on a GPU. Joined, a sample's are its text.
             progress: Shows a progress bar on stderr.
             cuda_graph: False runs every step without a CUDA graph.
+            system: As for `forward`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
@@ -389,6 +399,7 @@ class QwenBatchedVL(ImageEncoder):
             resize=resize,
             device=self.device,
             max_new_tokens=max_new_tokens,
+            system=system,
         )
         with torch.no_grad():
             batch = self._batch(request, cuda_graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ Resize = str | tuple[int, int] | None
 MAX_PIXELS = 2**31  # of a frame: resizing needs 12 bytes for each
 # Bicubic resizing overshoots by less, so frames that were resized before pass; frames in 0..255 do not.
 FLOAT_RANGE = (-0.5, 1.5)
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tensor]:
@@ -68,31 +70,61 @@ def _check_group(frames: Tensor, min_side: int) -> None:
         raise ValueError(f"images must have an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width}")
 
 
-def check_texts(texts: Sequence[str], batch: int | None) -> int:
-    """The number of texts. Raises `TypeError` or `ValueError` where it is not a list of `batch` strings."""
+def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
+    """The texts as a list; a single string stands for a batch of one.
+
+    Raises:
+        TypeError, ValueError: They are not `batch` strings.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
     _check_strings("texts", texts)
     if not texts:
         raise ValueError("texts must hold at least one text, got an empty list")
     if batch is not None and len(texts) != batch:
         raise ValueError(f"texts must hold one text per sample, got {len(texts)} texts for {batch} samples of images")
-    return len(texts)
+    return texts
 
 
-def check_targets(targets: Sequence[str], texts: Sequence[str] | None) -> None:
-    """Raises `TypeError` or `ValueError` where `targets` is not a list of one string for each of `texts`."""
+def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> Sequence[str]:
+    """The targets as a list; a single string stands for a batch of one.
+
+    Raises:
+        TypeError, ValueError: They are not one string for each of `texts`.
+    """
     if texts is None:
         raise ValueError("targets need texts that they answer, got texts=None")
+    if isinstance(targets, str):
+        targets = [targets]
     _check_strings("targets", targets)
     if len(targets) != len(texts):
         raise ValueError(f"targets must hold one answer per text, got {len(targets)} answers for {len(texts)} texts")
+    return targets
+
+
+def check_system(system: str | None, texts: Sequence[str] | None, template: str) -> None:
+    """Raises `TypeError` or `ValueError` where `system` is neither None nor a string for the chat template."""
+    if system is None:
+        return
+    if texts is None:
+        raise ValueError("system needs texts that it stands before, got texts=None")
+    if not isinstance(system, str):
+        raise TypeError(f"system must be None or a str, got {_describe(system)}")
+    if template != "chat":
+        raise ValueError(f"system is the chat template's system text and needs template='chat', got {template!r:.200}")
+    _check_unicode("system", system)
 
 
 def _check_strings(name: str, strings: Sequence[str]) -> None:
     if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
         raise TypeError(f"{name} must be a list of str, got {_describe(strings)}")
     for index, string in enumerate(strings):
-        if any("\ud800" <= character <= "\udfff" for character in string):
-            raise ValueError(f"{name}[{index}] must be Unicode text, got half of a surrogate pair in {string!r}")
+        _check_unicode(f"{name}[{index}]", string)
+
+
+def _check_unicode(name: str, string: str) -> None:
+    if not string.isascii() and _SURROGATES.search(string):
+        raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {string!r:.200}")
 
 
 def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> None:

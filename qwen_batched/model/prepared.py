@@ -109,6 +109,7 @@ def check_prepared_alone(
     targets: object,
     template: str,
     resize: Resize,
+    system: object,
 ) -> None:
     """Raises `TypeError` or `ValueError` where `batch` is not ours, or comes with what shapes one when it is made."""
     unknown = sorted(batch - NAMES - EARLIER_NAMES - TRANSFORMERS_NAMES)
@@ -128,9 +129,10 @@ def check_prepared_alone(
         raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
     if images is not None or texts is not None:
         raise ValueError("give either images and texts or a prepared batch, got both")
-    if camera_mask is not None or targets is not None or template != "chat" or resize != "hf":
+    given = any(value is not None for value in (camera_mask, targets, system))
+    if given or template != "chat" or resize != "hf":
         raise ValueError(
-            "camera_mask, targets, template and resize shape a batch when the processor makes it, not later"
+            "camera_mask, targets, template, system and resize shape a batch when the processor makes it, not later"
         )
 
 

@@ -6,14 +6,13 @@ texts, targets -> token ids -> sequences with a place for each image cell and la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from qwen_batched.arguments import as_int
 from qwen_batched.cache import LRUCache
@@ -22,6 +21,7 @@ from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
 from qwen_batched.loading import ProcessorOptions, read_options
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
+from qwen_batched.model.host_copies import copied, copy_to
 from qwen_batched.model.inputs import (
     Resize,
     check_camera_mask,
@@ -30,27 +30,19 @@ from qwen_batched.model.inputs import (
     check_float_range,
     check_frames,
     check_resize,
+    check_system,
     check_targets,
     check_texts,
 )
 from qwen_batched.model.prepared import HostFacts, prepare
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
-from qwen_batched.model.request import Grid, Prompts, Request
+from qwen_batched.model.prompt_rows import PromptRows, TextCall
+from qwen_batched.model.request import Grid, Request
 from qwen_batched.model.resample_backend import resolve_resample_backend
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
-MAX_CACHED_TEXTS, MAX_CACHED_TABLES, MAX_CACHED_MASKS = 4096, 256, 256
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenRow:
-    """A prompt's tokens (U,) on a device; the last `answer_tokens`, there also as `count` (1,), are its answer's."""
-
-    ids: Tensor
-    count: Tensor
-    answer_tokens: int
+MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 
 
 class TensorProcessor:
@@ -76,7 +68,7 @@ class TensorProcessor:
         self.prompts = prompts
         self.padding_side = padding_side
         self.resample_backend = resolve_resample_backend(resample_backend)
-        self._rows = LRUCache(MAX_CACHED_TEXTS)
+        self._rows = PromptRows()
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
 
@@ -98,12 +90,13 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
         **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
         checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
-        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend)
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, added_tokens, resample_backend)
 
     @classmethod
     def from_checkpoint(
@@ -112,6 +105,7 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
@@ -124,7 +118,13 @@ class TensorProcessor:
         image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
         tokenizer = load_tokenizer(checkpoint.folder)
         with naming(checkpoint.folder):
-            prompts = PromptEncoder(tokenizer, checkpoint.chat_template, config.image_token_id)
+            prompts = PromptEncoder(
+                tokenizer,
+                checkpoint.chat_template,
+                config.image_token_id,
+                added_tokens=added_tokens,
+                name=f"checkpoint folder {checkpoint.folder}",
+            )
             config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
             config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
         backend = resolve_resample_backend(resample_backend, checkpoint.preprocessor.get("image_processor_type"))
@@ -133,29 +133,32 @@ class TensorProcessor:
     def __call__(
         self,
         images: Tensor | Sequence[Tensor] | None,
-        texts: Sequence[str] | None = None,
+        texts: Sequence[str] | str | None = None,
         camera_mask: Tensor | None = None,
         *,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str] | str | None = None,
         template: str = "chat",
         resize: Resize = "hf",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         max_new_tokens: int = 0,
+        system: str | None = None,
     ) -> dict[str, Tensor | list[Tensor] | HostFacts]:
         """A batch for `QwenBatchedVL.forward(**batch)`, of which loaders may take, cut and join rows.
 
         Args:
             images: (B, V, 3, H, W), RGB, uint8 in 0..255 or floating in 0..1; or V tensors (B, 3, H_i, W_i); or None.
-            texts: B strings; None for images alone.
+            texts: B strings, or one where B is 1; None for images alone.
             camera_mask: Bool (B, V), False where a camera is absent; None where none is.
-            targets: B strings, the answers to train on; each follows its prompt, with its end token. None for no loss.
-            template: "chat", "plain", or a layout with `{images}` and `{text}`.
+            targets: B strings, or one where B is 1, the answers to train on; each follows its prompt, with its end
+                token. None for no loss.
+            template: "chat", "plain", or a layout with `{text}` and either `{images}` or one `{image}` for each camera.
             resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
                 already have a size that the model takes.
             device: Where the batch goes; None for the frames' device, or the CPU without frames.
             dtype: Of the pixels.
             max_new_tokens: How many tokens must find room behind each prompt.
+            system: Replaces the chat template's system text; None for its own.
 
         Returns:
             Tensors, each with B first and memory of its own. With images: `pixel_values` (B, V, P, patch_dim) in window
@@ -179,6 +182,7 @@ class TensorProcessor:
             resize=resize,
             device=device,
             max_new_tokens=max_new_tokens,
+            system=system,
         )
         return prepare(self.batch(request, dtype))
 
@@ -186,14 +190,15 @@ class TensorProcessor:
     def request(
         self,
         images: Tensor | Sequence[Tensor] | None,
-        texts: Sequence[str] | None = None,
+        texts: Sequence[str] | str | None = None,
         camera_mask: Tensor | None = None,
         *,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str] | str | None = None,
         template: str = "chat",
         resize: Resize = "hf",
         device: torch.device | str | None = None,
         max_new_tokens: int = 0,
+        system: str | None = None,
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
@@ -202,18 +207,22 @@ class TensorProcessor:
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
         if texts is not None:
-            check_texts(texts, groups[0].shape[0] if groups else None)
-            self.prompts.check_template(template)
+            texts = check_texts(texts, groups[0].shape[0] if groups else None)
+            self.prompts.check_template(template, sum(group.shape[1] for group in groups or ()))
         if targets is not None:
-            check_targets(targets, texts)
+            targets = check_targets(targets, texts)
             self.prompts.end_token(template)
+        check_system(system, texts, template)
         sizes = [self._target_size(group, resize) for group in groups or () for _ in range(group.shape[1])]
         factor = self.config.vision.cell_size
         grids = tuple((height // factor, width // factor) for height, width in sizes)
         prompts = None
         if texts is not None:
-            prompts = self._prompts(texts, targets, template, grids, camera_mask, device)
-            self._check_length(prompts.length, max_new_tokens)
+            text = self.config.text
+            call = TextCall(self.prompts, text, texts, targets, template, system, grids, max_new_tokens, device)
+            on_host = camera_mask is None or camera_mask.device.type == "cpu"
+            lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
+            prompts = lay_out(call, camera_mask)
         return Request(
             frames=tuple(groups or ()),
             camera_mask=self._mask_on_device(camera_mask, device),
@@ -314,67 +323,6 @@ class TensorProcessor:
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 
-    def _prompts(
-        self,
-        texts: Sequence[str],
-        targets: Sequence[str] | None,
-        template: str,
-        grids: tuple[Grid, ...],
-        camera_mask: Tensor | None,
-        device: torch.device,
-    ) -> Prompts:
-        cells = [h * w for h, w in grids]
-        if camera_mask is not None and camera_mask.device.type != "cpu":
-            return self._prompts_by_device_mask(texts, targets, template, cells, camera_mask)
-        present = [[True] * len(grids)] * len(texts) if camera_mask is None else camera_mask.tolist()
-        rows = [
-            self._row(text, target, template, sum(here), device)
-            for text, target, here in zip(texts, targets or [None] * len(texts), present, strict=True)
-        ]
-        spans = [sum(n for n, is_here in zip(cells, here, strict=True) if is_here) - sum(here) for here in present]
-        lengths = [len(row.ids) + span for row, span in zip(rows, spans, strict=True)]
-        before = [length - row.answer_tokens for length, row in zip(lengths, rows, strict=True)]
-        if min(before) == 0:
-            raise ValueError(f"a prompt must have at least one token, got none for sample {before.index(0)}")
-        answers = None if targets is None else torch.cat([row.count for row in rows])
-        answer_tokens = sum(row.answer_tokens for row in rows)
-        return Prompts(_as_one([row.ids for row in rows]), max(lengths), sum(lengths), answers, answer_tokens)
-
-    def _check_length(self, length: int, max_new_tokens: int) -> None:
-        limit = self.config.text.max_position_embeddings
-        if length > limit:
-            raise ValueError(f"a prompt must have at most {limit} tokens, images included, got {length}")
-        if length + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt and new tokens must fit into {limit} tokens, got {length} and max_new_tokens={max_new_tokens}"
-            )
-
-    def _prompts_by_device_mask(
-        self,
-        texts: Sequence[str],
-        targets: Sequence[str] | None,
-        template: str,
-        cells: list[int],
-        camera_mask: Tensor,
-    ) -> Prompts:
-        """The same where only the device knows the mask: every number of cameras is laid out, the device chooses."""
-        counts = range(len(cells) + 1)
-        rows = [
-            [self._row(text, target, template, count, camera_mask.device) for count in counts]
-            for text, target in zip(texts, targets or [None] * len(texts), strict=True)
-        ]
-        largest = sorted(cells, reverse=True)
-        spans = [sum(largest[:count]) - count for count in counts]
-        length = max(len(row.ids) + span for options in rows for row, span in zip(options, spans, strict=True))
-        chosen = camera_mask.sum(dim=1, keepdim=True)
-        ids = _as_one([row.ids for options in rows for row in options]).unflatten(0, (len(texts), len(counts)))
-        ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
-        if targets is None:
-            return Prompts(ids, length, tokens=None)
-        answers = torch.cat([row.count for options in rows for row in options]).view(len(texts), len(counts))
-        answer_tokens = sum(max(row.answer_tokens for row in options) for options in rows)
-        return Prompts(ids, length, None, answers.gather(1, chosen)[:, 0], answer_tokens)
-
     def _sequences(self, request: Request) -> Sequences:
         grids, prompts, device = request.grids, request.prompts, request.device
         table = self._tables.get(
@@ -391,25 +339,12 @@ class TensorProcessor:
             padding_side=self.padding_side,
         )
 
-    def _row(self, text: str, target: str | None, template: str, cameras: int, device: torch.device) -> TokenRow:
-        """Tokens on the device, copied there the first time only."""
-
-        def make() -> TokenRow:
-            if target is None:
-                ids, answer_tokens = self.prompts.encode(text, template, cameras), 0
-            else:
-                ids, answer_tokens = self.prompts.encode_with_answer(text, target, template, cameras)
-            both = _copy_to(device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
-            return TokenRow(both[:-1], both[-1:], answer_tokens)
-
-        return _copied(self._rows, (text, target, template, cameras, device), make)
-
     def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
         """A host mask on the device, copied there the first time only."""
         if camera_mask is None or camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        return _copied(self._masks, (rows, device), lambda: _copy_to(device, camera_mask.clone())).clone()
+        return copied(self._masks, (rows, device), lambda: copy_to(device, camera_mask.clone())).clone()
 
     def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
         """Window order and raster order of the cells of an image."""
@@ -437,33 +372,3 @@ class TensorProcessor:
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
         return self._tables.get(("normalisation", values, device), make)
-
-
-def _copied(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
-    """What `make` copies to the device without a wait, once for each stream: others may not read it yet.
-
-    A capture takes what was copied on any stream: it reads nothing before a replay.
-    """
-    device = key[-1]
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return cache.get(key, make)
-
-    def make_for_all() -> T:
-        value = make()
-        cache.get(key, lambda: value)
-        return value
-
-    return cache.get((*key, torch.cuda.current_stream(device).cuda_stream), make_for_all)
-
-
-def _copy_to(device: torch.device, value: Tensor) -> Tensor:
-    """`value`, which lies in pageable memory of our own, without a wait; in a capture with one, which is refused."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return value.to(device, non_blocking=not capturing)
-
-
-def _as_one(rows: list[Tensor]) -> Tensor:
-    """Rows of ids as a tensor (rows, longest), filled up with `NO_TOKEN`."""
-    if len(rows) == 1:
-        return rows[0][None]  # a control loop's only prompt: two launches less
-    return pad_sequence(rows, batch_first=True, padding_value=ops.NO_TOKEN)

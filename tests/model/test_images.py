@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
 from qwen_batched.cache import LRUCache
-from qwen_batched.model import tensor_processor
+from qwen_batched.model import host_copies
 from tests.support import SIZES, assert_equal_to, noise, photo, photos
 
 RELEASE = Version(transformers.__version__).release
@@ -461,7 +461,7 @@ def test_each_stream_has_its_own_copies_and_a_capture_takes_any(monkeypatch):
     def copied(stream, capturing=False):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        return tensor_processor._copied(cache, key, lambda: made.append(stream) or len(made))
+        return host_copies.copied(cache, key, lambda: made.append(stream) or len(made))
 
     assert [copied(7), copied(7), copied(8), copied(7)] == [1, 1, 2, 1]
     assert copied(9, capturing=True) == 1

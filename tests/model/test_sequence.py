@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched.kernels.ops import NO_TOKEN
+from qwen_batched.model.prompt_rows import TextCall
 from qwen_batched.model.request import Request
 from qwen_batched.model.sequence import expand_prompts
 from tests.support import assert_equal_to, photos
@@ -179,7 +180,9 @@ def assert_same_tokens(ours, theirs):
     assert torch.equal(ours["attention_mask"].sum(1), theirs["attention_mask"].sum(1))
 
 
-@given(data=st.data(), cameras=st.integers(1, 4), template=st.sampled_from(["chat", "plain", "{images}x{text}"]))
+@given(
+    data=st.data(), cameras=st.integers(1, 4), template=st.sampled_from(["chat", "plain", "{images}x{text}", "by slot"])
+)
 @SETTINGS
 def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
     model, right_padded_model, data, cameras, template
@@ -190,10 +193,13 @@ def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
         data.draw(st.lists(st.lists(st.booleans(), min_size=cameras, max_size=cameras), min_size=4, max_size=4))
     )
     images = [torch.zeros(4, 3, 28 * h, 28 * w, dtype=torch.uint8) for h, w in sizes]
+    if template == "by slot":
+        template = "".join(f"{camera}: {{image}} " for camera in range(cameras)) + "{text}"
     for processor in (model.processor, right_padded_model.processor):
         host = processor(images, TEXTS, mask, template=template)
-        cells = [h * w for h, w in sizes]
-        prompts = processor._prompts_by_device_mask(TEXTS, None, template, cells, mask)
+        text = processor.config.text
+        call = TextCall(processor.prompts, text, TEXTS, None, template, None, sizes, 0, mask.device)
+        prompts = processor._rows.lay_out_on_device(call, mask)
         request = Request((), mask, prompts, tuple(sizes), mask.device)
         by_device = vars(processor._sequences(request))
         assert prompts.tokens is None

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qwen_batched.head
 from qwen_batched import QwenBatchedVL
 from qwen_batched.model.prepared import prepare
+from qwen_batched.model.prompt_rows import TextCall
 from qwen_batched.model.request import Request
 from qwen_batched.model.sequence import NO_LABEL
 from qwen_batched.testing import write_checkpoint
@@ -265,7 +266,7 @@ def test_labels_taken_away_do_not_count(models):
     )
 
 
-@pytest.mark.parametrize("template", ["chat", "plain", "{text}{images}"])
+@pytest.mark.parametrize("template", ["chat", "plain", "{text}{images}", "a {image} b {image}{text}"])
 def test_a_mask_that_only_the_device_knows_gives_the_same_loss(models, template):
     """On the CPU the host's path is what runs, so the device's path is called by hand, with the mask of the host."""
     texts, sizes = ["a", "b", "c"], ((2, 3), (1, 2))
@@ -273,7 +274,9 @@ def test_a_mask_that_only_the_device_knows_gives_the_same_loss(models, template)
     for model in models.values():
         processor = model.processor
         host = processor(images, texts, MASK, targets=TARGETS, template=template)
-        prompts = processor._prompts_by_device_mask(texts, TARGETS, template, [h * w for h, w in sizes], MASK)
+        text = processor.config.text
+        call = TextCall(processor.prompts, text, texts, TARGETS, template, None, sizes, 0, MASK.device)
+        prompts = processor._rows.lay_out_on_device(call, MASK)
         assert prompts.tokens is None and prompts.answer_tokens >= int((host["labels"] != NO_LABEL).sum())
         frames = tuple(x[:, None] for x in images)
         batch = prepare(processor.batch(Request(frames, MASK, prompts, sizes, MASK.device), torch.float32))
