@@ -90,7 +90,7 @@ def _check_strings(name: str, strings: Sequence[str]) -> None:
         raise TypeError(f"{name} must be a list of str, got {_describe(strings)}")
     for index, string in enumerate(strings):
         if any("\ud800" <= character <= "\udfff" for character in string):
-            raise ValueError(f"{name}[{index}] must be Unicode text, got half of a surrogate pair in {string!r}")
+            raise ValueError(f"{name}[{index}] must be Unicode text, got half of a surrogate pair in {shown(string)}")
 
 
 def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: torch.device) -> None:
@@ -115,7 +115,7 @@ def check_resize(resize: Resize, factor: int) -> None:
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return
     if not isinstance(resize, (tuple, list)) or len(resize) != 2 or not all(map(_is_int, resize)):
-        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {resize!r}")
+        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {shown(resize)}")
     if any(side < factor or side % factor for side in resize):
         raise ValueError(f"resize must be multiples of {factor} pixels, got {tuple(resize)}")
 
@@ -152,13 +152,13 @@ def _is_int(value: object) -> bool:
 def check_norm(norm: str) -> None:
     """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
     if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+        raise ValueError(f"norm must be 'post' or 'pre', got {shown(norm)}")
 
 
 def check_logits(logits: str | None) -> None:
     """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
     if logits not in (None, "last", "all"):
-        raise ValueError(f"logits must be None, 'last' or 'all', got {logits!r}")
+        raise ValueError(f"logits must be None, 'last' or 'all', got {shown(logits)}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:

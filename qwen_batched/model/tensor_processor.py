@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from qwen_batched.arguments import shown
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
@@ -61,7 +62,7 @@ class TensorProcessor:
         """
         image.check_patches(config.vision)
         if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+            raise ValueError(f"padding_side must be 'left' or 'right', got {shown(padding_side)}")
         self.config = config
         self.image = image
         self.prompts = prompts
