@@ -57,6 +57,7 @@ CHECKPOINT_FILES = {
 }
 DTYPE_NAMES = ("dtype", "torch_dtype")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 # What transformers opens of a folder, whatever it is: nothing of these kinds may be other than a file.
@@ -125,9 +126,9 @@ class Checkpoint:
         folder = find_folder(name, weights, hub or HubOptions())
         stamp = _stamp(folder)
         _check_kinds(folder)
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG_FILE)
         if config is None:
-            raise ValueError(f"checkpoint folder {folder} has no config.json")
+            raise ValueError(f"checkpoint folder {folder} has no {CONFIG_FILE}")
         processor = read_json(folder / PROCESSOR_FILE) or {}
         preprocessor, source = processor.get("image_processor"), PROCESSOR_FILE
         if preprocessor is None:
@@ -138,7 +139,7 @@ class Checkpoint:
             folder=folder,
             config=config,
             preprocessor=preprocessor,
-            generation=read_json(folder / "generation_config.json"),
+            generation=read_json(folder / GENERATION_FILE),
             chat_template=_read_chat_template(folder, processor),
             tokenizer=_read_tokenizer_files(folder),
             video=processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json"),
@@ -153,7 +154,7 @@ class Checkpoint:
 
     def model_config(self) -> QwenVLConfig:
         """The model's shape. Raises `ValueError`, naming the file, for what this package does not implement."""
-        with naming(self.folder / "config.json"):
+        with naming(self.folder / CONFIG_FILE):
             return QwenVLConfig.from_dict(self.config)
 
     def image_config(self, vision: VisionConfig) -> ImageConfig:
@@ -171,7 +172,7 @@ class Checkpoint:
 
     def generation_config(self) -> GenerationConfig:
         """How text is generated. Raises `ValueError`, naming the file, where that is damaged."""
-        with naming(self.folder / ("config.json" if self.generation is None else "generation_config.json")):
+        with naming(self.folder / (CONFIG_FILE if self.generation is None else GENERATION_FILE)):
             return GenerationConfig.from_dict(self.generation, self.config)
 
     def describing(

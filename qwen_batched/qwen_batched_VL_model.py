@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.arguments import as_int, integer
+from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.atomic_save import replacing
-from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
+from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint_file
 from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens
@@ -135,7 +135,7 @@ class QwenBatchedVL(ImageEncoder):
         processor = TensorProcessor.from_checkpoint(
             checkpoint, padding_side, min_pixels, max_pixels, added_tokens, resample_backend
         )
-        model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
+        model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head), checkpoint.folder / CONFIG_FILE)
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         load_weights(
@@ -389,7 +389,7 @@ class QwenBatchedVL(ImageEncoder):
         sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         if stream is not None and not callable(stream):
-            raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
+            raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         check_given("texts", texts, "a list of str")
         request = self.processor.request(
             images,

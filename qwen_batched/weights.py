@@ -45,13 +45,17 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-def build_on_meta(make: Callable[[], M]) -> M:
-    """A module without storage: nothing is allocated or initialised that loading would overwrite."""
+def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> M:
+    """A module without storage, as the file `config` describes it: nothing is allocated that loading would overwrite.
+
+    Raises:
+        ValueError: A tensor would have more elements than PyTorch can count.
+    """
     try:
         with torch.device("meta"):
             return make()
     except RuntimeError as error:
-        raise ValueError(f"config.json describes a model that cannot be built: {cut(error)}") from error
+        raise ValueError(f"{config} describes a model that cannot be built: {cut(error)}") from error
 
 
 def load_weights(
@@ -93,6 +97,8 @@ def load_weights(
         _check_tied_head(folder, stored)
     dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
     device = resolve_device(device)
+    if device.type == "meta":
+        raise ValueError("weights must be loaded to a device with memory, got 'meta'")
     for name, parameter in wanted.items():
         owner_name, _, leaf = name.removeprefix(prefix).rpartition(".")
         value = torch.empty(parameter.shape, dtype=dtype, device=device)

@@ -124,7 +124,7 @@ def _check_strings(name: str, strings: Sequence[str]) -> None:
 
 def _check_unicode(name: str, string: str) -> None:
     if not string.isascii() and _SURROGATES.search(string):
-        raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {string!r:.200}")
+        raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {shown(string)}")
 
 
 def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> None:
@@ -241,13 +241,13 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
 def check_norm(norm: str) -> None:
     """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
     if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+        raise ValueError(f"norm must be 'post' or 'pre', got {shown(norm)}")
 
 
 def check_logits(logits: str | None) -> None:
     """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
     if logits not in (None, "last", "all"):
-        raise ValueError(f"logits must be None, 'last' or 'all', got {logits!r}")
+        raise ValueError(f"logits must be None, 'last' or 'all', got {shown(logits)}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:

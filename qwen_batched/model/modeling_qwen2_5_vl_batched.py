@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint
 from qwen_batched.config import TextConfig, VisionConfig
 from qwen_batched.kernels import ops
 from qwen_batched.loading import Device, ModelOptions, read_options
@@ -76,7 +76,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         checkpoint = Checkpoint.open(name, hub=chosen)
         config = checkpoint.model_config()
         return load_weights(
-            build_on_meta(lambda: cls(config.vision)),
+            build_on_meta(lambda: cls(config.vision), checkpoint.folder / CONFIG_FILE),
             checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
@@ -303,7 +303,7 @@ class BatchedDecoder(GradientCheckpointing):
         checkpoint = Checkpoint.open(name, hub=chosen)
         stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
-        model = build_on_meta(lambda: cls(config.text))
+        model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         return load_weights(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_batched.arguments import as_int
+from qwen_batched.arguments import as_int, shown
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
@@ -80,7 +80,7 @@ class TensorProcessor:
     @padding_side.setter
     def padding_side(self, side: str) -> None:
         if side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
+            raise ValueError(f"padding_side must be 'left' or 'right', got {shown(side)}")
         self._padding_side = side
 
     @classmethod
