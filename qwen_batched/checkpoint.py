@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,7 @@ CHECKPOINT_FILES = {
     "quant_config.json",
     "hf_quant_config.json",
 }
+ADAPTER_FILE = "adapter_config.json"
 DTYPE_NAMES = ("dtype", "torch_dtype")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -237,6 +239,16 @@ def _stamp(folder: Path) -> dict[str, tuple[int, ...]]:
 def is_checkpoint_file(name: str) -> bool:
     """Whether transformers or vLLM would take a file (or folder) of this name for a part of the checkpoint."""
     return name in CHECKPOINT_FILES or CHECKPOINT_WEIGHTS.fullmatch(name) is not None
+
+
+def warn_of_adapter(folder: Path) -> None:
+    """Logs what transformers makes of an adapter beside the checkpoint, which is not ours to remove."""
+    if (folder / ADAPTER_FILE).exists():
+        logging.getLogger(__name__).warning(
+            "%s has an adapter: where peft is installed, transformers loads that and the model it was trained on, "
+            "not the checkpoint saved here",
+            folder,
+        )
 
 
 def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOptions()) -> Path:

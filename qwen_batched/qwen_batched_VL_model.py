@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.atomic_save import replacing
-from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint_file
+from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
 from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens
@@ -189,6 +189,7 @@ class QwenBatchedVL(ImageEncoder):
         with replacing(folder, stale=is_checkpoint_file, last="config.json") as staged:
             checkpoint.write(staged)
             save_weights(tensors, staged)
+        warn_of_adapter(Path(folder))
 
     @property
     def device(self) -> torch.device:

@@ -244,6 +244,15 @@ def test_a_saved_config_says_the_dtype_and_the_depth_wherever_it_says_them(tmp_p
     assert load(tmp_path / "saved").dtype == torch.bfloat16
 
 
+def test_an_adapter_beside_the_checkpoint_stays_and_is_warned_of(models, old, caplog):
+    models["A"].save_pretrained(old)
+    assert not caplog.records
+    (old / "adapter_config.json").write_text("{}")
+    models["A"].save_pretrained(old)
+    assert (old / "adapter_config.json").read_text() == "{}"
+    assert "has an adapter" in caplog.text
+
+
 def test_a_head_explicitly_tied_is_saved_with_its_own_name(tmp_path):
     model = load(write_checkpoint(tmp_path / "folder", tied=False))
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -550,6 +559,35 @@ def test_a_folder_saved_over_while_it_is_loaded_is_never_a_mixture(models, old, 
     with pytest.raises(ValueError, match="saved over while it was loaded"):
         reader.from_pretrained(old, device="cpu")
     assert saved
+
+
+def test_a_process_that_loads_while_another_saves_finds_one_model_whole(models, old):
+    models["A"].save_pretrained(old.parent / "A")
+    models["B"].save_pretrained(old.parent / "B")
+    models["A"].save_pretrained(old)
+    code = """
+import pathlib, sys
+from qwen_batched import QwenBatchedVL
+root = pathlib.Path(sys.argv[1])
+A, B = (QwenBatchedVL.from_pretrained(root / name, device="cpu") for name in "AB")
+for _ in range(8):
+    B.save_pretrained(root / "folder")
+    A.save_pretrained(root / "folder")
+"""
+    saving = threading.Thread(target=run, args=[["-c", code], old.parent])
+    saving.start()
+    whole = 0
+    while saving.is_alive():
+        try:
+            again = load(old)
+        except ValueError as error:
+            assert "saved over while it was loaded" in str(error), error
+        else:
+            name = "A" if again.processor.image.max_pixels == MAX_PIXELS else "B"
+            assert all(torch.equal(x, models[name].state_dict()[key]) for key, x in again.state_dict().items())
+            whole += 1
+    assert whole
+    assert_same_model(old, models["A"])
 
 
 def test_without_a_killed_save_recovering_changes_nothing(old):
