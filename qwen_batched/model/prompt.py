@@ -252,7 +252,7 @@ class PromptEncoder:
             changed = self.chat.render(cameras, *given).text
             if changed.translate(back) != rendered:
                 raise ValueError(
-                    f"the chat template must treat {', '.join(map(repr, table))} as other characters, or control tokens "
+                    f"the chat template must treat {', '.join(map(repr, table))} as any symbol, or control tokens "
                     f"in a text cannot be told from its own, got another rendering for {text!r:.200}"
                 )
             rendered = changed

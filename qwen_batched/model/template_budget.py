@@ -121,6 +121,8 @@ class Run:
 
     def printed(self, value: Any) -> Any:
         """Of what becomes part of a string as it is. Python shows strings within a list or dict otherwise."""
+        if isinstance(value, Iterator) and not isinstance(value, LoopContext):
+            raise jinja2.TemplateRuntimeError("an iterator is printed, whose text is different every time")
         size, marked = self.measure(value)
         self.spend(size)
         self.looked = self.looked or (marked and not isinstance(value, str))
