@@ -90,15 +90,20 @@ OPTIONAL = {
         _any_of(_is_empty, _list_of(_is_index), _dict_of(_is_name, _list_of(_is_index))),
         "a list of token ids, or an object of such lists",
     ),
+    # Some ways to begin change the base weights, and peft does so again wherever it loads the adapter.
     "init_lora_weights": (_any_of(_is_flag, _is_name), "a bool or a name"),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        (_any_of(_is_empty, lambda value: isinstance(value, dict)), "an object"),
+    ),
     **dict.fromkeys(
         ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_is_flag, "a bool")
     ),
 }
-# Where the adapter comes from, and how its training began.
+# Where the adapter comes from, and what peft does at each place anew.
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "inference_mode", "peft_version", "auto_mapping", "revision"),
-    *("base_model_name_or_path", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("base_model_name_or_path", "runtime_config"),
 )
 
 
@@ -125,10 +130,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} must be {expected}, got {shown(raw[name])}")
     defaults = vars(LoraConfig())
     for name, value in raw.items():
-        checked = name in REQUIRED or name in OPTIONAL or name in WITHOUT_EFFECT or _is_empty(value)
-        if not checked and (name not in defaults or value != defaults[name]):
+        known = name in REQUIRED or (name in OPTIONAL and name in defaults) or name in WITHOUT_EFFECT
+        is_default = _is_empty(value) or (name in defaults and value == defaults[name])
+        if not known and not is_default:
             raise ValueError(f"{file}: {shown(name)} is not supported, got {shown(value)}")
-    return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw}
+    return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw and name in defaults}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
