@@ -336,10 +336,10 @@ class QwenBatchedVL(ImageEncoder):
         """Logits (..., vocabulary) of hidden states (..., D) after the final norm.
 
         Raises:
-            ValueError: The output projection was left out, or D is not the model's.
+            TypeError, ValueError: The output projection was left out, or the hidden states are not the model's.
         """
         self._check_lm_head()
-        check_hidden_states(hidden_states, self.config.text.hidden_size)
+        check_hidden_states(hidden_states, self.model.embed_tokens.weight)
         return apply_linear(self.lm_head, hidden_states)
 
     def generate(

@@ -35,7 +35,7 @@ LAYERS = (
     ("model.chat_template", "model.request", "model.sequence"),
     ("model.prompt",),
     ("model.contexts", "model.image_groups", "model.inputs"),
-    ("model.prepared", "model.prompt_rows"),
+    ("model.patch_layers", "model.prepared", "model.prompt_rows"),
     ("model.modeling_qwen2_5_vl_batched", "model.tensor_processor"),
     ("head", "model.embedding", "tied_head"),
     ("training",),
@@ -217,7 +217,6 @@ FORWARD_PATH = (
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 # (module, function, what): why it may.
 ALLOWED_READS = {
-    ("model.tensor_processor", "_prompts", "tolist"): "a mask that is on the host",
     ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
     ("model.inputs", "check_float_range", "float"): "frames that are on the host",
     ("model.prepared", "restore", "int"): "a layout that is on the host",

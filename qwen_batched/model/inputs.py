@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_batched.arguments import as_int, integer, shown
@@ -62,7 +62,7 @@ def _check_group(frames: Tensor, min_side: int) -> None:
         raise ValueError(f"images must have 3 channels before height and width, got {_shape(frames)}{hint}")
     if batch == 0 or cameras == 0:
         raise ValueError(f"images must hold at least one sample and one camera, got {_shape(frames)}")
-    if frames.dtype != torch.uint8 and not frames.dtype.is_floating_point:
+    if frames.dtype != torch.uint8 and not (frames.dtype.is_floating_point and frames.dtype.itemsize > 1):
         raise ValueError(f"images must be uint8 (0..255) or floating (0..1), got {frames.dtype}")
     if min(height, width) < min_side:
         raise ValueError(f"images must be at least {min_side} x {min_side} pixels, got {height} x {width}")
@@ -282,7 +282,9 @@ def check_decoder_inputs(
         )
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
-        as_int("tokens", tokens, 1, batch * length)
+        tokens = as_int("tokens", tokens, 1, batch * length)
+        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.sum() > tokens:
+            raise ValueError(f"tokens must count all of attention_mask, got {tokens} for {attention_mask.sum()}")
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
@@ -293,15 +295,20 @@ def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -
 
 
 def _check_activations(name: str, x: Tensor, parameter: Tensor) -> None:
-    """Products need one dtype, but under autocast, which casts."""
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+    """Products need one dtype; autocast casts, and sharded parameters are cast when they are used."""
+    if type(parameter) is nn.Parameter and x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"{name} must be {parameter.dtype}, the model's dtype, got {x.dtype}")
 
 
-def check_hidden_states(hidden_states: Tensor, width: int) -> None:
-    """Raises `ValueError` where `hidden_states` do not have the model's `width`."""
-    if hidden_states.shape[-1:] != (width,):
-        raise ValueError(f"hidden_states must be (..., {width}), got {_shape(hidden_states)}")
+def check_hidden_states(hidden_states: Tensor, like: Tensor) -> None:
+    """Raises `TypeError` or `ValueError` where `hidden_states` are not as wide as the model's embedding `like`."""
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states must be a tensor, got {_describe(hidden_states)}")
+    check_plain("hidden_states", hidden_states)
+    if hidden_states.shape[-1:] != like.shape[-1:]:
+        raise ValueError(f"hidden_states must be (..., {like.shape[-1]}), got {_shape(hidden_states)}")
+    check_same_device("hidden_states", [hidden_states], like)
+    _check_activations("hidden_states", hidden_states, like)
 
 
 def check_pixels(
