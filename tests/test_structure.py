@@ -205,7 +205,10 @@ FORWARD_PATH = (
     "model.modeling_qwen2_5_vl_batched",
     "model.packed",
     "model.prepared",
+    "model.host_copies",
+    "model.patch_layers",
     "model.prompt",
+    "model.prompt_rows",
     "model.request",
     "model.sequence",
     "model.tensor_processor",
@@ -217,6 +220,7 @@ FORWARD_PATH = (
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 # (module, function, what): why it may.
 ALLOWED_READS = {
+    ("model.prompt_rows", "lay_out", "tolist"): "a mask that is on the host",
     ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
     ("model.inputs", "check_float_range", "float"): "frames that are on the host",
     ("model.prepared", "restore", "int"): "a layout that is on the host",
