@@ -1,11 +1,12 @@
-"""Two commits of this package beside each other, on one GPU: alternating processes, so that clocks drift for both alike.
+"""Two commits of this package beside each other on one GPU, in alternating processes: clocks drift for both alike.
 
-    git worktree add ../before COMMIT && python benchmarks/before_after.py --before ../before --model FOLDER [--rounds 5]
+    git worktree add ../before COMMIT
+    python benchmarks/before_after.py --before ../before --model FOLDER [--rounds 5]
 
-Each process loads the model in bfloat16 and measures, the device idle before and after each call: a control loop's call (one
-sample, three cameras 480x640 in pinned host memory, to 224x224, 40 text tokens) from its CUDA graph and without one, 16 images
-of 448x448 through the vision transformer, and a step of generation. The distance of each commit from itself, between its own
-processes, says how large a difference means nothing. The last line is JSON.
+Each process loads the model in bfloat16 and measures, the device idle before and after each call: a control loop's call
+(one sample, three cameras 480x640 in pinned host memory, to 224x224, 40 text tokens) from its CUDA graph and without
+one, 16 images of 448x448 through the vision transformer, and a step of generation. The distance of each commit from
+itself, between its own processes, says how large a difference means nothing. The last line is JSON.
 """
 
 from __future__ import annotations
