@@ -1,5 +1,6 @@
 """Saving: all or nothing, one thing once, and nothing that is not the checkpoint's is touched (trap 36)."""
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.atomic_save import JOURNAL, NEW, OLD, STAGING, recover, replacing, write_file
+from qwen_batched.atomic_save import JOURNAL, LOCK, NEW, OLD, STAGING, recover, replacing, write_file
 from qwen_batched.checkpoint import is_checkpoint_file
 from qwen_batched.testing import write_checkpoint
 
@@ -449,6 +450,26 @@ def test_a_journal_that_is_none_is_refused_by_name_and_the_next_save_clears_it_a
     models["A"].save_pretrained(old)
     assert_same_model(old, models["A"])
     assert not (old / STAGING).exists()
+
+
+@pytest.mark.parametrize("name", [LOCK, JOURNAL])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "huge"])
+def test_what_is_no_file_in_the_staging_folder_is_never_waited_for(models, old, name, kind):
+    staged(old, [["config.json", None, None]])
+    path = old / STAGING / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with contextlib.suppress(ValueError):
+        load(old)
+    with pytest.raises(OSError, match=LOCK) if (name, kind) == (LOCK, "folder") else contextlib.nullcontext():
+        models["A"].save_pretrained(old)
+        assert_same_model(old, models["A"])
 
 
 @pytest.mark.parametrize("part", [".", NEW, OLD, JOURNAL])
