@@ -320,7 +320,8 @@ def measure_depth(run: Run, cases: Mapping[str, Case]) -> None:
     for name, case in cases.items():
         batch = run.prepared(case)
         embeds = torch.randn(*batch["input_ids"].shape, run.model.config.text.hidden_size).to(run.like)
-        inputs = {key: batch[key] for key in ("position_ids", "attention_mask", "token_index")}
+        inputs = {"position_ids": batch["rope_positions"].transpose(0, 1), "attention_mask": batch["attention_mask"]}
+        inputs["tokens"] = batch["prepared"].tokens
         run_down_to = partial(decoder, embeds, **inputs)
         calls = {f"{blocks} blocks": partial(run_down_to, layers=(blocks,)) for blocks in (depth // 2, depth)}
         if run.device.type == "cuda":

@@ -53,9 +53,9 @@ class Prompts:
         images = batch["pixel_values"].shape[:2].numel()
         rows, columns = (side * config.spatial_merge_size for side in batch["raster_order"].shape[1:])
         grid = torch.tensor([[1, rows, columns]] * images, device=batch["input_ids"].device)
-        names = ("input_ids", "position_ids")
+        positions = batch["rope_positions"].transpose(0, 1)
         is_image = batch["feature_index"] >= 0
-        return cls(*(batch[name] for name in names), is_image, grid, precomputed_geometry(config, grid))
+        return cls(batch["input_ids"], positions, is_image, grid, precomputed_geometry(config, grid))
 
     def arguments(self) -> dict[str, Tensor]:
         """What its processor hands a transformers user, less the pixels."""

@@ -1,7 +1,8 @@
-"""What a checkpoint folder's JSON files say, as frozen dataclasses.
+"""What `config.json` and `preprocessor_config.json` say, as frozen dataclasses.
 
-Field names are those of `config.json`, `preprocessor_config.json` and `generation_config.json`; defaults are those of
-transformers' own configuration classes, because a file saved by transformers leaves a default out.
+Field names are the files'; defaults are those of transformers' own configuration classes, because a file saved by
+transformers leaves a default out. Where a file says a thing twice, transformers' order of reading holds. Errors do not
+name the file: `Checkpoint`, which knows its path, does.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from qwen_batched.arguments import MAX_INT, as_int, shown
+
 MODEL_TYPE = "qwen2_5_vl"
-# Beyond these a config is damaged: no module should be built to find that out.
-MAX_INT, MAX_BLOCKS = 2**31 - 1, 1024
+# Beyond this a config is damaged: no module should be built to find that out.
+MAX_BLOCKS = 1024
+YARN_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+# Of one frame. More would not fit into any GPU's memory, nor into the 32-bit numbers of some kernels.
+MAX_FRAME_PIXELS = MAX_INT
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -75,6 +81,27 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rope scaled to longer sequences (YaRN, arXiv:2309.00071): `rope_parameters` of type "yarn".
+
+    Attributes:
+        factor: How much longer sequences may be than those trained on.
+        original_max_position_embeddings: The length trained on.
+        attention_factor: Of cosines and sines.
+        beta_fast: Frequencies of more turns than this within the original length stay as they are.
+        beta_slow: Those of fewer turns are divided by `factor`; between the two is a ramp.
+        truncate: Whether the ramp begins and ends at whole frequencies.
+    """
+
+    factor: float
+    original_max_position_embeddings: float
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The decoder: the text fields of `config.json`, flat (published) or under `text_config` (transformers 5)."""
 
@@ -88,6 +115,7 @@ class TextConfig:
     max_position_embeddings: int = 32768
     rope_theta: float = 1000000.0
     mrope_section: tuple[int, ...] = (16, 24, 24)
+    yarn: Yarn | None = None  # None: rope is not scaled
 
     def __post_init__(self) -> None:
         _check_blocks("num_hidden_layers", self.num_hidden_layers)
@@ -100,7 +128,7 @@ class TextConfig:
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
             raise ValueError(
                 f"mrope_section must be 3 numbers (time, height, width) that sum to half the head size "
-                f"{self.head_dim}, got {list(self.mrope_section)}"
+                f"{self.head_dim}, got {shown(list(self.mrope_section))}"
             )
 
     @property
@@ -108,7 +136,7 @@ class TextConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: where merging parts head and embedding, peft says so here
 class QwenVLConfig:
     """`config.json`."""
 
@@ -121,7 +149,7 @@ class QwenVLConfig:
     def __post_init__(self) -> None:
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(
-                "config.json: vision_config.out_hidden_size must be the decoder's hidden_size "
+                "vision_config.out_hidden_size must be the decoder's hidden_size "
                 f"{self.text.hidden_size}, got {self.vision.out_hidden_size}"
             )
 
@@ -129,23 +157,37 @@ class QwenVLConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> QwenVLConfig:
         """Reads either layout. Raises `ValueError` for what this package does not implement."""
         if raw.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"config.json: model_type must be {MODEL_TYPE!r}, got {raw.get('model_type')!r}")
+            raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {shown(raw.get('model_type'))}")
         if raw.get("quantization_config"):
-            raise ValueError("config.json: quantized checkpoints (quantization_config) are not supported")
-        vision, text = _section(raw, "vision_config"), _section(raw, "text_config") or raw
+            raise ValueError("quantized checkpoints (quantization_config) are not supported")
+        vision = _section(raw, "vision_config")
+        # Published files have the text's fields at the top. Where text_config is there, those at the top mean nothing.
+        text = raw if raw.get("text_config") is None else _section(raw, "text_config")
         # transformers 4 wrote the tie into text_config at times; transformers 5 honours either place.
-        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-        top = {"image_token_id": raw.get("image_token_id", cls.image_token_id), "tie_word_embeddings": bool(tied)}
-        if not _fits(top["image_token_id"], int):
-            raise ValueError(f"config.json: image_token_id must be an int, got {top['image_token_id']!r}")
-        return cls(vision=_vision_config(vision), text=_text_config(text), dtype=_dtype(raw, text), **top)
+        tied = [bool(_flag(section, "tie_word_embeddings")) for section in (raw, text)]
+        image_token_id = raw.get("image_token_id", cls.image_token_id)
+        if not fits(image_token_id, int):
+            raise ValueError(f"image_token_id must be an int, got {shown(image_token_id)}")
+        return cls(
+            vision=_vision_config(vision),
+            text=_text_config(text, nested=text is not raw),
+            image_token_id=image_token_id,
+            tie_word_embeddings=any(tied),
+            dtype=_dtype(raw, text),
+        )
 
     def truncated(self, num_layers: int) -> QwenVLConfig:
         """The same model ending after `num_layers` decoder blocks."""
-        total = self.text.num_hidden_layers
-        if not _fits(num_layers, int) or not 0 < num_layers <= total:
-            raise ValueError(f"num_layers must be an int from 1 to {total}, got {num_layers!r}")
+        num_layers = as_int("num_layers", num_layers, 1, self.text.num_hidden_layers)
         return replace(self, text=replace(self.text, num_hidden_layers=num_layers))
+
+    def check_embedded(self, what: str, *token_ids: int) -> None:
+        """Raises `ValueError` where one of these ids, which the model writes itself, has no embedding."""
+        beyond = [token for token in token_ids if not 0 <= token < self.text.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"{what} must be below the vocab_size {self.text.vocab_size} of config.json, got {shown(beyond[0])}"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,14 +205,22 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         for name in ("min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if not _fits(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+            object.__setattr__(self, name, as_int(name, getattr(self, name), 1, MAX_FRAME_PIXELS))
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
             raise ValueError(
-                f"image_mean and image_std must be 3 numbers, std not 0, got {self.image_mean}, {self.image_std}"
+                "image_mean and image_std must be 3 numbers, std not 0, "
+                f"got {shown(self.image_mean)}, {shown(self.image_std)}"
+            )
+
+    def check_patches(self, vision: VisionConfig) -> None:
+        """Raises `ValueError` where images are cut into other patches than the vision transformer takes."""
+        patches = (self.patch_size, self.merge_size, self.temporal_patch_size)
+        expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        if patches != expected:
+            raise ValueError(
+                f"(patch_size, merge_size, temporal_patch_size) must be {expected} as in config.json, got {patches}"
             )
 
     @classmethod
@@ -178,87 +228,119 @@ class ImageConfig:
         """Reads `min_pixels`/`max_pixels` or `size.shortest_edge`/`size.longest_edge`; the former win."""
         for flag in ("do_resize", "do_rescale", "do_normalize"):
             if not raw.get(flag, True):
-                raise ValueError(f"preprocessor_config.json: {flag}=false is not supported")
+                raise ValueError(f"{flag}=false is not supported")
         if raw.get("resample", 3) != 3:
-            raise ValueError(f"preprocessor_config.json: resample must be 3 (bicubic), got {raw['resample']!r}")
-        size = _section(raw, "size")
-        given = {
-            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels"),
-            "max_pixels": raw.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"),
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        return _from_fields(cls, {**raw, **given}, "preprocessor_config.json")
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """`generation_config.json`, as far as greedy decoding and sampling need it."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], config: Mapping[str, Any]) -> GenerationConfig:
-        """Reads `raw`; end tokens that it does not name come from config.json's content `config`."""
-        for name in ("no_repeat_ngram_size", "suppress_tokens", "bad_words_ids", "min_new_tokens", "min_length"):
-            if raw.get(name):
-                raise ValueError(f"generation_config.json: {name} is not supported, got {raw[name]!r}")
-        text = _section(config, "text_config")
-        eos = raw.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        penalty = raw.get("repetition_penalty") or 1.0
-        if not all(_fits(token, int) for token in eos) or not _fits(penalty, float) or penalty <= 0:
-            raise ValueError(
-                "generation_config.json: eos_token_id must be ints and repetition_penalty above 0, "
-                f"got {eos} and {penalty!r}"
-            )
-        return cls(eos, float(penalty))
+            raise ValueError(f"resample must be 3 (bicubic), got {shown(raw['resample'])}")
+        # Older versions of transformers called size's fields min_pixels and max_pixels as well.
+        names = {"min_pixels": ("shortest_edge", "min_pixels"), "max_pixels": ("longest_edge", "max_pixels")}
+        size = {name: raw.get(name) for name in names}
+        if raw.get("size") is not None:
+            given = _section(raw, "size")
+            for name, keys in names.items():
+                found = [size[name], *(given.get(key) for key in keys)]
+                size[name] = next((value for value in found if value is not None), None)
+                if size[name] is None:
+                    raise ValueError(f"size must have {keys[0]} where {name} is not given, got {shown(dict(given))}")
+        return _from_fields(cls, {**raw, **size})
 
 
 def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
     _require(raw, "vision_config.hidden_act", "hidden_act", ("silu",))
-    rope = _section(raw, "rope_parameters")
-    _require(rope, "vision rope_type", "rope_type", ("axial", "default"))
+    rope = _rope(raw)
+    _require(rope, "the vision's rope_type", "rope_type", ("axial", "default"))
     # The published files also have in_chans and spatial_patch_size; transformers reads neither.
-    return _from_fields(VisionConfig, {**raw, **_given(rope, "rope_theta")}, "config.json: vision_config")
+    return _from_fields(VisionConfig, {**raw, **_given(rope, "rope_theta")}, "vision_config.")
 
 
-def _text_config(raw: Mapping[str, Any]) -> TextConfig:
+def _text_config(raw: Mapping[str, Any], nested: bool) -> TextConfig:
     _require(raw, "hidden_act", "hidden_act", ("silu",))
     if raw.get("use_sliding_window"):
-        raise ValueError("config.json: use_sliding_window=true is not supported")
+        raise ValueError("use_sliding_window=true is not supported")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
-        raise ValueError(f"config.json: layer_types must be a list, got {layer_types!r}")
+        raise ValueError(f"layer_types must be a list, got {shown(layer_types)}")
     if "sliding_attention" in layer_types:
-        raise ValueError("config.json: layer_types with sliding_attention are not supported")
+        raise ValueError("layer_types with sliding_attention are not supported")
     if raw.get("attention_dropout"):
-        raise ValueError(f"config.json: attention_dropout must be 0, got {raw['attention_dropout']!r}")
-    rope = _section(raw, "rope_parameters") or _section(raw, "rope_scaling")
-    for name in ("rope_type", "type"):
-        _require(rope, f"rope type ({name})", name, ("default", "mrope"))
-    merged = {**raw, **_given(rope, "rope_theta", "mrope_section")}
+        raise ValueError(f"attention_dropout must be 0, got {shown(raw['attention_dropout'])}")
+    rope = _rope(raw)
+    _require(rope, "the rope type", "rope_type", ("default", "mrope", "yarn"))
+    merged = {**raw, "mrope_section": rope.get("mrope_section"), **_given(rope, "rope_theta")}
     if "num_key_value_heads" in merged and merged["num_key_value_heads"] is None:
         merged["num_key_value_heads"] = merged.get("num_attention_heads", TextConfig.num_attention_heads)
-    config = _from_fields(TextConfig, merged, "config.json")
+    config = _from_fields(TextConfig, {**merged, "yarn": None})
     if raw.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"config.json: head_dim must be {config.head_dim}, got {raw['head_dim']!r}")
-    return config
+        raise ValueError(f"head_dim must be {config.head_dim}, got {shown(raw['head_dim'])}")
+    if rope["rope_type"] != "yarn":
+        return config
+    _require(rope, "partial_rotary_factor", "partial_rotary_factor", (1,))
+    # A field of text_config wins over the parameter; among the flat layout's fields transformers does not look for it.
+    original = raw.get("original_max_position_embeddings") if nested else None
+    if original is None:
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return replace(config, yarn=_yarn(rope, original, config))
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of rope with their `rope_type`, from whichever of their two places and two names."""
+    rope = _section(raw, "rope_scaling") or _section(raw, "rope_parameters")
+    return {**rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+
+
+def _yarn(rope: Mapping[str, Any], original: object, config: TextConfig) -> Yarn:
+    """As transformers' `_compute_yarn_parameters` reads them; `original` is the length trained on."""
+    for name in YARN_NUMBERS:
+        if rope.get(name) is not None and (not fits(rope[name], float) or rope[name] < 0):
+            raise ValueError(f"{name} of the rope type yarn must be a number of at least 0, got {shown(rope[name])}")
+    if "factor" not in rope:
+        raise ValueError("the rope type yarn needs a factor")
+    if not fits(original, float) or original <= 0:
+        raise ValueError(f"original_max_position_embeddings must be a number above 0, got {shown(original)}")
+    factor = config.max_position_embeddings / original if rope["factor"] is None else rope["factor"]
+    if not factor > 0 or config.rope_theta <= 1:
+        raise ValueError(
+            "the rope type yarn needs a factor above 0 and a rope_theta above 1, "
+            f"got {shown(factor)} and {shown(config.rope_theta)}"
+        )
+    attention, mscale, mscale_all = (rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if attention is None and mscale and mscale_all:
+        attention = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
+    elif attention is None:
+        attention = _yarn_mscale(factor)
+    return Yarn(
+        factor=float(factor),
+        original_max_position_embeddings=float(original),
+        attention_factor=float(attention),
+        beta_fast=float(rope.get("beta_fast") or Yarn.beta_fast),
+        beta_slow=float(rope.get("beta_slow") or Yarn.beta_slow),
+        truncate=bool(rope.get("truncate", Yarn.truncate)),
+    )
+
+
+def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> torch.dtype | None:
     names = [section.get(key) for section in (raw, text) for key in ("dtype", "torch_dtype")]
     name = next((name for name in names if name is not None), None)
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
-        raise ValueError(f"config.json: dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return DTYPES.get(name)
 
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = raw.get(name) or {}
     if not isinstance(section, Mapping):
-        raise ValueError(f"{name} must be a JSON object, got {section!r}")
+        raise ValueError(f"{name} must be a JSON object, got {shown(section)}")
     return section
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool | None:
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
+    return value
 
 
 def _given(raw: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -267,13 +349,13 @@ def _given(raw: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _require(raw: Mapping[str, Any], what: str, name: str, allowed: tuple[str, ...]) -> None:
     if raw.get(name, allowed[0]) not in allowed:
-        raise ValueError(f"config.json: {what} must be one of {allowed}, got {raw[name]!r}")
+        raise ValueError(f"{what} must be one of {allowed}, got {shown(raw[name])}")
 
 
 C = TypeVar("C")
 
 
-def _from_fields(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
+def _from_fields(cls: type[C], raw: Mapping[str, Any], where: str = "") -> C:
     """Builds `cls` from those keys of `raw` that are its fields, each checked against its default's type."""
     values = {}
     for field in fields(cls):
@@ -283,18 +365,18 @@ def _from_fields(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
         if isinstance(value, list):
             value = tuple(value)
         if not _like_default(value, field.default):
-            raise ValueError(f"{where}: {field.name} must be like {field.default!r}, got {value!r}")
+            raise ValueError(f"{where}{field.name} must be like {field.default!r}, got {shown(value)}")
         values[field.name] = value
     return cls(**values)
 
 
 def _like_default(value: object, default: object) -> bool:
     if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(_fits(item, type(default[0])) and item >= 0 for item in value)
-    return _fits(value, type(default)) and value > 0
+        return isinstance(value, tuple) and all(fits(item, type(default[0])) and item >= 0 for item in value)
+    return fits(value, type(default)) and value > 0
 
 
-def _fits(value: object, kind: type) -> bool:
+def fits(value: object, kind: type) -> bool:
     """Whether `value` is a finite number of `kind`; an int serves as a float, a bool as neither."""
     allowed = (int, float) if kind is float else (int,)
     if not isinstance(value, allowed) or isinstance(value, bool):
@@ -304,4 +386,4 @@ def _fits(value: object, kind: type) -> bool:
 
 def _check_blocks(name: str, count: int) -> None:
     if count > MAX_BLOCKS:
-        raise ValueError(f"config.json: {name} must be at most {MAX_BLOCKS}, got {count}")
+        raise ValueError(f"{name} must be at most {MAX_BLOCKS}, got {count}")

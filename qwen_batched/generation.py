@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_batched.head import last_tokens, project
+from qwen_batched.head import last_tokens
 from qwen_batched.model.kv_cache import KVCache
+from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.outputs import GenerateOutput
@@ -20,6 +21,8 @@ from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
 STEPS_BETWEEN_LOOKS = 8
+# Stands for a token in `Decoding.tokens` where a sample's logits were not finite. No token has this id.
+INVALID = -1
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Sampling:
         return torch.rand(steps, batch, generator=generator, device=device, dtype=torch.float64).t()
 
     def choose(self, logits: Tensor, uniform: Tensor | None) -> Tensor:
-        """One token (B,) from float32 logits (B, vocabulary); `uniform` (B,) says where in the distribution."""
+        """One token (B,) from float32 logits (B, vocabulary); `uniform` (B,) says where in the distribution.
+
+        From logits that are not finite comes any token, but always one of the vocabulary.
+        """
         if uniform is None:
             return logits.argmax(dim=-1)
         ordered, tokens = logits.sort(dim=-1, descending=True, stable=True)
@@ -79,7 +85,8 @@ class Sampling:
         probabilities = ordered.double().softmax(dim=-1)
         cumulative = probabilities.cumsum(dim=-1)
         place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
-        last = (probabilities > 0).sum(dim=-1) - 1  # the product may round up to the whole
+        # The product may round up to the whole; of NaN nothing is above 0.
+        last = ((probabilities > 0).sum(dim=-1) - 1).clamp(min=0)
         return tokens.gather(1, torch.minimum(place, last)[:, None])[:, 0]
 
 
@@ -88,7 +95,7 @@ class Decoding:
 
     Attributes:
         tokens: Int64 (B, max_new_tokens), filled from the left by one column a step, the first when made; a sample goes
-            on after its end token.
+            on after its end token. `INVALID` where its logits were not all finite.
     """
 
     @torch.inference_mode(False)  # a graph captured outside inference mode may not change what was made inside
@@ -96,7 +103,7 @@ class Decoding:
     def __init__(
         self,
         decoder: BatchedDecoder,
-        head: nn.Linear | None,
+        head: nn.Module,
         inputs_embeds: Tensor,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -111,7 +118,7 @@ class Decoding:
 
         Args:
             decoder: The language model.
-            head: The output projection; None where it is tied to the embeddings.
+            head: The output projection.
             inputs_embeds: (B, S, D).
             input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
             position_ids: Int64 (3, B, S).
@@ -136,6 +143,9 @@ class Decoding:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
         self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
+        # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
+        self._token_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._invalid = torch.full((), INVALID, device=device)
         hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, tokens=tokens)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
         self._seen_BW: Tensor | None = None
@@ -147,28 +157,28 @@ class Decoding:
     @torch.no_grad()
     def step(self) -> None:
         """One more token for each sample."""
-        token_B = self.tokens.index_select(1, self._column - 1)[:, 0]
-        hidden_BD = self._decoder.step(
-            self._decoder.embed_tokens(token_B), self._positions_B.expand(3, -1), self._cache
-        )
+        embeds_BD = self._decoder.embed_tokens(self._token_B)
+        hidden_BD = self._decoder.step(embeds_BD, self._positions_B.expand(3, -1), self._cache)
         self._append(self._logits(hidden_BD))
 
     @property
     def modules(self) -> list[nn.Module]:
         """Whose parameters a step reads."""
-        return [self._decoder] if self._head is None else [self._decoder, self._head]
+        return [self._decoder, self._head]
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        return project(hidden_BD, self._head, self._decoder).float()
+        return apply_linear(self._head, hidden_BD).float()
 
     def _append(self, logits_BW: Tensor) -> None:
+        lowest_B, highest_B = logits_BW.aminmax(dim=-1)
+        is_finite_B = (lowest_B > -torch.inf) & (highest_B < torch.inf)  # both are NaN where any logit is
         if self._seen_BW is not None:
             logits_BW = _penalise(logits_BW, self._seen_BW, self._penalty)
         uniform_B = None if self._uniforms_BN is None else self._uniforms_BN.index_select(1, self._column)[:, 0]
-        token_B1 = self._sampling.choose(logits_BW, uniform_B)[:, None]
-        self.tokens.index_copy_(1, self._column, token_B1)
+        self._token_B.copy_(self._sampling.choose(logits_BW, uniform_B))
+        self.tokens.index_copy_(1, self._column, torch.where(is_finite_B, self._token_B, self._invalid)[:, None])
         if self._seen_BW is not None:
-            self._seen_BW.scatter_(1, token_B1, True)
+            self._seen_BW.scatter_(1, self._token_B[:, None], True)
         self._column += 1
         self._positions_B += 1
 
@@ -199,7 +209,7 @@ def generate_texts(
 ) -> GenerateOutput:
     """As `generate_tokens`, and the text of the tokens; `stream` takes text."""
     pieces = prompts.stream(len(decoding.tokens))
-    tokens, rows = generate_tokens(
+    tokens, rows, reasons = generate_tokens(
         decoding,
         end_tokens,
         graphs,
@@ -208,11 +218,7 @@ def generate_texts(
     )
     if stream is not None:
         stream(pieces.rest())
-    return GenerateOutput(
-        texts=[prompts.decode(row) for row in rows],
-        token_ids=tokens,
-        finish_reasons=["eos" if row[-1] in end_tokens else "length" for row in rows],
-    )
+    return GenerateOutput(texts=[prompts.decode(row) for row in rows], token_ids=tokens, finish_reasons=reasons)
 
 
 def generate_tokens(
@@ -221,8 +227,8 @@ def generate_tokens(
     graphs: CudaGraphs | None = None,
     stream: Callable[[list[list[int]]], None] | None = None,
     progress: bool = False,
-) -> tuple[list[Tensor], list[list[int]]]:
-    """The new tokens of each sample, up to and including its end token.
+) -> tuple[list[Tensor], list[list[int]], list[str]]:
+    """The new tokens of each sample, up to and including its end token, or up to where its logits are not finite.
 
     Args:
         decoding: A batch whose prompts have run.
@@ -232,21 +238,25 @@ def generate_tokens(
         progress: Shows a bar on stderr.
 
     Returns:
-        B int64 vectors on the decoder's device, and the same as lists.
+        B int64 vectors on the decoder's device, the same as lists, and B finish reasons (see `GenerateOutput`).
     """
     batch, total = decoding.tokens.shape
     rows: list[list[int]] = [[] for _ in range(batch)]
+    reasons = ["length"] * batch
     with _stepper(decoding, graphs) as step, tqdm(total=total, desc="tokens", disable=not progress) as bar:
         for new in _stretches(decoding.tokens, step):
-            fresh = [_until_end(row, old, end_tokens) for row, old in zip(new, rows, strict=True)]
-            for row, old in zip(fresh, rows, strict=True):
-                old += row
+            fresh: list[list[int]] = [[] for _ in range(batch)]
+            for index, row in enumerate(new):
+                if reasons[index] == "length":
+                    fresh[index], reasons[index] = _until_end(row, end_tokens)
+                    rows[index] += fresh[index]
             bar.update(len(new[0]))
             if stream is not None:
                 stream(fresh)
-            if all(row[-1] in end_tokens for row in rows):
+            if "length" not in reasons:
                 break
-    return [decoding.tokens[index, : len(row)].clone() for index, row in enumerate(rows)], rows
+    tokens = [decoding.tokens[index, : len(row)].clone() for index, row in enumerate(rows)]
+    return tokens, rows, reasons
 
 
 @contextlib.contextmanager
@@ -291,9 +301,11 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _until_end(new: list[int], old: list[int], end_tokens: Collection[int]) -> list[int]:
-    """`new` up to and including its first end token; nothing where `old` already has one."""
-    if old and old[-1] in end_tokens:
-        return []
-    end = next((index for index, token in enumerate(new) if token in end_tokens), len(new) - 1)
-    return new[: end + 1]
+def _until_end(new: list[int], end_tokens: Collection[int]) -> tuple[list[int], str]:
+    """`new` up to and including its first end token, or up to an invalid one; and the finish reason so far."""
+    for index, token in enumerate(new):
+        if token == INVALID:
+            return new[:index], "invalid"
+        if token in end_tokens:
+            return new[: index + 1], "eos"
+    return new, "length"

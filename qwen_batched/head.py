@@ -1,4 +1,4 @@
-"""Hidden states -> logits, and the loss of answers without the logits of all tokens."""
+"""Hidden states -> those that logits are made of, and the loss of answers without the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -6,25 +6,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen_batched.kernels import ops
 from qwen_batched.model.gradient_checkpointing import recompute
-from qwen_batched.model.inputs import check_hidden_states
-from qwen_batched.model.layers import apply_linear
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.model.sequence import NO_LABEL
 
 # With a vocabulary of 151936, float32 logits of so many tokens take 0.3 GB; fewer would leave the product idle.
 TOKENS_PER_CHUNK = 512
-
-
-def project(hidden_states: Tensor, head: nn.Linear | None, decoder: BatchedDecoder) -> Tensor:
-    """Logits (..., vocabulary) of hidden states (..., D), by `head` or the embeddings that it is tied to."""
-    check_hidden_states(hidden_states, decoder.config.hidden_size)
-    if head is None:
-        return ops.linear(hidden_states, decoder.embed_tokens.weight)
-    return apply_linear(head, hidden_states)
 
 
 def last_tokens(x_BSD: Tensor, attention_mask: Tensor) -> Tensor:

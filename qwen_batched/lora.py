@@ -6,14 +6,19 @@ an adapter holds their names: before each of its weights, and often in the patte
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from qwen_batched.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_settings, read_tensors, shown
 from qwen_batched.checkpoint import find_folder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.weights import nested_name, published_name
@@ -21,8 +26,9 @@ from qwen_batched.weights import nested_name, published_name
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-PREFIX, MARK = "base_model.model.", ".lora_"  # in a key, before the name of a layer and after it
-WEIGHTS_FILE = "adapter_model.safetensors"
+MARK = ".lora_"  # in a key, after the name of a layer
+# In the names of parameters that peft adds.
+ADDED = (MARK, ".modules_to_save.", ".token_adapter.trainable_tokens_")
 
 
 def load_adapter(
@@ -40,56 +46,173 @@ def load_adapter(
         peft's model, with all its methods.
 
     Raises:
-        ValueError: The adapter has no safetensors, is not LoRA, or does not fit the model. Nothing is changed then.
+        TypeError: An argument is not as described.
+        ValueError: The adapter is damaged, is not LoRA, has settings that are not supported, or does not fit the model.
+            Nothing is changed then, nor by any other error.
     """
-    from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
-
+    if not isinstance(model, QwenBatchedVL):
+        raise TypeError(f"an adapter is loaded into a QwenBatchedVL, got {type(model).__name__}")
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name must be a str, got {shown(adapter_name)}")
+    if not adapter_name or "." in adapter_name or adapter_name in getattr(model, "peft_config", {}):
+        raise ValueError(
+            f"adapter_name must be new to the model, not empty and without a dot, got {shown(repr(adapter_name))}"
+        )
     folder = find_folder(name)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(f"adapter folder {folder} has no {WEIGHTS_FILE} (pickles are not read)")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"adapter {folder} must be LoRA, got {config.peft_type}")
-    stored = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    settings, stored = read_settings(folder), read_tensors(folder)
     layers = _layers(stored)
     unknown = {published_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
     if unknown or not layers:
-        raise ValueError(f"adapter {folder} must be for layers of the model, got {sorted(unknown)[:5] or 'none'}")
-
-    _name_layers(config, layers)
-    config.inference_mode = not is_trainable
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapted = PeftModel(model, config, adapter_name)
+        raise ValueError(f"adapter {folder} must be for layers of the model, got {shown(sorted(unknown) or 'none')}")
+    weights = {PREFIX + published_name(key): tensor for key, tensor in stored.items()}
     try:
-        weights = {PREFIX + published_name(key): tensor for key, tensor in stored.items()}
-        result = set_peft_model_state_dict(adapted, weights, adapter_name)
-        wrong = [key for key in result.missing_keys if MARK in key and f".{adapter_name}" in key]
-        if wrong or result.unexpected_keys:
-            raise KeyError(f"it misses {wrong[:5]} and has unknown {result.unexpected_keys[:5]}")
-    except (KeyError, RuntimeError) as error:  # something is missing, or of another shape
-        adapted.unload()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        raise ValueError(f"adapter {folder} does not fit the model: {error}") from error
-    return adapted
+        config = _config_for(model, settings, stored)
+        config.inference_mode = not is_trainable
+        # Once without values, where nothing can be spoilt and a rank of any size takes no memory.
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            _put(_without_values(model), copy.deepcopy(config), weights, adapter_name)
+    except Exception as error:  # peft raises what it likes
+        raise ValueError(f"adapter {folder} does not fit the model: {shown(str(error))}") from error
+    with _undone_by_errors(model, weights):
+        return _put(model, config, weights, adapter_name)
 
 
 def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
     """Writes a LoRA adapter of a `QwenBatchedVL` by the names of transformers 4.52 and later; `load_adapter` reads it.
 
     peft's own `save_pretrained` keeps this package's names, which are those of earlier releases.
-    """
-    from peft import get_peft_model_state_dict
 
+    Args:
+        adapted: peft's model of a `QwenBatchedVL`, or of a module that contains one: then the adapter that is written
+            is the contained model's.
+        folder: Is made where there is none.
+        adapter_name: What peft calls it.
+
+    Raises:
+        TypeError: `adapted` is not peft's.
+        ValueError: There is no such adapter, it is not LoRA, or something was trained that an adapter of a
+            `QwenBatchedVL` cannot hold. Nothing is written then.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(adapted, PeftModel):
+        raise TypeError(f"save_adapter takes a PeftModel, got {type(adapted).__name__}")
+    config = adapted.peft_config.get(adapter_name)
+    if config is None:
+        raise ValueError(f"adapter_name must be one of {list(adapted.peft_config)}, got {shown(repr(adapter_name))}")
+    if config.peft_type != "LORA":
+        raise ValueError(f"an adapter to save must be LoRA, got {config.peft_type!s}")
+    front, model = _contained_model(adapted.get_base_model())
     state = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
-    names = {key: key.removeprefix(PREFIX) for key in state}
-    config = copy.deepcopy(adapted.peft_config[adapter_name])
-    _name_layers(config, _layers(names.values()))
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    _check_whole(adapted, state, front)
+
+    config = copy.deepcopy(config)
+    wrapped = _wrapped_modules(model, adapter_name)
+    layers = {layer: layer.removeprefix(front) for layer in _layers(state)}
+    _name_layers(config, layers)
+    config.modules_to_save = sorted(map(nested_name, wrapped["modules_to_save"])) or None
+    if isinstance(config.trainable_token_indices, dict):
+        config.trainable_token_indices = {
+            nested_name(name): indices
+            for entry, indices in config.trainable_token_indices.items()
+            for name in wrapped["token_adapter"]
+            if (front + name).endswith(entry)
+        }
+    if front and config.trainable_token_indices is not None and model.has_tied_head:
+        raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    weights = {PREFIX + nested_name(key.removeprefix(front)): tensor.contiguous() for key, tensor in state.items()}
+    _write(Path(folder), config, weights)
+
+
+def _write(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    weights = {PREFIX + nested_name(names[key]): tensor.contiguous() for key, tensor in state.items()}
-    save_file(weights, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+    # Tied adapters share their memory, which safetensors refuses.
+    weights = {key: tensor.clone() for key, tensor in weights.items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _put(model: nn.Module, config: LoraConfig, weights: dict[str, Tensor], adapter_name: str) -> PeftModel:
+    """peft's model with the adapter's weights. Raises where any of them is missing, unknown or of another shape."""
+    from peft import PeftModel, set_peft_model_state_dict
+
+    adapted = PeftModel(model, config, adapter_name)
+    result = set_peft_model_state_dict(adapted, weights, adapter_name)
+    ends = {"none": (), "lora_only": (".base_layer.bias",), "all": (".bias",)}[config.bias]
+    missing = [key for key in result.missing_keys if key.endswith(ends) or (MARK in key and f".{adapter_name}" in key)]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{WEIGHTS_FILE} misses {missing[:5]} and has unknown {result.unexpected_keys[:5]}")
+    return adapted
+
+
+def _without_values(model: QwenBatchedVL) -> QwenBatchedVL:
+    """The same modules, their tensors on the meta device."""
+    shared = {id(part): part for part in (model.processor, model.checkpoint)}
+    empty = {id(x): nn.Parameter(torch.empty_like(x, device="meta"), x.requires_grad) for x in model.parameters()}
+    return copy.deepcopy(model, shared | empty)
+
+
+@contextlib.contextmanager
+def _undone_by_errors(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts everything back as it was when the body raises: modules, hooks, attributes, flags and values."""
+    parts = [vars(module) for module in model.modules()]
+    parts += [value for part in parts for value in part.values() if isinstance(value, dict)]
+    contents = [(part, dict(part)) for part in parts]
+    parameters = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
+    named = dict(model.named_parameters())
+    names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in weights}
+    values = [(named[name], named[name].detach().clone()) for name in names if name in named]
+    try:
+        yield
+    except BaseException:
+        for part, content in contents:
+            part.clear()
+            part.update(content)
+        for parameter, requires_grad, data in parameters:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
+        raise
+
+
+def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[str, Tensor]) -> LoraConfig:
+    """peft's config for the layers that there are weights of, by this model's names."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    layers = {layer: published_name(layer) for layer in _layers(stored)}
+    names = [name for name, _ in model.named_modules() if name]
+    # The settings name modules as the model did that was trained, and so do the keys.
+    theirs = nested_name if any(published_name(key) != key for key in stored) else str
+    config = LoraConfig(**settings)
+    meant, there = {name for name in names if check_target_module_exists(config, theirs(name))}, set(layers.values())
+    if meant - there:
+        raise ValueError(f"{WEIGHTS_FILE} misses layers that {CONFIG_FILE} names: {shown(sorted(meant - there))}")
+    extra = there - meant
+    if settings.get("ensure_weight_tying"):
+        extra.discard("lm_head")  # it has the embedding's adapter
+    if extra:
+        raise ValueError(f"{WEIGHTS_FILE} has layers that {CONFIG_FILE} does not name: {shown(sorted(extra))}")
+
+    def modules(entry: str) -> list[str]:
+        return [name for name in names if theirs(name).endswith(entry)]
+
+    _name_layers(config, layers)
+    if config.modules_to_save is not None:
+        config.modules_to_save = sorted({name for entry in config.modules_to_save for name in modules(entry)})
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):
+        config.trainable_token_indices = {name: ids for entry, ids in indices.items() for name in modules(entry)}
+    rows = model.config.text.vocab_size
+    lists = indices.values() if isinstance(indices, dict) else [indices or []]
+    if any(index >= rows for ids in lists for index in ids):
+        raise ValueError(f"{CONFIG_FILE}: trainable_token_indices must be below the vocabulary's {rows}")
+    return config
 
 
 def _layers(keys: Collection[str]) -> list[str]:
@@ -97,23 +220,64 @@ def _layers(keys: Collection[str]) -> list[str]:
     return sorted({key.partition(MARK)[0] for key in keys if MARK in key})
 
 
-def _name_layers(config: LoraConfig, layers: Collection[str]) -> None:
+def _name_layers(config: LoraConfig, layers: Mapping[str, str]) -> None:
     """Puts names of layers in place of the patterns that chose them, with the rank and the alpha that they gave.
 
     Names are without the front that transformers changed: `layers.0.self_attn.q_proj`, `blocks.0.attn.qkv`.
 
     Args:
         config: Is changed.
-        layers: The layers' names where the adapter was trained.
+        layers: The layers' names where the adapter was trained, and as published.
     """
-    endings = {layer: published_name(layer).partition(".")[2] or layer for layer in layers}
+    endings = {layer: name.partition(".")[2] or name for layer, name in layers.items()}
     config.target_modules = set(endings.values())
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for field in ("rank_pattern", "alpha_pattern"):
-        values = {layer: _value_of(layer, getattr(config, field)) for layer in layers}
+        values = {layer: _value_of(layer, getattr(config, field) or {}) for layer in layers}
         setattr(config, field, {re.escape(endings[layer]): x for layer, x in values.items() if x is not None})
 
 
 def _value_of(layer: str, patterns: dict[str, int]) -> int | None:
     """The value of the first pattern that ends the layer's name, as in peft."""
     return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), None)
+
+
+def _contained_model(module: nn.Module) -> tuple[str, QwenBatchedVL]:
+    """The `QwenBatchedVL` that `module` is or contains, and what its names begin with there."""
+    found = [(name, child) for name, child in module.named_modules() if isinstance(child, QwenBatchedVL)]
+    if len(found) != 1:
+        raise ValueError(
+            f"an adapter to save must be of one QwenBatchedVL, got {len(found)} in {type(module).__name__}"
+        )
+    name, model = found[0]
+    return name and f"{name}.", model
+
+
+def _wrapped_modules(model: nn.Module, adapter_name: str) -> dict[str, list[str]]:
+    """The names of the modules that are saved whole, and of those with trained tokens."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = [
+        (name, child) for name, child in model.named_modules() if adapter_name in getattr(child, "_adapters", ())
+    ]
+    whole = [name for name, child in wrappers if isinstance(child, ModulesToSaveWrapper)]
+    return {"modules_to_save": whole, "token_adapter": [name for name, _ in wrappers if name not in whole]}
+
+
+def _check_whole(adapted: PeftModel, state: Mapping[str, Tensor], front: str) -> None:
+    """Raises `ValueError` where the adapter is more than its model's, or less than what was trained."""
+    outside = sorted(name for name in state if not name.startswith(front))
+    if outside:
+        raise ValueError(
+            f"an adapter of the QwenBatchedVL at {front.rstrip('.')!r} cannot hold what is outside it: "
+            f"{shown(outside)}; save those by themselves"
+        )
+    parts = [name for name, x in state.items() if type(x) not in (Tensor, nn.Parameter) or x.is_meta]
+    if parts:
+        raise ValueError(f"tensors to save must be whole, got a part or none of {parts[0]}")
+    trained = {name.removeprefix(PREFIX) for name, x in adapted.named_parameters() if x.requires_grad}
+    lost = sorted(
+        name for name in trained - state.keys() if name.startswith(front) and not any(mark in name for mark in ADDED)
+    )
+    if lost:
+        raise ValueError(f"trained parameters are not in the adapter: {shown(lost)}; name them in modules_to_save")

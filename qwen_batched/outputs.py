@@ -49,7 +49,9 @@ class GenerateOutput:
     Attributes:
         texts: The new text of each sample, special tokens left out.
         token_ids: The new tokens of each sample, an int64 vector; ends with the end token where one came.
-        finish_reasons: "eos" where an end token came, "length" where `max_new_tokens` was reached.
+        finish_reasons: "eos" where an end token came, "length" where `max_new_tokens` was reached, "invalid" where the
+            sample's logits were not finite (a frame that holds a NaN, a half-precision overflow). Such a sample ends
+            there, with the tokens that came before, perhaps none; the others go on as if it were not in the batch.
     """
 
     texts: list[str]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 
 PLAIN_PARAMETERS = {nn.Parameter, type(None)}
@@ -37,7 +40,40 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 def runs_own_code(module: nn.Module) -> bool:
     """Whether a call of the module is its class's `forward` and nothing else."""
-    return not any(hooks_of(module)) and module._compiled_call_impl is None and "forward" not in vars(module)
+    return (
+        not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+        )
+        and module._compiled_call_impl is None
+    )
+
+
+def check_has_values(module: nn.Module) -> None:
+    """Raises `ValueError` where the weight is on the meta device, and no hook of accelerate's brings its values."""
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.is_meta and runs_own_code(module):
+        raise ValueError("the weights have no values: they are on the meta device; load the model with device=...")
+
+
+def check_placement(device: torch.device, device_map: Mapping[str, object]) -> None:
+    """Raises `ValueError` where a model cannot run as accelerate has placed it.
+
+    Args:
+        device: The embedding's.
+        device_map: accelerate's `hf_device_map`; empty where there is none.
+    """
+    if device.type == "meta":
+        raise ValueError(
+            "the model's weights have no values: they are on the meta device, or accelerate has offloaded them. Load "
+            "the model with device=..., or offload what comes after the embedding: `visual`, `model.layers`"
+        )
+    places = {str(place) for place in device_map.values()} - {"cpu", "disk"}
+    if len(places) > 1:
+        raise ValueError(f"a model runs on one device, accelerate has placed it on several: {sorted(places)}")
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint import Checkpoint
-from qwen_batched.config import GenerationConfig, QwenVLConfig
+from qwen_batched.arguments import as_int, integer
+from qwen_batched.atomic_save import replacing
+from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
+from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.head import answer_loss, last_tokens, project
+from qwen_batched.head import answer_loss, last_tokens
 from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.loading import Device, ModelOptions, read_options
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.inputs import (
     Resize,
     check_given,
-    check_int,
+    check_hidden_states,
     check_logits,
     check_norm,
     resolve_layers,
 )
+from qwen_batched.model.layers import apply_linear
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import pack
 from qwen_batched.model.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.plain_modules import check_placement
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.weights import (
     EMBEDDING_NAME,
@@ -47,7 +53,8 @@ class QwenBatchedVL(ImageEncoder):
         processor: Frames and texts to tensors.
         visual: The vision transformer.
         model: The decoder.
-        lm_head: The output projection; None where it is tied to the embeddings or was left out.
+        lm_head: The output projection, which shares the embedding's weight where the checkpoint ties them; None where
+            it was left out.
     """
 
     def __init__(
@@ -69,12 +76,13 @@ class QwenBatchedVL(ImageEncoder):
         self.config = config
         self.processor = processor
         self.checkpoint = checkpoint
-        self.generation_config = GenerationConfig.from_dict(checkpoint.generation or {}, checkpoint.config)
+        self.generation_config = checkpoint.generation_config()
         self.visual = BatchedVisionTransformer(config.vision)
         self.model = BatchedDecoder(config.text)
         self.has_lm_head = lm_head
-        separate_head = lm_head and not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False) if separate_head else None
+        text, device = config.text, "meta" if config.tie_word_embeddings else None  # no memory for what is shared
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
+        self.tie_weights()
         # Apart, since image features alone stay true whatever happens to the decoder.
         self._vision_graphs, self._graphs = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
         self._step_graphs = CudaGraphs(max_graphs=1)
@@ -84,87 +92,116 @@ class QwenBatchedVL(ImageEncoder):
         cls,
         name: str | Path,
         dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
+        device: Device = None,
         num_layers: int | None = None,
         lm_head: bool = True,
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
         added_tokens: Sequence[str] | None = None,
+        **options: Any,
     ) -> QwenBatchedVL:
         """Loads a checkpoint, tensor by tensor, straight to `device` in `dtype`.
 
         Args:
             name: A hub id, or a folder in the hub's layout.
-            dtype: Of the parameters; "auto" for the checkpoint's own.
+            dtype: Of the parameters, or its name ("bfloat16"); "auto" for the checkpoint's own.
             device: None for CUDA where there is any, else the CPU.
             num_layers: Keep only the first N decoder blocks; the others are not read from disk. None for all.
             lm_head: False leaves the output projection out; then there are no logits and no generation.
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
+                a CPU equal (neither library is used); None for the one that transformers would use on this machine.
+                `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
             added_tokens: Which tokens that were added to the published vocabulary are read in texts, targets and
                 templates: tokens or patterns ("<action_*>"), () for none; None for all.
+            **options: `revision`, `cache_dir`, `token` and `local_files_only` go to huggingface_hub. `torch_dtype`,
+                `device_map` (one device), `attn_implementation`, `low_cpu_mem_usage` and `trust_remote_code` (False)
+                are there for calls written for transformers, see `ModelOptions`.
 
         Raises:
+            TypeError: An argument is unknown or of another type.
             ValueError: There is no such checkpoint, it is damaged or incomplete, or it is of a kind that this package
                 does not implement.
         """
-        checkpoint = Checkpoint.open(name)
-        stored = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
-        processor = TensorProcessor.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, added_tokens)
+        processor = TensorProcessor.from_checkpoint(
+            checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens
+        )
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         load_weights(
             model,
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             skip=lambda name: unread(name) or name == HEAD_NAME,
             tied_head=lm_head and config.tie_word_embeddings,
         )
+        model.tie_weights()
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a folder that transformers, vLLM and `from_pretrained` load.
+        """Writes a folder that transformers, vLLM and `from_pretrained` load: all of it, or nothing.
+
+        Everything is written beside what the folder holds, then renamed: the disk needs room for both. After a kill
+        `from_pretrained` finds the old checkpoint or the new one. Files of an old checkpoint that are not written are
+        removed; files that are no part of a checkpoint stay.
+
+        Where merging an adapter has parted a tied head from its embedding, an untied checkpoint.
 
         Args:
-            folder: Is made where there is none.
+            folder: Is made where there is none. Links in it are replaced; what they lead to stays as it is.
             state_dict: The whole tensors of a sharded model, as gathered by accelerate or `get_model_state_dict`; None
                 for the model's own.
 
         Raises:
             ValueError: The output projection was left out, and transformers would put random weights in its place. Or
-                tensors are missing, unknown, of another shape, or sharded.
+                tensors are missing, unknown, of another shape, or sharded. Or the folder's name is empty or a file's.
+            OSError: The disk is full, or a file cannot be written; it is named. The folder is as before.
         """
         if not (self.has_lm_head or self.config.tie_word_embeddings):
             raise ValueError(
                 "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
             )
+        tied = self.lm_head is None or self.has_tied_head
+        config = replace(self.config, tie_word_embeddings=tied)
         tensors = whole_tensors(
             self.state_dict() if state_dict is None else state_dict,
-            lambda: QwenBatchedVL(self.config, self.processor, self.checkpoint, self.has_lm_head),
+            lambda: QwenBatchedVL(config, self.processor, self.checkpoint, self.has_lm_head),
         )
         image = self.processor.image
-        self.checkpoint.describing(
+        checkpoint = self.checkpoint.describing(
             num_layers=self.config.text.num_hidden_layers,
+            tied=tied,
             dtype=tensors[EMBEDDING_NAME].dtype,
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
-        ).save(Path(folder))
-        save_weights(tensors, Path(folder))
+        )
+        with replacing(folder, stale=is_checkpoint_file, last="config.json") as staged:
+            checkpoint.write(staged)
+            save_weights(tensors, staged)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.model.embed_tokens.weight.device
+        """Where the parameters are. Raises `ValueError` where they are on several devices, or have no values."""
+        device = self._embedding_weight().device
+        if device.type == "meta" or "hf_device_map" in vars(self):
+            check_placement(device, vars(self).get("hf_device_map", {}))
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self.model.embed_tokens.weight.dtype
+        return self._embedding_weight().dtype
 
     def forward(
         self,
@@ -274,6 +311,8 @@ class QwenBatchedVL(ImageEncoder):
             scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
         if has_targets:
             loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_tokens"], self.logits)
+            if batch.get("labels_valid") is not None:
+                loss = loss.masked_fill(~batch["labels_valid"], torch.nan)
         return [
             hidden_states,
             attention_mask,
@@ -299,7 +338,8 @@ class QwenBatchedVL(ImageEncoder):
             ValueError: The output projection was left out, or D is not the model's.
         """
         self._check_lm_head()
-        return project(hidden_states, self.lm_head, self.model)
+        check_hidden_states(hidden_states, self.config.text.hidden_size)
+        return apply_linear(self.lm_head, hidden_states)
 
     def generate(
         self,
@@ -321,7 +361,7 @@ class QwenBatchedVL(ImageEncoder):
         """New text for each sample.
 
         The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here alone.
+        tokens are drawn is said here alone. Any other setting there that would change transformers' tokens is refused.
 
         Args:
             images: As for `forward`.
@@ -341,12 +381,13 @@ class QwenBatchedVL(ImageEncoder):
             system: As for `forward`.
 
         Raises:
-            TypeError, ValueError: An argument is not as described, or prompt and new tokens together exceed the
-                model's maximum. Nothing was done.
+            TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
+                maximum, or generation_config.json has a setting that is not supported. Nothing was done.
         """
         self._check_lm_head()
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=1)
+        self.generation_config.check()
+        sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
         check_given("texts", texts, "a list of str")

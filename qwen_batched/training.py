@@ -8,19 +8,18 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from qwen_batched.model.gradient_checkpointing import GradientCheckpointing
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.packed import unpack
+from qwen_batched.tied_head import TiedHead
 from qwen_batched.weights import NESTED_PREFIXES
 
 
-class Trainable(GradientCheckpointing):
+class Trainable(TiedHead):
     """A model of a vision transformer, a decoder and an output projection.
 
     Attributes:
         visual: The vision transformer.
         model: The decoder.
-        lm_head: The output projection; None where it is tied to the embeddings or was left out.
         device: Where the parameters are.
     """
 
@@ -30,7 +29,6 @@ class Trainable(GradientCheckpointing):
     }
     visual: BatchedVisionTransformer
     model: BatchedDecoder
-    lm_head: nn.Linear | None
     device: torch.device
 
     @property
@@ -43,14 +41,6 @@ class Trainable(GradientCheckpointing):
         """
         unpack(self)
         return [*self.visual.blocks, *self.model.layers]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings."""
-        return self.model.embed_tokens
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The output projection; None where it is tied to the embeddings or was left out."""
-        return self.lm_head
 
     def check_no_gradient_in_a_capture(self, images: object = None) -> None:
         """Raises `ValueError` where gradients of parameters or `images` are wanted while a CUDA graph is captured."""

@@ -18,7 +18,6 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from torch import Tensor, nn
-from transformers.utils import is_torchvision_available
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
@@ -104,10 +103,18 @@ class TransformersReference:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attn_implementation: str = "sdpa",
+        resample_backend: str | None = None,
     ) -> TransformersReference:
         """Loads a checkpoint folder or hub id.
 
         In float64, transformers still does norms and some of the rotary arithmetic in float32.
+
+        Args:
+            folder: The checkpoint.
+            dtype: Of the parameters.
+            device: Where the model runs.
+            attn_implementation: As in transformers.
+            resample_backend: Whose image processor, "pillow" or "torchvision"; None for transformers' own choice.
 
         Raises:
             RuntimeError: When the installed transformers is known to be wrong.
@@ -129,7 +136,7 @@ class TransformersReference:
         if dtype != stored_as:
             for parameter in model.parameters():  # and no buffer: rotary frequencies are float32 in every dtype
                 parameter.data = parameter.data.to(dtype)
-        return cls(model, tokenizer, _image_processor(folder))
+        return cls(model, tokenizer, _image_processor(folder, resample_backend))
 
     @property
     def device(self) -> torch.device:
@@ -138,12 +145,12 @@ class TransformersReference:
     @property
     def resizes_on_gpu(self) -> bool:
         """Whether `processor_inputs` can resize on the model's device: with torchvision, on a GPU."""
-        return self.device.type == "cuda" and is_torchvision_available()
+        return self.device.type == "cuda" and self.resample_backend == "torchvision"
 
     @property
-    def resizes_with_pillow(self) -> bool:
-        """Whether frames are resized by Pillow, for want of torchvision."""
-        return not is_torchvision_available()
+    def resample_backend(self) -> str:
+        """The library that resizes frames: "pillow" or "torchvision"."""
+        return _resample_backend(self.image_processor)
 
     def processor_inputs(
         self, frames: Sequence[Tensor], text: str, template: str = "chat", resize_on_gpu: bool = False
@@ -393,10 +400,24 @@ def _dtype_argument() -> str:
     return "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
 
 
-def _image_processor(folder: str | Path) -> Any:
-    """torchvision's image processor where that is installed, else PIL's.
+def _image_processor(folder: str | Path, resample_backend: str | None) -> Any:
+    """The image processor of that library, or the one that transformers chooses by itself.
 
-    They differ by 1/255 here and there: PIL rounds between the two passes of a resize. Version 5 chooses by itself.
+    Without torchvision, transformers falls back to Pillow whatever is asked for.
     """
-    choice = {} if _RELEASE >= (5,) else {"use_fast": is_torchvision_available()}
+    if resample_backend is None:
+        choice = {}
+    elif _RELEASE >= (5, 4):
+        choice = {"backend": "pil" if resample_backend == "pillow" else resample_backend}
+    else:
+        choice = {"use_fast": resample_backend == "torchvision"}
     return transformers.AutoImageProcessor.from_pretrained(folder, **choice)
+
+
+def _resample_backend(image_processor: Any) -> str:
+    """Since 5.4 an image processor names its backend; before, those of torchvision had a name of their own."""
+    if _RELEASE >= (5, 4):
+        uses_torchvision = image_processor.backend == "torchvision"
+    else:
+        uses_torchvision = type(image_processor).__name__.endswith("Fast")
+    return "torchvision" if uses_torchvision else "pillow"

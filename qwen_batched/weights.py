@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,15 +12,22 @@ from typing import TypeVar
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint import read_json
+from qwen_batched.arguments import as_int, cut, shown
+from qwen_batched.atomic_save import write_file
+from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.config import DTYPES
+from qwen_batched.files import is_file, read_json
 
 VISION_PREFIX = "visual."
 TEXT_PREFIX = "model."
 HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 # Prefixes in files saved by transformers 4.52 and later, and their published names.
 NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
+# Of one saved from `Qwen2_5_VLModel`, which has no head; its "visual." is the published one.
+HEADLESS_PREFIX = "language_model."
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,12 +51,12 @@ def build_on_meta(make: Callable[[], M]) -> M:
         with torch.device("meta"):
             return make()
     except RuntimeError as error:
-        raise ValueError(f"config.json describes a model that cannot be built: {error}") from error
+        raise ValueError(f"config.json describes a model that cannot be built: {cut(error)}") from error
 
 
 def load_weights(
     module: M,
-    folder: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
@@ -60,7 +68,7 @@ def load_weights(
 
     Args:
         module: Its parameters' names, after `prefix`, are the published ones.
-        folder: The checkpoint's folder.
+        checkpoint: Its folder has the files.
         dtype: Of the parameters; None or "auto" for the stored one.
         device: Of the parameters; None for CUDA where there is any, else the CPU.
         prefix: The part of the checkpoint that the module is.
@@ -69,8 +77,9 @@ def load_weights(
 
     Raises:
         ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape or
-                the tied head differs.
+                the tied head differs; the folder is saved over meanwhile.
     """
+    folder = checkpoint.folder
     stored = find_tensors(folder)
     wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
     _check_names(folder, wanted, stored, skip)
@@ -89,6 +98,7 @@ def load_weights(
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
         value.copy_(_read(stored[name]))
         setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
+    checkpoint.check_unchanged()
     return module
 
 
@@ -137,13 +147,21 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes tensors under their names, in shards of at most 5 GB."""
-    # Where weights are packed, a tensor's rows may lie further apart than they are long.
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    huggingface_hub.save_torch_state_dict(tensors, folder, max_shard_size="5GB")
-    for file in folder.glob("*.safetensors"):
-        # safetensors leaves them to the owner alone; they are as readable as the files beside them.
-        file.chmod((folder / "config.json").stat().st_mode)
+    """Writes tensors under their names into `folder`, in shards of at most 5 GB.
+
+    Raises:
+        OSError: A file cannot be written; it is named.
+    """
+    split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
+    for file, names in split.filename_to_tensors.items():
+        try:
+            save_file(_savable({name: tensors[name] for name in names}), folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(folder / file)) from error
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -153,7 +171,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         for tensor in _read_header(file):
             name = published_name(tensor.key)
             if name in found:
-                raise ValueError(f"{tensor.key} is in {file} and, as {found[name].key}, in {found[name].file}")
+                raise ValueError(
+                    f"{cut(tensor.key)} is in {file} and, as {cut(found[name].key)}, in {found[name].file}"
+                )
             found[name] = tensor
     return found
 
@@ -163,6 +183,8 @@ def published_name(key: str) -> str:
     for nested, published in NESTED_PREFIXES:
         if key.startswith(nested):
             return published + key.removeprefix(nested)
+    if key.startswith(HEADLESS_PREFIX):
+        return TEXT_PREFIX + key.removeprefix(HEADLESS_PREFIX)
     return key
 
 
@@ -174,29 +196,42 @@ def nested_name(name: str) -> str:
     return name
 
 
-def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
-    """`dtype`, or `stored` for None and "auto"."""
-    if dtype is None or dtype == "auto":
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None) -> torch.dtype | None:
+    """`dtype`, which may be given by its name, or `stored` for None and "auto"."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         return stored
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise ValueError(f"dtype must be 'auto' or a floating torch.dtype of 16 bits or more, got {dtype!r}")
-    return dtype
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise ValueError(
+            f"dtype must be 'auto', a torch.dtype or the name of one ({', '.join(DTYPES)}), got {shown(dtype)}"
+        )
+    return found
 
 
-def resolve_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
     """`device`, or CUDA where there is any, else the CPU. Raises `ValueError` where it cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, (str, torch.device)):
+        device = as_int("device", device, 0)
     try:
         # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {error}") from error
+        raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
+
+
+def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: rows next to each other, and none in the memory of another."""
+    # Where weights are packed, a tensor's rows may lie further apart than they are long.
+    savable = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(savable.items())}
+    return {name: x if first[x.data_ptr()] == name else x.clone() for name, x in savable.items()}
 
 
 def _files(folder: Path) -> list[Path]:
     """The safetensors files to read: the single one, or those that the index names."""
-    if (folder / SINGLE_FILE).exists():
+    if is_file(folder / SINGLE_FILE):
         return [folder / SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     if index is None:
@@ -206,10 +241,10 @@ def _files(folder: Path) -> list[Path]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    names = sorted({name if isinstance(name, str) else shown(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX_FILE} names {name!r}, which is not a file of the folder")
+        if not name or Path(name).name != name or "\0" in name or not is_file(folder / name):
+            raise ValueError(f"{folder / INDEX_FILE} names {shown(name)}, which is not a file of the folder")
     return [folder / name for name in names]
 
 
@@ -219,10 +254,10 @@ def _read_header(file: Path) -> list[StoredTensor]:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
             entries = [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a readable safetensors file: {cut(error)}") from error
     for key, _, dtype in entries:
         if dtype not in STORED_DTYPES:
-            raise ValueError(f"{file}: {key} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
+            raise ValueError(f"{file}: {cut(key)} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
     return [StoredTensor(file, key, shape, STORED_DTYPES[dtype]) for key, shape, dtype in entries]
 
 
@@ -245,4 +280,5 @@ def _check_names(
     unknown = [tensor.key for name, tensor in stored.items() if name not in wanted and not skip(name)]
     for what, names in (("misses", missing), ("has unknown", unknown)):
         if names:
-            raise ValueError(f"checkpoint {folder} {what} keys: {', '.join(names[:5])} ({len(names)} in all)")
+            keys = ", ".join(cut(name) for name in names[:5])
+            raise ValueError(f"checkpoint {folder} {what} keys: {keys} ({len(names)} in all)")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers.utils import is_torchvision_available
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.deviation import __main__ as tool
@@ -200,7 +201,7 @@ def test_frames_that_are_resized_are_compared_too(checkpoint):
 
 def test_another_library_for_resizing_leaves_the_networks_comparable(checkpoint, monkeypatch, capsys):
     """As on a GPU beside a transformers without torchvision."""
-    monkeypatch.setattr(TransformersReference, "resizes_with_pillow", False)
+    monkeypatch.setattr(TransformersReference, "resample_backend", "another library")
     process = TransformersReference._processed
 
     def brighter(self, frames, on_device):
@@ -217,6 +218,22 @@ def test_trained_like_weights_pass_too(capsys):
     size = ("--device", "cpu", "--sizes", "84x112", "--new-tokens", "0")
     assert run("--preset", "small", "--weights", "trained-like", *size) == 0
     assert "preset small, trained-like weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["pillow", "torchvision"])
+def test_the_report_names_the_library_that_resizes_and_transformers_uses_the_same(
+    checkpoint, tmp_path, capsys, backend
+):
+    path = tmp_path / "report.json"
+    options = ("--resample-backend", backend, *FLOAT32, "--new-tokens", "0", "--json", path)
+    assert run("--model", checkpoint, *QUICK[:2], "--sizes", "100x130", *options) == 0
+    out = capsys.readouterr().out
+    assert f"frames resized as by {backend}" in out
+    assert json.loads(path.read_text())["settings"]["resample_backend"] == backend
+    there = backend == "pillow" or is_torchvision_available()
+    assert ("round differently" in " ".join(out.split())) == (not there), (
+        "transformers falls back to Pillow, and it is said"
+    )
 
 
 @pytest.mark.gpu

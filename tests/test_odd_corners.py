@@ -94,8 +94,9 @@ def test_generation_settings_that_are_not_supported_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "source")
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"no_repeat_ngram_size": 3}))
+    model = QwenBatchedVL.from_pretrained(folder, device="cpu")
     with pytest.raises(ValueError, match="no_repeat_ngram_size"):
-        QwenBatchedVL.from_pretrained(folder, device="cpu")
+        model.generate(None, ["Go."], max_new_tokens=2)
 
 
 def test_more_new_tokens_than_fit_are_refused_before_a_frame_is_touched(model, monkeypatch):

@@ -368,8 +368,11 @@ def test_the_decoder_alone_reads_only_its_own_tensors(tmp_path, reads, key_layou
     own = {name for name in stored_names(folder) if name.startswith("model.")}
     assert reads == dict.fromkeys({name for name in own if not is_block_from(name, num_layers or 4)}, 1)
     batch = whole.processor(None, TEXTS)
-    embeds, layout = decoder.embed_tokens(batch["input_ids"]), (batch["position_ids"], batch["attention_mask"])
-    hidden = decoder(embeds, *layout, token_index=batch["token_index"])
+    embeds, layout = (
+        decoder.embed_tokens(batch["input_ids"]),
+        (batch["rope_positions"].transpose(0, 1), batch["attention_mask"]),
+    )
+    hidden = decoder(embeds, *layout, tokens=batch["prepared"].tokens)
     assert torch.equal(hidden[0], whole(None, TEXTS).last_hidden_state)
 
 
@@ -401,7 +404,9 @@ def test_an_explicit_dtype_rounds_each_parameter_once(checkpoint, expected, dtyp
             assert torch.equal(value, expected.state_dict()[prefix + name].to(dtype)), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16", torch.int8, torch.bool, torch.complex64, 32, object()])
+@pytest.mark.parametrize(
+    "dtype", ["float", "bf16", "torch.int8", torch.int8, torch.bool, torch.complex64, 32, object()]
+)
 def test_a_wrong_dtype_is_refused(checkpoint, dtype):
     with pytest.raises((ValueError, TypeError), match="dtype"):
         load(checkpoint, dtype=dtype)
@@ -585,10 +590,13 @@ REFUSED_CONFIGS = {
     "model_type of Qwen2-VL": lambda c: c.update(model_type="qwen2_vl"),
     "model_type of Qwen3-VL": lambda c: c.update(model_type="qwen3_vl"),
     "model_type missing": lambda c: c.pop("model_type"),
-    "rope type yarn": lambda c: c["rope_scaling"].update(type="yarn", factor=4.0),
-    "rope_type yarn": lambda c: c["rope_scaling"].update(rope_type="yarn", factor=4.0),
+    "yarn without a factor": lambda c: c["rope_scaling"].update(type="yarn"),
+    "yarn of no length": lambda c: c["rope_scaling"].update(
+        type="yarn", factor=4.0, original_max_position_embeddings=0
+    ),
+    "yarn whose factor is text": lambda c: c["rope_scaling"].update(rope_type="yarn", factor="4"),
     "rope_type dynamic": lambda c: c["rope_scaling"].update(rope_type="dynamic", factor=2.0),
-    "rope_parameters linear": lambda c: c.update(rope_parameters={**c["rope_scaling"], "rope_type": "linear"}),
+    "rope_parameters linear": lambda c: c.update(rope_parameters={**c.pop("rope_scaling"), "rope_type": "linear"}),
     "rope type is no string": lambda c: c["rope_scaling"].update(type=["mrope"]),
     "rope_scaling is no object": lambda c: c.update(rope_scaling="mrope"),
     "mrope_section of two": lambda c: c["rope_scaling"].update(mrope_section=[4, 4]),

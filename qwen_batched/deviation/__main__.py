@@ -26,6 +26,7 @@ from qwen_batched.deviation.comparison import Plan, compare
 from qwen_batched.deviation.memory import Needs, check_frames
 from qwen_batched.deviation.plot import draw
 from qwen_batched.deviation.stages import Stages
+from qwen_batched.kernels.ops import PILLOW, TORCHVISION
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.testing import PRESETS, WEIGHTS, default_checkpoint, write_checkpoint
 from qwen_batched.transformers_reference import check_reference_version
@@ -57,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
     plan = _plan(options, folder)
     samples, cameras = len(plan.cases[0].texts), len(plan.cases[0].cameras)
-    title = f"{weights}; {plan.device}; {samples} samples x {cameras} cameras at each of {len(plan.cases)} sizes"
+    backend = plan.processor.resample_backend if plan.device.type == "cpu" else "PyTorch on the GPU"
+    title = (
+        f"{weights}; {plan.device}; {samples} samples x {cameras} cameras at each of {len(plan.cases)} sizes; "
+        f"frames resized as by {backend}"
+    )
     # disable=None: no bar where the output is not a terminal
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(desc="deviation", bar_format=bar_format, leave=False, disable=None) as bar:
@@ -65,7 +70,10 @@ def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
             changes = batch_effect.measure_batch_effect(plan, bar)
         else:
             findings = compare(plan, bar)
-    settings = {name: _plain(value) for name, value in vars(options).items()} | {"weights": weights}
+    settings = {name: _plain(value) for name, value in vars(options).items()} | {
+        "weights": weights,
+        "resample_backend": backend,
+    }
     facts = {"settings": settings, "environment": report.environment(plan.device)}
     if options.batch_effect:
         print(batch_effect.text(plan, changes, title))
@@ -92,7 +100,7 @@ def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
 def _plan(options: argparse.Namespace, folder: Path) -> Plan:
     """What is asked for, after every check that can be made before the work starts."""
     device = resolve_device(options.device)
-    processor = TensorProcessor.from_pretrained(folder)
+    processor = TensorProcessor.from_pretrained(folder, resample_backend=options.resample_backend)
     stages = Stages.of(processor.config, options.vision_layers, options.layers)
     chosen = tuple(_cases(options))
     dtypes = tuple(dtype for name, dtype in DTYPES.items() if name in options.dtype)
@@ -192,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=_positive, help="samples of a batch")
     add("--texts", nargs="+", metavar="TEXT", help="the samples', in turns")
     add("--images", type=Path, nargs="+", metavar="FILE", help="pictures for frames, in turns; made up where left out")
+    add(
+        "--resample-backend",
+        choices=(PILLOW, TORCHVISION),
+        help="whose image processor both libraries follow on a CPU; transformers' own choice where left out",
+    )
     add = parser.add_argument_group("what is compared").add_argument
     add("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     add("--device", help="cuda or cpu; cuda where there is one")

@@ -161,7 +161,7 @@ def _change(values: Sequence[Tensor], alone: Sequence[Tensor]) -> Change:
 
 
 def _our_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
-    model: QwenBatchedVL = load_ours(plan.folder, dtype, plan.device)
+    model: QwenBatchedVL = load_ours(plan.folder, dtype, plan.device, plan.processor.resample_backend)
 
     @torch.inference_mode()
     @without_tf32
@@ -173,7 +173,7 @@ def _our_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
 
 
 def _their_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
-    reference: TransformersReference = load_theirs(plan.folder, dtype, plan.device)
+    reference: TransformersReference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
 
     def run_batch(case: Case) -> list[Tensor]:
         samples = range(len(case.texts))

@@ -127,7 +127,7 @@ class _Comparison:
 
     def _run_yardstick(self) -> None:
         plan = self.plan
-        reference = load_theirs(plan.folder, torch.float32, plan.device)
+        reference = load_theirs(plan.folder, torch.float32, plan.device, plan.processor.resample_backend)
         for case in plan.cases:
             self.bar.set_description(f"transformers float32 {case.label}")
             pixels = self._pixels_for_theirs(case, reference)
@@ -144,7 +144,8 @@ class _Comparison:
     def _pixels_for_theirs(self, case: Case, reference: TransformersReference) -> list[Tensor] | None:
         """Each sample's patches by our processor, where transformers' would differ for its library's sake."""
         plan, on_cpu = self.plan, self.plan.device.type == "cpu"
-        same_library = reference.resizes_with_pillow if on_cpu else reference.resizes_on_gpu
+        backend = plan.processor.resample_backend
+        same_library = reference.resample_backend == backend if on_cpu else reference.resizes_on_gpu
         cell = plan.processor.config.vision.cell_size
         grids = plan.processor.request(case.images, None).grids
         sizes = [(h * cell, w * cell) for h, w in grids]
@@ -152,10 +153,10 @@ class _Comparison:
         if same_library or not resized:
             return None
         if not self.findings.resized_apart:
-            here, there = ("Pillow", "torchvision") if on_cpu else ("PyTorch on the GPU", "Pillow")
+            here = f"as by {backend}" if on_cpu else "by PyTorch on the GPU"
             self.findings.notes.append(
-                f"Frames are resized by {here} here and by {there} in transformers, which round differently: pixels "
-                "have no bound where they are resized, and transformers' networks are given ours."
+                f"Frames are resized {here} here and by {reference.resample_backend} in transformers, which round "
+                "differently: pixels have no bound where they are resized, and transformers' networks are given ours."
             )
         self.findings.resized_apart.add(case.label)
         cameras = camera_pixels(plan.processor, case, plan.device)
@@ -193,7 +194,7 @@ class _Comparison:
 
     def _measure_theirs(self, dtype: torch.dtype, cases: Iterable[Case]) -> None:
         plan, exact = self.plan, dtype == torch.float64
-        reference = load_theirs(plan.folder, dtype, plan.device)
+        reference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
         for case in cases:
             self.bar.set_description(f"transformers {dtype_name(dtype)} {case.label}")
             for index in range(len(case.texts)):
@@ -212,7 +213,7 @@ class _Comparison:
 
     def _measure_ours(self, dtype: torch.dtype) -> None:
         plan = self.plan
-        model = load_ours(plan.folder, dtype, plan.device)
+        model = load_ours(plan.folder, dtype, plan.device, plan.processor.resample_backend)
         for case in plan.cases:
             self.bar.set_description(f"this library {dtype_name(dtype)} {case.label}")
 

@@ -9,22 +9,27 @@ from collections.abc import Iterator
 import torch
 import transformers
 
+from qwen_batched.kernels.ops import TORCHVISION
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.transformers_reference import TransformersReference
 
 
-def load_ours(folder: str, dtype: torch.dtype, device: torch.device) -> QwenBatchedVL:
+def load_ours(folder: str, dtype: torch.dtype, device: torch.device, resample_backend: str) -> QwenBatchedVL:
     """This library's model. Raises `ValueError` where it cannot load the folder."""
     _let_go(device)
-    return QwenBatchedVL.from_pretrained(folder, dtype=dtype, device=device)
+    return QwenBatchedVL.from_pretrained(folder, dtype=dtype, device=device, resample_backend=resample_backend)
 
 
-def load_theirs(folder: str, dtype: torch.dtype, device: torch.device) -> TransformersReference:
-    """transformers' model. Raises `ValueError` where it cannot load the folder."""
+def load_theirs(folder: str, dtype: torch.dtype, device: torch.device, resample_backend: str) -> TransformersReference:
+    """transformers' model, with that backend's image processor on a CPU. Raises `ValueError` where it cannot load."""
+    if device.type != "cpu":
+        resample_backend = TORCHVISION  # the only one that resizes on a GPU, as ours does
     _let_go(device)
     try:
         with _quiet_transformers():
-            return TransformersReference.from_pretrained(folder, dtype=dtype, device=device)
+            return TransformersReference.from_pretrained(
+                folder, dtype=dtype, device=device, resample_backend=resample_backend
+            )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever transformers, safetensors and tokenizers raise on a broken folder

@@ -219,8 +219,8 @@ def expand_prompts(
 @_operator(
     "frames_to_patches(Tensor frames, int height, int width, Tensor? column_starts, Tensor? column_weights, "
     "Tensor? row_starts, Tensor? row_weights, float scale, Tensor mean, Tensor std, Tensor window_order, "
-    "int patch_size, int merge, int repeat, ScalarType dtype) -> Tensor",
-    fake=lambda frames, height, width, cs, cw, rs, rw, scale, mean, std, order, patch, merge, repeat, dtype: (
+    "int patch_size, int merge, int repeat, ScalarType dtype, str resample_backend) -> Tensor",
+    fake=lambda frames, height, width, cs, cw, rs, rw, scale, mean, std, order, patch, merge, repeat, dtype, backend: (
         frames.new_empty(frames.shape[0], height * width // patch**2, 3 * repeat * patch**2, dtype=dtype)
     ),
 )
@@ -240,12 +240,14 @@ def frames_to_patches(
     merge: int,
     repeat: int,
     dtype: torch.dtype,
+    resample_backend: str,
 ) -> Tensor:
     """See `reference.frames_to_patches`."""
     how = (scale, mean, std, window_order, patch_size, merge, repeat, dtype)
     kernels = triton_kernels(frames.device)
     if kernels is None:
-        return reference.frames_to_patches(frames, height, width, *how).contiguous()
+        patches = reference.frames_to_patches(frames, height, width, *how, resample_backend=resample_backend)
+        return patches.contiguous()
     columns = None if column_starts is None else (column_starts, column_weights)
     rows = None if row_starts is None else (row_starts, row_weights)
     return kernels.frames_to_patches(frames, columns, rows, width, *how)

@@ -24,14 +24,17 @@ from qwen_batched.kernels.backend import (
 )
 from qwen_batched.kernels.dense_attention import fastest_attention
 from qwen_batched.kernels.low_rank import LowRankUpdate
-from qwen_batched.kernels.reference import NO_TOKEN, mrope_tables
+from qwen_batched.kernels.reference import NO_TOKEN, PILLOW, TORCHVISION, check_resample_backend, mrope_tables
 from qwen_batched.kernels.segments import Segments
 
 __all__ = [
     "NO_TOKEN",
+    "PILLOW",
+    "TORCHVISION",
     "add_rms_norm",
     "backend",
     "causal_attention",
+    "check_resample_backend",
     "decode_attention",
     "expand_prompts",
     "frames_to_patches",
@@ -95,6 +98,8 @@ def frames_to_patches(
     merge: int,
     repeat: int,
     dtype: torch.dtype,
+    *,
+    resample_backend: str,
 ) -> Tensor:
     """See `reference.frames_to_patches`.
 
@@ -103,12 +108,12 @@ def frames_to_patches(
     """
     how = (scale, mean, std, window_order, patch_size, merge, repeat, dtype)
     if _only_the_reference_serves(frames):
-        return reference.frames_to_patches(frames, height, width, *how)
+        return reference.frames_to_patches(frames, height, width, *how, resample_backend=resample_backend)
     if resize_tables is None and tuple(frames.shape[-2:]) != (height, width):
         refuse_forced_triton("its kernel resizes by tables, and there are none")
-        return reference.frames_to_patches(frames, height, width, *how)
+        return reference.frames_to_patches(frames, height, width, *how, resample_backend=resample_backend)
     tables = resize_tables or (None,) * 4
-    return operators.frames_to_patches(frames, height, width, *tables, *how)
+    return operators.frames_to_patches(frames, height, width, *tables, *how, resample_backend)
 
 
 def mrope(

@@ -17,6 +17,7 @@ from qwen_batched.kernels.pillow_resize import resize_uint8
 from qwen_batched.kernels.segments import Run
 
 NO_TOKEN = -1  # no token, no camera, no feature
+PILLOW, TORCHVISION = RESAMPLE_BACKENDS = ("pillow", "torchvision")  # that resize for transformers on a CPU
 
 
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -333,35 +334,52 @@ def frames_to_patches(
     merge: int,
     repeat: int,
     dtype: torch.dtype,
+    *,
+    resample_backend: str,
 ) -> Tensor:
     """Camera frames (I, 3, H, W) to patches (I, P, 3 * repeat * patch_size**2) of `dtype`.
 
     `resize` to `height` x `width`, then `patchify`; see there for the arguments.
     """
-    pixels = resize(frames, height, width)
+    pixels = resize(frames, height, width, resample_backend)
     return patchify(pixels, scale, mean, std, window_order, patch_size, merge, repeat).to(dtype)
 
 
-def resize(frames: Tensor, height: int, width: int) -> Tensor:
+def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Tensor:
     """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
 
-    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow rounds after
-    each, which moves about one value in six by 1. Floating frames are never rounded.
+    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow and torchvision
+    round after each axis, which moves about one value in six by 1. Floating frames are never rounded.
 
     Args:
         frames: (I, 3, H, W), uint8 in 0..255 or floating.
+        height: Of the result.
+        width: Of the result.
+        resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
 
     Returns:
         (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
         (beyond which bicubic may overshoot) otherwise.
+
+    Raises:
+        ValueError: `resample_backend` is unknown.
     """
+    check_resample_backend(resample_backend)
     if frames.shape[-2:] == (height, width):
         return _widen(frames)
     if frames.dtype != torch.uint8:
         return _interpolate(_widen(frames), height, width)
     if frames.is_cuda:
         return _interpolate(_widen(frames), height, width).round_().clamp_(0, 255)
-    return _widen(resize_uint8(frames, height, width))
+    if resample_backend == PILLOW:
+        return _widen(resize_uint8(frames, height, width))
+    return _widen(_interpolate(frames, height, width))  # PyTorch's uint8 kernel, which torchvision calls
+
+
+def check_resample_backend(resample_backend: str) -> None:
+    """Raises `ValueError` where it is none of `RESAMPLE_BACKENDS`."""
+    if not isinstance(resample_backend, str) or resample_backend not in RESAMPLE_BACKENDS:
+        raise ValueError(f"resample_backend must be one of {RESAMPLE_BACKENDS}, got {resample_backend!r}")
 
 
 def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:

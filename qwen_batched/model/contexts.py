@@ -22,6 +22,14 @@ class Context(Protocol):
         """Rotates and attends, in block `layer`."""
         ...
 
+    def take(self, x_BSD: Tensor) -> Tensor:
+        """The tokens of (B, S, D), back to back, (T, D)."""
+        ...
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        """Tokens back to back as (B, S, D), with zeros for padding."""
+        ...
+
 
 @dataclass(frozen=True)
 class PromptContext:
@@ -29,14 +37,23 @@ class PromptContext:
 
     Attributes:
         cos, sin: (T, E / 2), the rotation of each token.
+        places: Int64 (T,), the place b * S + s of each token.
         rows: Where attention wants the tokens.
         cache: Takes the keys and values; None where nothing is decoded afterwards.
     """
 
     cos: Tensor
     sin: Tensor
+    places: Tensor
     rows: AttentionRows
     cache: KVCache | None = None
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.flatten(0, 1).index_select(0, self.places)
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        shape = (self.rows.batch, self.rows.length, x_TD.shape[-1])
+        return x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, self.places, x_TD).view(shape)
 
     def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
         rows = self.rows
@@ -61,6 +78,12 @@ class NextTokenContext:
     cos: Tensor
     sin: Tensor
     cache: KVCache
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD[:, 0]
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        return x_TD[:, None]
 
     def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
         cache = self.cache

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from qwen_batched.config import VisionConfig
+from qwen_batched.config import MAX_FRAME_PIXELS, TextConfig, VisionConfig, Yarn
 from qwen_batched.kernels.segments import Run, Segments
 
 MAX_ASPECT_RATIO = 200
@@ -54,7 +54,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     Python's `round` rounds halves to even, which is part of the rule (transformers, image_processing_qwen2_vl.py).
 
     Raises:
-        ValueError: A side is below `factor`, or the aspect ratio is above 200.
+        ValueError: A side is below `factor`, the aspect ratio is above 200, or `min_pixels` asks for a larger frame
+            than `MAX_FRAME_PIXELS`.
     """
     if min(height, width) < factor:
         raise ValueError(f"images must be at least {factor} x {factor} pixels, got {height} x {width}")
@@ -66,7 +67,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         return tuple(max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
     if rounded_height * rounded_width < min_pixels:
         beta = math.sqrt(min_pixels / (height * width))
-        return tuple(math.ceil(side * beta / factor) * factor for side in (height, width))
+        rows, columns = (math.ceil(side * beta / factor) * factor for side in (height, width))
+        if rows * columns > MAX_FRAME_PIXELS:  # rounding up may take it past min_pixels
+            raise ValueError(
+                f"a frame must be resized to at most {MAX_FRAME_PIXELS} pixels, got {height} x {width} for "
+                f"min_pixels={min_pixels}"
+            )
+        return rows, columns
     return rounded_height, rounded_width
 
 
@@ -179,3 +186,29 @@ def inverse_frequencies(dim: int, theta: float) -> Tensor:
     """Rotary inverse frequencies (dim / 2,), float32 on the host whatever the model's dtype (arXiv:2104.09864)."""
     with torch.device("cpu"):
         return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def decoder_frequencies(config: TextConfig) -> Tensor:
+    """The decoder's rotary inverse frequencies (head_dim / 2,), float32 on the host."""
+    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta)
+    return inv_freq if config.yarn is None else _scaled_frequencies(inv_freq, config, config.yarn)
+
+
+def _scaled_frequencies(inv_freq: Tensor, config: TextConfig, yarn: Yarn) -> Tensor:
+    """YaRN (arXiv:2309.00071, section 3.2), in the order of transformers' operations (modeling_rope_utils.py)."""
+    dim = config.head_dim
+
+    def place(turns: float) -> float:
+        """The index of the frequency that makes so many turns within the original length."""
+        wave = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return dim * math.log(wave) / (2 * math.log(config.rope_theta))
+
+    low, high = place(yarn.beta_fast), place(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 0.001
+    with torch.device("cpu"):
+        kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+        powers = config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / (yarn.factor * powers) * (1 - kept) + inv_freq * kept

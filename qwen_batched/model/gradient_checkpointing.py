@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qwen_batched.arguments import as_int
 from qwen_batched.kernels import ops
 
 T = TypeVar("T")
@@ -83,8 +84,7 @@ class GradientCheckpointing(nn.Module):
             raise TypeError(f"gradient_checkpointing_kwargs must be among {OPTIONS}, got {unknown}")
         if options.pop("use_reentrant", False) or offload:
             raise ValueError("gradient checkpointing is non-reentrant and on the device: got use_reentrant or offload")
-        if type(every_n_layers) is not int or every_n_layers < 1:
-            raise ValueError(f"every_n_layers must be an int of at least 1, got {every_n_layers!r}")
+        every_n_layers = as_int("every_n_layers", every_n_layers, 1)
         for index, block in enumerate(self._checkpointed_blocks()):
             block.recomputing = None if index % every_n_layers else options
 

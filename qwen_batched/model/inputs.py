@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.model.geometry import MAX_ASPECT_RATIO
 
 TEXT_NAMES = ("input_ids", "attention_mask", "rope_positions", "camera_ids", "feature_index")
@@ -190,29 +190,10 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor with values, got {kind}")
 
 
-def check_int(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
-    """`value` as an int; NumPy's integers serve too.
-
-    Raises:
-        TypeError: It is no integer, or a bool.
-        ValueError: It is below `least` or above `most`.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or isinstance(value, Tensor):
-        raise TypeError(f"{name} must be an int, got {_shortened(value)}")
-    if (least is not None and number < least) or (most is not None and number > most):
-        bounds = f"from {least} to {most}" if most is not None else f"of at least {least}"
-        raise ValueError(f"{name} must be an int {bounds}, got {_shortened(number)}")
-    return number
-
-
 def check_dtype(dtype: object) -> torch.dtype:
     """Raises `TypeError` or `ValueError` where `dtype` is no floating dtype of 16 bits or more."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {_shortened(dtype)}")
+        raise TypeError(f"dtype must be a torch.dtype, got {shown(dtype)}")
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype must be floating, of 16 bits or more, got {dtype}")
     return dtype
@@ -228,18 +209,18 @@ def check_resize(resize: Resize, factor: int) -> Resize:
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
     if not isinstance(resize, (tuple, list)) or len(resize) != 2:
-        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {_shortened(resize)}")
-    height, width = (check_int("each side of resize", side) for side in resize)
+        raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {shown(resize)}")
+    height, width = (as_int("each side of resize", side, 0) for side in resize)
     if any(side < factor or side % factor for side in (height, width)):
-        raise ValueError(f"resize must be multiples of {factor} pixels, got {_shortened((height, width))}")
+        raise ValueError(f"resize must be multiples of {factor} pixels, got {shown((height, width))}")
     if height * width > MAX_PIXELS:
-        raise ValueError(f"resize must ask for at most 2**31 pixels a frame, got {_shortened((height, width))}")
+        raise ValueError(f"resize must ask for at most 2**31 pixels a frame, got {shown((height, width))}")
     return height, width
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
     """`chunk_size` as an int. Raises `TypeError` or `ValueError` where it is neither None nor at least 1."""
-    return None if chunk_size is None else check_int("chunk_size", chunk_size, least=1)
+    return None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
 
 
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
@@ -249,12 +230,12 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
         TypeError: `layers` is not a list or tuple of ints.
         ValueError: It is empty, or an index is out of range.
     """
-    if not isinstance(layers, (list, tuple)):
-        raise TypeError(f"layers must be a list or tuple of ints, got {_shortened(layers)}")
-    indices = [check_int("each of layers", layer) for layer in layers]
-    if not indices or not all(-size <= layer < size for layer in indices):
-        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {_shortened(layers)}")
-    return [layer % size for layer in indices]
+    if not isinstance(layers, (list, tuple)) or not all(type(integer(layer)) is int for layer in layers):
+        raise TypeError(f"layers must be a list or tuple of ints, got {shown(layers)}")
+    indices = [integer(layer) for layer in layers]
+    if not indices or not all(-size <= index < size for index in indices):
+        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {shown(layers)}")
+    return [index % size for index in indices]
 
 
 def check_norm(norm: str) -> None:
@@ -278,7 +259,7 @@ def check_given(name: str, value: object, kind: str) -> None:
 def check_decoder_inputs(
     inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, tokens: int | None, like: Tensor
 ) -> None:
-    """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or not its embedding `like`."""
+    """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or its embedding `like`."""
     named = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "attention_mask": attention_mask}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
@@ -301,7 +282,7 @@ def check_decoder_inputs(
         )
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
-        check_int("tokens", tokens, least=1, most=batch * length)
+        as_int("tokens", tokens, 1, batch * length)
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
@@ -383,14 +364,3 @@ def _describe(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
     return type(value).__name__
-
-
-def _shortened(value: object) -> str:
-    """A value for a message, however long it is."""
-    if isinstance(value, int) and abs(value) >= 10**18:
-        return "an int of 10**18 or more"
-    try:
-        text = repr(value)
-    except ValueError:  # Python's own limit of digits
-        return f"a {type(value).__name__} of very large ints"
-    return text if len(text) <= 200 else f"{text[:200]}..."

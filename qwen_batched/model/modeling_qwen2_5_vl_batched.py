@@ -12,19 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint
-from qwen_batched.config import QwenVLConfig, TextConfig, VisionConfig
+from qwen_batched.config import TextConfig, VisionConfig
 from qwen_batched.kernels import ops
+from qwen_batched.loading import Device, ModelOptions, read_options
 from qwen_batched.model.attention_rows import back_to_back
 from qwen_batched.model.contexts import Context, NextTokenContext, PromptContext
-from qwen_batched.model.geometry import VisionPlan, inverse_frequencies, make_vision_plan, split_into_passes
+from qwen_batched.model.geometry import VisionPlan, decoder_frequencies, make_vision_plan, split_into_passes
 from qwen_batched.model.gradient_checkpointing import CheckpointedBlock, GradientCheckpointing
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.inputs import (
@@ -39,7 +42,7 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
-from qwen_batched.plain_modules import has_lent_parameters
+from qwen_batched.plain_modules import check_has_values, has_lent_parameters, runs_own_code
 from qwen_batched.process_group import is_waited_for
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
@@ -65,14 +68,16 @@ class BatchedVisionTransformer(GradientCheckpointing):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: Device = None, **options: Any
     ) -> BatchedVisionTransformer:
         """The vision transformer of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
-        checkpoint = Checkpoint.open(name)
-        config = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        config = checkpoint.model_config()
         return load_weights(
             build_on_meta(lambda: cls(config.vision)),
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=VISION_PREFIX,
@@ -162,11 +167,16 @@ class BatchedVisionTransformer(GradientCheckpointing):
         update, residual = x_TC, None
         outputs = {}
         depth = self.config.depth if wanted is None else max(wanted) + 1
+        is_watched = _has_any_global_hook()
         for index, block in enumerate(self.blocks[:depth]):
             whole_image = index in self.config.fullatt_block_indexes
-            update, residual = block(update, residual, groups, whole_image)
+            if type(block) is VisionBlock and runs_own_code(block) and not is_watched:
+                update, residual = block.advance(update, residual, groups, whole_image)
+            else:
+                stream_TC = update if residual is None else residual + update
+                update, residual = block(stream_TC, groups, whole_image), None
             if wanted is not None and index in wanted:
-                outputs[index] = residual + update
+                outputs[index] = update if residual is None else residual + update
         return (update, residual) if wanted is None else [outputs[index] for index in wanted]
 
     def _in_raster_order(self, x: Tensor, groups: tuple[ImageGroup, ...], patch_rows: int) -> list[Tensor]:
@@ -180,7 +190,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
 
 
 class VisionBlock(CheckpointedBlock):
-    """Attention and MLP, each added to the residual stream by the next norm."""
+    """Attention and MLP: (T, C) to (T, C), patches in window order."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -189,9 +199,14 @@ class VisionBlock(CheckpointedBlock):
         self.norm2 = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(
+    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
+        update_TC, residual_TC = self.advance(x_TC, None, groups, whole_image)
+        return residual_TC + update_TC
+
+    def advance(
         self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
     ) -> tuple[Tensor, Tensor]:
+        """The same with the last addition left to the next norm: an update and the residual stream, in and out."""
         return self.run(self._compute, update_TC, residual_TC, groups, whole_image)
 
     def _compute(
@@ -233,8 +248,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
+        check_has_values(self.proj)
         patches = patches.to(self.proj.weight.dtype)
-        if type(self.proj) is not nn.Conv3d:  # a layer around it, LoRA's
+        if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj) or _has_any_global_hook():
+            # A layer around it, LoRA's, or hooks.
             return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
         # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
         return F.linear(patches, self.proj.weight.flatten(1))
@@ -276,19 +293,22 @@ class BatchedDecoder(GradientCheckpointing):
         cls,
         name: str | Path,
         dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
+        device: Device = None,
         num_layers: int | None = None,
+        **options: Any,
     ) -> BatchedDecoder:
         """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
-        checkpoint = Checkpoint.open(name)
-        stored = QwenVLConfig.from_dict(checkpoint.config)
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
         model = build_on_meta(lambda: cls(config.text))
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         return load_weights(
             model,
-            checkpoint.folder,
+            checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=TEXT_PREFIX,
@@ -325,17 +345,16 @@ class BatchedDecoder(GradientCheckpointing):
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_norm(norm)
+        check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
         tokens = attention_mask.numel() if tokens is None else tokens
         places_T, rows = back_to_back(attention_mask, tokens)
-        x_TD = inputs_embeds.flatten(0, 1).index_select(0, places_T)
         rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
-
-        hidden_states = self._run_blocks(x_TD, PromptContext(*rope, rows, cache), wanted, norm)
+        context = PromptContext(*rope, places_T, rows, cache)
+        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm)
         if cache is not None:
             cache.end_prompt(attention_mask.sum(dim=1))
-        shape = inputs_embeds.shape
-        return [x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, places_T, x_TD).view(shape) for x_TD in hidden_states]
+        return [context.place(x_TD) for x_TD in hidden_states]
 
     def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
         """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
@@ -345,22 +364,30 @@ class BatchedDecoder(GradientCheckpointing):
         return hidden_states[0]
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), self.config.mrope_section)
+        config = self.config
+        cos, sin = ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
+        if config.yarn is None:
+            return cos, sin
+        return cos * config.yarn.attention_factor, sin * config.yarn.attention_factor
 
     @torch.compiler.assume_constant_result
     def _inverse_frequencies(self, device: torch.device) -> Tensor:
         config = self.config
-        dim, theta = config.head_dim, config.rope_theta
-        return self._inv_freq.get((dim, theta, device), lambda: inverse_frequencies(dim, theta).to(device))
+        return self._inv_freq.get((config, device), lambda: decoder_frequencies(config).to(device))
 
     def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
         last = self.config.num_hidden_layers
         update, residual = x_TD, None
         outputs = {0: x_TD}
+        is_watched = _has_any_global_hook()
         for index, block in enumerate(self.layers[: max(wanted)], start=1):
-            update, residual = block(update, residual, context)
+            if type(block) is DecoderBlock and runs_own_code(block) and not is_watched:
+                update, residual = block.advance(update, residual, context)
+            else:
+                stream_TD = update if residual is None else residual + update
+                update, residual = context.take(block(context.place(stream_TD), context)), None
             if index in wanted and index < last:
-                outputs[index] = residual + update
+                outputs[index] = update if residual is None else residual + update
         if last in wanted:
             normed, stream = self.norm(update, residual)
             outputs[last] = normed if norm == "post" else stream
@@ -368,7 +395,7 @@ class BatchedDecoder(GradientCheckpointing):
 
 
 class DecoderBlock(CheckpointedBlock):
-    """Attention and MLP, each added to the residual stream by the next norm."""
+    """Attention and MLP: (B, S, D) to (B, S, D)."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
@@ -377,7 +404,13 @@ class DecoderBlock(CheckpointedBlock):
         self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        update_TD, residual_TD = self.advance(context.take(x_BSD), None, context)
+        return context.place(residual_TD + update_TD)
+
+    def advance(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """The same for tokens back to back, with the last addition left to the next norm: an update and the residual
+        stream, in and out."""
         return self.run(self._compute, update_TD, residual_TD, context)
 
     def _compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:

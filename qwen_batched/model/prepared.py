@@ -140,7 +140,8 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     """What the model runs on, on `device`; from pinned memory without a wait.
 
     Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
-    `valid` (B,) is False for the samples that needed it: their outputs shall be NaN.
+    `valid` (B,) is False for the samples that needed it, `labels_valid` () where these or labels did: hidden states and
+    loss shall be NaN then.
 
     Raises:
         TypeError, ValueError: The batch is not what a processor returned for frames and texts of this model. Raised
@@ -149,24 +150,25 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     grids = _check_fields(batch, config, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
     facts: HostFacts = batch[MARKER]
-    on_host = not torch.compiler.is_compiling()  # which must not look at values
-    tokens = _count(mask, facts.tokens, input_ids.numel(), on_host)
-    answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel(), on_host)
+    tokens = _count(mask, facts.tokens, input_ids.numel())
+    answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
     names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = on_host and all(batch[name].device.type == "cpu" for name in names)
+    on_host = _can_read(*(batch[name] for name in names))
 
     where = torch.device("cpu") if on_host else device
     layout = {name: batch[name].to(where, non_blocking=True) for name in names}
-    faults = _faults(layout, grids, config, tokens, answers)
-    valid = None
+    faults = _faults(layout, grids, config, tokens)
+    label_faults = {} if labels is None else _label_faults(layout, config, answers)
+    valid = labels_valid = None
     if on_host:
-        for what, bad_B in faults.items():
+        for what, bad_B in (faults | label_faults).items():
             if bad_B.any():
                 raise ValueError(
                     f"a prepared batch must hold {what}, got others for sample {int(bad_B.int().argmax())}"
                 )
     else:
         valid = ~torch.stack(list(faults.values())).any(dim=0)
+        labels_valid = ~torch.stack([~valid, *label_faults.values()]).any()
         rows, cells = config.text.vocab_size, sum(h * w for h, w in grids)
         layout["input_ids"] = layout["input_ids"].clamp(0, rows - 1)
         layout["feature_index"] = layout["feature_index"].clamp(-1, cells - 1)
@@ -176,7 +178,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
 
     restored: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
     restored["position_ids"] = restored.pop("rope_positions").transpose(0, 1)
-    restored |= {"tokens": tokens, "answer_tokens": answers, "valid": valid}
+    restored |= {"tokens": tokens, "answer_tokens": answers, "valid": valid, "labels_valid": labels_valid}
     if grids:
         pixels, orders = batch["pixel_values"], batch["raster_order"]
         restored["as_list"] = not isinstance(pixels, Tensor)
@@ -223,15 +225,20 @@ def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch
         raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
 
 
-def _count(marks: Tensor, known: int | None, most: int, may_look: bool) -> int:
+def _can_read(*tensors: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or breaking a compiler's graph."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _count(marks: Tensor, known: int | None, most: int) -> int:
     """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
-    if may_look and marks.device.type == "cpu":
+    if _can_read(marks):
         return max(1, int(marks.sum()))
     return most if known is None else max(1, min(known, most))
 
 
 def _faults(
-    layout: Mapping[str, Tensor], grids: list[tuple[int, int]], config: QwenVLConfig, tokens: int, answers: int | None
+    layout: Mapping[str, Tensor], grids: list[tuple[int, int]], config: QwenVLConfig, tokens: int
 ) -> dict[str, Tensor]:
     """What each sample (B,) does wrong, by what would be right.
 
@@ -265,7 +272,7 @@ def _faults(
     positions_B3S = positions_B3S.masked_fill(~mask_BS[:, None], 0)
 
     rows = config.text.vocab_size
-    faults = {
+    return {
         "at least one token for each sample": ~mask_BS.any(dim=1),
         f"input_ids from 0 to {rows - 1}": ((ids_BS < 0) | (ids_BS >= rows)).any(dim=1),
         "as many image tokens in input_ids as its images have cells": is_image_BS.sum(dim=1) != begin_B,
@@ -274,14 +281,18 @@ def _faults(
         "the rope_positions of its tokens": (layout["rope_positions"] != positions_B3S).any(dim=2).any(dim=1),
         "no more tokens than were counted": mask_BS.sum(dim=1).cumsum(0) > tokens,
     }
-    if answers is not None:
-        labels_BS = layout["labels"]
-        is_label_BS = labels_BS != NO_LABEL
-        outside_BS = is_label_BS & ((labels_BS < 0) | (labels_BS >= rows))
-        faults[f"labels of {NO_LABEL} or from 0 to {rows - 1}"] = outside_BS.any(dim=1)
-        faults["labels on tokens only, not on padding"] = (is_label_BS & ~mask_BS).any(dim=1)
-        faults["no more labels than were counted"] = is_label_BS.sum(dim=1).cumsum(0) > answers
-    return faults
+
+
+def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: int) -> dict[str, Tensor]:
+    """The same of labels."""
+    labels_BS, rows = layout["labels"], config.text.vocab_size
+    is_label_BS = labels_BS != NO_LABEL
+    outside_BS = is_label_BS & ((labels_BS < 0) | (labels_BS >= rows))
+    return {
+        f"labels of {NO_LABEL} or from 0 to {rows - 1}": outside_BS.any(dim=1),
+        "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
+        "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
+    }
 
 
 def _copy(x: Tensor) -> Tensor:

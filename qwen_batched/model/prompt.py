@@ -17,6 +17,7 @@ from pathlib import Path
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from qwen_batched.arguments import cut
 from qwen_batched.cache import LRUCache
 from qwen_batched.model.chat_template import ANSWER_MARK, SYSTEM_MARK, TEXT_MARK, ChatTemplate
 from qwen_batched.model.vocabulary import Vocabulary
@@ -69,7 +70,6 @@ class PromptEncoder:
         *,
         family: str = "qwen2_5_vl",
         added_tokens: Sequence[str] | None = None,
-        name: str = "the checkpoint",
     ) -> None:
         """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
 
@@ -79,7 +79,6 @@ class PromptEncoder:
             image_token_id: The model's.
             family: Whose control tokens stay text in texts, see `CONTROL_TOKENS`.
             added_tokens: Which of the other added tokens are read in texts, see `select_added_tokens`; None for all.
-            name: What an error calls the checkpoint.
 
         Raises:
             TypeError, ValueError: An argument is not as described, the tokenizer's image token is not the model's, or
@@ -98,9 +97,9 @@ class PromptEncoder:
         self.pad_token_id = next(index for index in pads if index is not None)
         self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
         self._without_default: list[str] | None = None
-        self.chat_template = self._default(chat_template or tokenizer.chat_template, name)
+        self.chat_template = self._default(chat_template or tokenizer.chat_template)
         if self.chat is not None:
-            self.chat.check(name)
+            self.chat.check()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,6 +155,11 @@ class PromptEncoder:
         """A number of tokens that a text has at least, found without tokenising it."""
         return self._vocabulary.least_tokens(text)
 
+    def written_ids(self) -> list[int]:
+        """The ids that are written without a text that holds them: of images, of padding, after answers."""
+        ids = (self.image_token_id, self.pad_token_id, self.tokenizer.eos_token_id)
+        return [token for token in ids if token is not None]
+
     def end_token(self, template: str) -> int:
         """What ends an answer: the end of the chat template's assistant turn, in other layouts the tokenizer's own.
 
@@ -206,7 +210,7 @@ class PromptEncoder:
         """Decodes the tokens of `batch` samples as they come."""
         return TextStream(self, batch)
 
-    def _default(self, named: object, name: str) -> str | None:
+    def _default(self, named: object) -> str | None:
         """One chat template, of several the one that is named "default", as in transformers."""
         if isinstance(named, (list, tuple)) and all(isinstance(entry, Mapping) for entry in named):
             named = {entry.get("name"): entry.get("template") for entry in named}
@@ -216,7 +220,7 @@ class PromptEncoder:
                 return None
             named = named["default"]
         if not isinstance(named, str | None):
-            raise ValueError(f"the chat template of {name} must be a string, got {type(named).__name__}")
+            raise ValueError(f"the chat template must be a string, got {type(named).__name__}")
         return named
 
     def _filled(self, layout: Layout, text: str, cameras: Cameras, system: str | None) -> list[int | str]:
@@ -395,7 +399,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer: {error}") from error
+        raise ValueError(
+            f"checkpoint folder {folder} has no readable tokenizer (tokenizer.json, tokenizer_config.json): "
+            f"{cut(error)}"
+        ) from error
 
 
 def _layout_bytes(key: Hashable, value: object) -> int:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.arguments import as_int
 from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
 from qwen_batched.kernels import ops
+from qwen_batched.loading import ProcessorOptions, read_options
 from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
 from qwen_batched.model.host_copies import copied, copy_to
 from qwen_batched.model.inputs import (
@@ -27,7 +29,6 @@ from qwen_batched.model.inputs import (
     check_dtype,
     check_float_range,
     check_frames,
-    check_int,
     check_resize,
     check_system,
     check_targets,
@@ -35,8 +36,9 @@ from qwen_batched.model.inputs import (
 )
 from qwen_batched.model.prepared import HostFacts, prepare
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
-from qwen_batched.model.prompt_rows import PromptRows, TextCall, check_embedding
+from qwen_batched.model.prompt_rows import PromptRows, TextCall
 from qwen_batched.model.request import Grid, Request
+from qwen_batched.model.resample_backend import resolve_resample_backend
 from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.weights import resolve_device
 
@@ -47,28 +49,25 @@ class TensorProcessor:
     """Prepares batches on the frames' device: no PIL, no numpy, no loop over images, no value read back."""
 
     def __init__(
-        self, config: QwenVLConfig, image: ImageConfig, prompts: PromptEncoder, padding_side: str = "left"
+        self,
+        config: QwenVLConfig,
+        image: ImageConfig,
+        prompts: PromptEncoder,
+        padding_side: str = "left",
+        resample_backend: str | None = None,
     ) -> None:
         """Takes what the checkpoint says of its model, its images and its prompts.
 
         Raises:
-            ValueError: The two configurations disagree on the patches, the embedding has no row for the pad, image or
-                end token, or `padding_side` is unknown.
+            ValueError: The two configurations disagree on the patches, or `padding_side` or `resample_backend` is
+                unknown.
         """
-        vision = config.vision
-        patches = (image.patch_size, image.merge_size, image.temporal_patch_size)
-        if patches != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):
-            raise ValueError(
-                "preprocessor_config.json and config.json disagree on (patch_size, merge_size, temporal_patch_size): "
-                f"{patches} and {(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)}"
-            )
-        # Those that the model writes by itself; what else a prompt holds is checked when it comes.
-        own = (prompts.pad_token_id, config.image_token_id, prompts.tokenizer.eos_token_id)
-        check_embedding(prompts, config.text, [index for index in own if index is not None])
+        image.check_patches(config.vision)
         self.config = config
         self.image = image
         self.prompts = prompts
         self.padding_side = padding_side
+        self.resample_backend = resolve_resample_backend(resample_backend)
         self._rows = PromptRows()
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
@@ -91,11 +90,13 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
         added_tokens: Sequence[str] | None = None,
+        **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
-        checkpoint = Checkpoint.open(name, weights=False)
-        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, added_tokens)
+        checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens)
 
     @classmethod
     def from_checkpoint(
@@ -104,6 +105,7 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        resample_backend: str | None = None,
         added_tokens: Sequence[str] | None = None,
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
@@ -111,20 +113,18 @@ class TensorProcessor:
         Raises:
             ValueError: The folder lacks a file, or says something that this package does not implement.
         """
-        config = QwenVLConfig.from_dict(checkpoint.config)
-        if checkpoint.preprocessor is None:
-            raise ValueError(f"checkpoint folder {checkpoint.folder} has no preprocessor_config.json")
-        image = ImageConfig.from_dict(checkpoint.preprocessor)
+        config = checkpoint.model_config()
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        image = replace(image, **{key: value for key, value in given.items() if value is not None})
-        prompts = PromptEncoder(
-            load_tokenizer(checkpoint.folder),
-            checkpoint.chat_template,
-            config.image_token_id,
-            added_tokens=added_tokens,
-            name=f"checkpoint folder {checkpoint.folder}",
-        )
-        return cls(config, image, prompts, padding_side)
+        image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
+        tokenizer = load_tokenizer(checkpoint.folder)
+        with naming(checkpoint.folder):
+            prompts = PromptEncoder(
+                tokenizer, checkpoint.chat_template, config.image_token_id, added_tokens=added_tokens
+            )
+            config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
+            config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
+        backend = resolve_resample_backend(resample_backend, checkpoint.preprocessor.get("image_processor_type"))
+        return cls(config, image, prompts, padding_side, backend)
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ class TensorProcessor:
         system: str | None = None,
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
-        max_new_tokens = check_int("max_new_tokens", max_new_tokens, least=0)
+        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         resize = check_resize(resize, self.config.vision.cell_size)
         groups, device = self._check_images(images, camera_mask, device)
         if groups is None and texts is None:
@@ -315,6 +315,7 @@ class TensorProcessor:
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
             dtype=dtype,
+            resample_backend=self.resample_backend,
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from qwen_batched.kernels import ops, reference
@@ -368,7 +369,7 @@ RESIZES = [
 @pytest.mark.parametrize(("before", "after"), RESIZES, ids=str)
 def test_resize_of_floating_frames_equals_its_formula(before, after, dtype, tolerance):
     frames = torch.rand(2, 3, *before, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = reference.resize(frames, *after)
+    out = reference.resize(frames, *after, ops.PILLOW)
     assert out.dtype == dtype
     assert_equal_to(out, resize_formula(frames, *after), tolerance)
 
@@ -376,7 +377,7 @@ def test_resize_of_floating_frames_equals_its_formula(before, after, dtype, tole
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_resize_of_half_precision_frames_computes_in_float32(dtype):
     frames = torch.rand(1, 3, 37, 53, generator=torch.Generator().manual_seed(0)).to(dtype)
-    out = reference.resize(frames, 28, 84)
+    out = reference.resize(frames, 28, 84, ops.PILLOW)
     assert out.dtype == torch.float32
     assert_equal_to(out, resize_formula(frames, 28, 84))
 
@@ -385,7 +386,7 @@ def test_resize_of_half_precision_frames_computes_in_float32(dtype):
 @pytest.mark.parametrize("content", ["photo", "noise"])
 def test_resize_of_uint8_frames_on_the_cpu_is_pillows(before, after, content):
     frame = photo(*before) if content == "photo" else noise(1, 1, *before)[0, 0]
-    out = reference.resize(frame[None], *after)
+    out = reference.resize(frame[None], *after, ops.PILLOW)
     pillow = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(after[::-1], Image.Resampling.BICUBIC)
     apart = (out[0] - torch.from_numpy(np.array(pillow)).permute(2, 0, 1)).abs()
     assert out.dtype == torch.float32
@@ -393,11 +394,33 @@ def test_resize_of_uint8_frames_on_the_cpu_is_pillows(before, after, content):
     assert (apart > 0).float().mean() <= 0.02
 
 
+@pytest.mark.parametrize(("before", "after"), RESIZES, ids=str)
+@pytest.mark.parametrize("content", ["photo", "noise"])
+def test_resize_of_uint8_frames_on_the_cpu_is_torchvisions_where_that_is_chosen(before, after, content):
+    """torchvision calls PyTorch's kernel, whose sums are integers: equal to the last bit, in any layout."""
+    frames = torch.stack([photo(*before)] * 2) if content == "photo" else noise(1, 2, *before)[0]
+    expected = F.interpolate(frames, after, mode="bicubic", antialias=True)
+    assert expected.dtype == torch.uint8
+    turned = frames.transpose(2, 3).contiguous().transpose(2, 3)
+    for laid_out in (frames, frames.contiguous(memory_format=torch.channels_last), turned):
+        out = reference.resize(laid_out, *after, ops.TORCHVISION)
+        assert out.dtype == torch.float32
+        assert torch.equal(out, expected.float())
+    assert relative_error(out, reference.resize(frames, *after, ops.PILLOW)) < 0.1
+
+
+def test_an_unknown_library_is_refused():
+    for unknown in ("pil", "", None, 1):
+        with pytest.raises(ValueError, match="resample_backend must be one of"):
+            reference.resize(noise(1, 2, 30, 40)[0], 28, 56, unknown)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("before", "after"), RESIZES, ids=str)
-def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after):
+@pytest.mark.parametrize("library", [ops.PILLOW, ops.TORCHVISION])
+def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after, library):
     frames = noise(1, 2, *before)[0]
-    out = reference.resize(frames.cuda(), *after)
+    out = reference.resize(frames.cuda(), *after, library)
     expected = resize_formula(frames, *after).round().clamp(0, 255)
     apart = (out.cpu() - expected).abs()
     assert apart.max() <= 1
@@ -408,7 +431,8 @@ def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after):
 def test_resize_to_the_same_size_changes_nothing(dtype):
     frames = noise(1, 2, 28, 56)[0].to(dtype)
     assert torch.equal(
-        reference.resize(frames, 28, 56), frames.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        reference.resize(frames, 28, 56, ops.PILLOW),
+        frames.to(torch.float64 if dtype == torch.float64 else torch.float32),
     )
 
 
@@ -416,7 +440,7 @@ def test_resize_to_the_same_size_changes_nothing(dtype):
 def test_resize_leaves_the_frames_as_they_were(dtype):
     frames = noise(1, 2, 37, 53)[0].to(dtype)
     before = frames.clone()
-    reference.resize(frames, 28, 84).zero_()
+    reference.resize(frames, 28, 84, ops.PILLOW).zero_()
     assert torch.equal(frames, before)
 
 

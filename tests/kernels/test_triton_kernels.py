@@ -498,8 +498,8 @@ def patches_of(frames, after, dtype, patch_size=14, merge=2, repeat=2, launch=la
     ours = launch(frames, columns, rows, after[1], *how, dtype)
     pixels = frames.float()
     if frames.shape[-2:] != after:
-        # Rounded once, as on a GPU; on a CPU `reference.resize` is Pillow's, which rounds after each axis.
-        pixels = reference.resize(pixels, *after)
+        # Rounded once, as on a GPU; of uint8 frames on a CPU `reference.resize` rounds after each axis.
+        pixels = reference.resize(pixels, *after, ops.PILLOW)
         pixels = pixels.round().clamp(0, 255) if frames.dtype == torch.uint8 else pixels
     return ours, reference.patchify(pixels, *how).to(dtype)
 
@@ -655,7 +655,7 @@ def op_cases():
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device("cpu"))
     cos, sin = rope_tables(29, 16, "cpu")
     runs = [number for run in segments.runs for number in (run.start, run.count, run.length)]
-    how = (1.0, MEAN, STD, torch.arange(4), 7, 2, 2, torch.float32)
+    how = (1.0, MEAN, STD, torch.arange(4), 7, 2, 2, torch.float32, ops.PILLOW)
     tables = (*resize_axis(10, 28, torch.device("cpu")), *resize_axis(12, 28, torch.device("cpu")))
     packed = normal(5, 180)
     return {
@@ -769,7 +769,8 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
         assert ops.expand_prompts(prompts, grids, None, 9, 0, 12, True)[2].shape == (3, 2, 12)
         frames, tables = torch.zeros(2, 3, 30, 40, dtype=torch.uint8), tuple(torch.zeros(3) for _ in range(4))
         mean = std = torch.zeros(3, 1, 1)
-        patches = ops.frames_to_patches(frames, 56, 84, tables, 1.0, mean, std, torch.zeros(6).long(), 14, 2, 2, dtype)
+        how = (1.0, mean, std, torch.zeros(6).long(), 14, 2, 2, dtype)
+        patches = ops.frames_to_patches(frames, 56, 84, tables, *how, resample_backend=ops.PILLOW)
         assert (patches.shape, patches.dtype) == ((2, 24, 1176), dtype)
         assert patches.device.type == ("cpu" if kind == "fake" else "meta")
 
@@ -777,9 +778,8 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
 def everything(x, weight, qkv, cos, sin, segments, frames, tables, order):
     normed, stream = ops.add_rms_norm(x, None, weight, 1e-6)
     normed, stream = ops.add_rms_norm(normed, stream, weight, 1e-6)
-    patches = ops.frames_to_patches(
-        frames, 56, 56, tables, 1 / 255, MEAN.to(x.device), STD.to(x.device), order, 14, 2, 2, torch.float32
-    )
+    how = (1 / 255, MEAN.to(x.device), STD.to(x.device), order, 14, 2, 2, torch.float32)
+    patches = ops.frames_to_patches(frames, 56, 56, tables, *how, resample_backend=ops.PILLOW)
     attended = ops.rotary_attention(qkv, cos, sin, segments, 2)
     gate, up = normed.chunk(2, dim=-1)
     gated = ops.swiglu(gate, up), ops.swiglu(gate, up, *weight.chunk(2))
@@ -872,8 +872,8 @@ def gradient_cases(device):
             (qkv,),
         ),
         "frames_to_patches": (
-            lambda frames: ops.frames_to_patches(frames, 56, 56, tables, *how),
-            lambda frames: reference.frames_to_patches(frames, 56, 56, *how),
+            lambda frames: ops.frames_to_patches(frames, 56, 56, tables, *how, resample_backend=ops.PILLOW),
+            lambda frames: reference.frames_to_patches(frames, 56, 56, *how, resample_backend=ops.PILLOW),
             (frames,),
         ),
     }
@@ -1041,7 +1041,9 @@ CALLS = {
     "rotary_attention": lambda x: ops.rotary_attention(
         x[None], torch.ones(2, 8).to(x.device), torch.ones(2, 8).to(x.device), _segments(x.device), 1
     ),
-    "frames_to_patches": lambda x: ops.frames_to_patches(_frames(x), 28, 28, None, *_how(x)),
+    "frames_to_patches": lambda x: ops.frames_to_patches(
+        _frames(x), 28, 28, None, *_how(x), resample_backend=ops.PILLOW
+    ),
 }
 
 
@@ -1142,9 +1144,10 @@ def test_a_forced_triton_refuses_to_resize_without_tables_and_otherwise_the_refe
     frames = noise(1, 1, 40, 30)[0].to(device)
     how = _how(frames)
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"triton.*tables"):
-        ops.frames_to_patches(frames, 28, 28, None, *how)
-    ours = ops.frames_to_patches(frames, 28, 28, None, *how)
-    assert torch.equal(ours, reference.frames_to_patches(frames, 28, 28, *how))
+        ops.frames_to_patches(frames, 28, 28, None, *how, resample_backend=ops.PILLOW)
+    for library in (ops.PILLOW, ops.TORCHVISION):
+        ours = ops.frames_to_patches(frames, 28, 28, None, *how, resample_backend=library)
+        assert torch.equal(ours, reference.frames_to_patches(frames, 28, 28, *how, resample_backend=library))
 
 
 def test_the_fallback_on_a_gpu_is_logged_once(without_triton, caplog):

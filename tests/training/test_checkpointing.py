@@ -278,7 +278,7 @@ def test_peft_adapters_get_the_same_gradients_with_frozen_embeddings(fresh, firs
 
 def test_the_embeddings_are_where_peft_looks_for_them(fresh):
     assert fresh.get_input_embeddings() is fresh.model.embed_tokens
-    assert fresh.get_output_embeddings() is None  # tied
+    assert fresh.get_output_embeddings() is fresh.lm_head
 
 
 @pytest.mark.gpu

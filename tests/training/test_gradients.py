@@ -202,7 +202,7 @@ def outputs_of(model, frames):
     batch = model.processor(frames, TEXTS[:2])
     features = model.visual(batch["pixel_values"], batch["raster_order"])
     embeds = model.model.embed_tokens(batch["input_ids"]) + features.mean()
-    decoded = model.model(embeds, batch["position_ids"], batch["attention_mask"])
+    decoded = model.model(embeds, batch["rope_positions"].transpose(0, 1), batch["attention_mask"])
     return {
         **{f"hidden state {index}": x for index, x in enumerate(out.hidden_states)},
         "features": out.image_features,

@@ -177,6 +177,81 @@ def test_other_methods_of_the_model_run_with_the_adapter(fresh, device):
         assert_equal_to(adapted.encode_images(FRAMES.to(device)), features)
 
 
+# --- a policy that contains the model ---
+
+
+class Policy(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.action_head = nn.Linear(backbone.config.text.hidden_size, 7)
+
+    def forward(self, images, texts):
+        return self.action_head(self.backbone(images, texts).last_hidden_state[:, -1])
+
+
+POLICIES = {
+    "everywhere": {"target_modules": [*DECODER, "qkv"]},
+    "by a pattern": {
+        "target_modules": r"backbone\.model\.layers.*\.(q_proj|down_proj)|backbone\.visual.*\.qkv",
+        "rank_pattern": {r"backbone\.model\.layers\.1\.self_attn\.q_proj": 2},
+        "alpha_pattern": {"down_proj": 5},
+    },
+    "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["backbone.visual.merger", "model.norm"]},
+}
+
+
+@pytest.mark.skipif(not NESTED, reason="save_adapter writes the names of transformers 4.52 and later")
+@pytest.mark.parametrize("kind", POLICIES)
+def test_the_adapter_of_a_policy_is_saved_as_that_of_its_model(theirs, load, device, tmp_path, kind):
+    policy = adapt(Policy(load(device=device)).to(device), **POLICIES[kind])
+    policy.base_model.model.action_head.requires_grad_(True)  # the policy's own, and saved by whoever trains it
+    expected = hidden_states(policy.base_model.model.backbone, device)
+    assert relative_error(expected, hidden_states(load(device=device), device)) > 0.01
+    save_adapter(policy, tmp_path)
+    assert_equal_to(hidden_states(load_adapter(load(device=device), tmp_path), device), expected, tolerance=0)
+    peft.PeftModel.from_pretrained(theirs.model, tmp_path, torch_device=device)
+    assert_equal_to(their_hidden_states(theirs), expected)
+
+
+def test_what_an_adapter_of_the_model_cannot_hold_is_refused_by_name(load, tmp_path):
+    outside = peft.LoraConfig(target_modules=["q_proj", "action_head"])
+    with pytest.raises(ValueError, match=r"backbone.*outside.*action_head"):
+        save_adapter(peft.get_peft_model(Policy(load()), outside), tmp_path / "a")
+    saved = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["action_head"])
+    with pytest.raises(ValueError, match=r"backbone.*outside.*action_head\.weight"):
+        save_adapter(peft.get_peft_model(Policy(load()), saved), tmp_path / "a")
+    adapted = adapt(load(), target_modules=["q_proj"])
+    adapted.base_model.model.visual.merger.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"not in the adapter.*visual\.merger.*modules_to_save"):
+        save_adapter(adapted, tmp_path / "a")
+    with pytest.raises(ValueError, match="one QwenBatchedVL, got 0 in Sequential"):
+        save_adapter(adapt(nn.Sequential(nn.Linear(2, 2)), target_modules=["0"]), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"must be LoRA, got .*IA3"):
+        ia3 = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+        save_adapter(peft.get_peft_model(load(), ia3), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"one of \['default'\], got 'other'"):
+        save_adapter(adapt(load(), target_modules=["q_proj"]), tmp_path / "a", "other")
+    with pytest.raises(TypeError, match="PeftModel, got QwenBatchedVL"):
+        save_adapter(load(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_adapters_are_loaded_and_chosen_by_name(fresh, load, device, tmp_path):
+    expected = {}
+    for name, layer in (("one", "q_proj"), ("two", "down_proj")):
+        adapted = adapt(load(device=device), target_modules=[layer])
+        expected[name] = hidden_states(adapted, device)
+        save_adapter(adapted, tmp_path / name)
+    load_adapter(fresh, tmp_path / "one", "one")
+    adapted = load_adapter(fresh, tmp_path / "two", "two")
+    for name, hidden in expected.items():
+        adapted.set_adapter(name)
+        assert_equal_to(hidden_states(adapted, device), hidden)
+    with pytest.raises(ValueError, match="new to the model"):
+        load_adapter(fresh, tmp_path / "one", "one")
+
+
 # --- bad input ---
 
 
@@ -224,6 +299,45 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_layers_as_they_w
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert torch.equal(hidden_states(model, "cpu"), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["whole modules", "embeddings", "rank-stabilised with biases"])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=str)
+def test_an_error_on_the_way_leaves_the_model_as_it_was(theirs, load, tmp_path, monkeypatch, kind, error):
+    from tests.fuzz.damaged_adapters import state_of  # which needs peft
+
+    adapt(theirs.model, **ADAPTERS[kind]).save_pretrained(tmp_path)
+    model = load()
+    model.visual.merger.requires_grad_(False)
+    before, expected = state_of(model), hidden_states(model, "cpu")
+    put = peft.set_peft_model_state_dict
+
+    def fails_with_values(adapted, *arguments):
+        result = put(adapted, *arguments)
+        if not next(adapted.parameters()).is_meta:
+            raise error
+        return result
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", fails_with_values)
+    with pytest.raises(type(error)):
+        load_adapter(model, tmp_path)
+    assert state_of(model) == before
+    assert torch.equal(hidden_states(model, "cpu"), expected)
+
+
+def test_damaged_adapters_are_refused_and_leave_the_model_as_it_was():
+    from tests.fuzz.damaged_adapters import faults
+
+    assert [(what, fault) for what, fault in faults(count=15, seed=7) if fault is not None] == []
+
+
+@pytest.mark.parametrize("name", ["", "a.b", 7, None])
+def test_a_bad_adapter_name_is_refused(load, tmp_path, name):
+    model = load()
+    with pytest.raises((TypeError, ValueError), match="adapter_name"):
+        load_adapter(model, tmp_path, name)
+    with pytest.raises(TypeError, match="QwenBatchedVL, got Linear"):
+        load_adapter(nn.Linear(2, 2), tmp_path)
 
 
 def test_a_model_with_an_adapter_inside_is_not_saved(fresh, tmp_path):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_batched.head
 from qwen_batched import QwenBatchedVL
+from qwen_batched.model.prepared import prepare
 from qwen_batched.model.prompt_rows import TextCall
 from qwen_batched.model.request import Request
 from qwen_batched.model.sequence import NO_LABEL
@@ -131,8 +132,7 @@ def test_labels_are_the_answers_tokens_at_the_end_of_each_sequence(models, mask,
             mine = own_tokens(labels, own, i).tolist()
             assert mine == [NO_LABEL] * (len(mine) - count) + ids[-count:]
         assert bool((labels[~own] == NO_LABEL).all())
-        places = (labels != NO_LABEL).flatten().nonzero()[:, 0]
-        assert torch.equal(batch["answer_index"], places)
+        assert batch["prepared"].answer_tokens == (labels != NO_LABEL).sum()
 
 
 def test_targets_change_nothing_before_the_answer(models):
@@ -215,7 +215,8 @@ def test_the_loss_of_a_batch_equals_transformers_own_of_the_padded_batch(models,
     """What "mean" means in a batch: over all labels, not of the samples' means."""
     batch = models["left"].processor(None, TEXTS, targets=TARGETS, device=models["left"].device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    expected = reference.model(**inputs, position_ids=batch["position_ids"], use_cache=False).loss
+    position_ids = batch["rope_positions"].transpose(0, 1)
+    expected = reference.model(**inputs, position_ids=position_ids, use_cache=False).loss
     assert_equal_to(models["left"](**batch).loss, expected)
 
 
@@ -278,7 +279,7 @@ def test_a_mask_that_only_the_device_knows_gives_the_same_loss(models, template)
         prompts = processor._rows.lay_out_on_device(call, MASK)
         assert prompts.tokens is None and prompts.answer_tokens >= int((host["labels"] != NO_LABEL).sum())
         frames = tuple(x[:, None] for x in images)
-        batch = processor.batch(Request(frames, MASK, prompts, sizes, MASK.device), torch.float32)
+        batch = prepare(processor.batch(Request(frames, MASK, prompts, sizes, MASK.device), torch.float32))
         for i in range(3):
             mine, other = (own_tokens(b["labels"], b["attention_mask"], i) for b in (batch, host))
             assert torch.equal(mine, other)
@@ -320,7 +321,7 @@ def test_the_logits_of_all_tokens_are_never_there(load, monkeypatch, frozen_deco
     if frozen_decoder:
         model.model.requires_grad_(False)
     images = photos(3, 1, 56, 84)
-    tokens = sum(map(len, model.processor(images, TEXTS, targets=TARGETS)["answer_index"][None]))
+    tokens = model.processor(images, TEXTS, targets=TARGETS)["prepared"].answer_tokens
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     whole = model(images, TEXTS, targets=TARGETS).loss
     expected = torch.autograd.grad(whole, parameters)
@@ -350,9 +351,9 @@ def test_the_head_sees_only_tokens_that_predict_an_answer(models, monkeypatch):
     project = model.logits
     monkeypatch.setattr(model, "logits", lambda x: (rows.append(len(x)), project(x))[1])
     images = photos(3, 2, 84, 140).to(model.device)
-    answers = model.processor(images, TEXTS, targets=TARGETS)["answer_index"]
+    answers = model.processor(images, TEXTS, targets=TARGETS)["prepared"].answer_tokens
     model(images, TEXTS, targets=TARGETS)
-    assert sum(rows) == len(answers)
+    assert sum(rows) == answers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
