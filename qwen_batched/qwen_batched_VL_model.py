@@ -98,8 +98,8 @@ class QwenBatchedVL(ImageEncoder):
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
+        added_tokens: Sequence[str] | None = None,
         **options: Any,
     ) -> QwenBatchedVL:
         """Loads a checkpoint, tensor by tensor, straight to `device` in `dtype`.
@@ -113,11 +113,11 @@ class QwenBatchedVL(ImageEncoder):
             padding_side: "left" or "right", of shorter prompts.
             min_pixels: Least pixels of a resized image; None for the checkpoint's own.
             max_pixels: Most pixels of a resized image; None for the checkpoint's own.
-            added_tokens: Which tokens that were added to the published vocabulary are read in texts, targets and
-                templates: tokens or patterns ("<action_*>"), () for none; None for all.
             resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
                 a CPU equal (neither library is used); None for the one that transformers would use on this machine.
                 `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
+            added_tokens: Which tokens that were added to the published vocabulary are read in texts, targets and
+                templates: tokens or patterns ("<action_*>"), () for none; None for all.
             **options: `revision`, `cache_dir`, `token` and `local_files_only` go to huggingface_hub. `torch_dtype`,
                 `device_map` (one device), `attn_implementation`, `low_cpu_mem_usage` and `trust_remote_code` (False)
                 are there for calls written for transformers, see `ModelOptions`.
@@ -133,7 +133,7 @@ class QwenBatchedVL(ImageEncoder):
         stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
         processor = TensorProcessor.from_checkpoint(
-            checkpoint, padding_side, min_pixels, max_pixels, added_tokens, resample_backend
+            checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens
         )
         model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head), checkpoint.folder / CONFIG_FILE)
         names = dict(model.named_parameters())

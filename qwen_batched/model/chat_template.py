@@ -43,12 +43,12 @@ class ChatTemplate:
         self.timed = "strftime_now" in source
         self._special_tokens = special_tokens
 
-    def check(self, name: str) -> None:
+    def check(self) -> None:
         """Raises `ValueError` where compiling or rendering the template takes more than any chat template has to."""
         try:
             self._render(1, TEXT_MARK, None, None)
         except TemplateBudgetError as error:
-            raise ValueError(f"the chat template of {name} is refused: {error}") from error
+            raise ValueError(f"the chat template is refused: {error}") from error
         except Exception:
             return  # a template that fails otherwise is refused where it is used
 

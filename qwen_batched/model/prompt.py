@@ -70,7 +70,6 @@ class PromptEncoder:
         *,
         family: str = "qwen2_5_vl",
         added_tokens: Sequence[str] | None = None,
-        name: str = "the checkpoint",
     ) -> None:
         """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
 
@@ -80,7 +79,6 @@ class PromptEncoder:
             image_token_id: The model's.
             family: Whose control tokens stay text in texts, see `CONTROL_TOKENS`.
             added_tokens: Which of the other added tokens are read in texts, see `select_added_tokens`; None for all.
-            name: What an error calls the checkpoint.
 
         Raises:
             TypeError, ValueError: An argument is not as described, the tokenizer's image token is not the model's, or
@@ -99,9 +97,9 @@ class PromptEncoder:
         self.pad_token_id = next(index for index in pads if index is not None)
         self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
         self._without_default: list[str] | None = None
-        self.chat_template = self._default(chat_template or tokenizer.chat_template, name)
+        self.chat_template = self._default(chat_template or tokenizer.chat_template)
         if self.chat is not None:
-            self.chat.check(name)
+            self.chat.check()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -212,7 +210,7 @@ class PromptEncoder:
         """Decodes the tokens of `batch` samples as they come."""
         return TextStream(self, batch)
 
-    def _default(self, named: object, name: str) -> str | None:
+    def _default(self, named: object) -> str | None:
         """One chat template, of several the one that is named "default", as in transformers."""
         if isinstance(named, (list, tuple)) and all(isinstance(entry, Mapping) for entry in named):
             named = {entry.get("name"): entry.get("template") for entry in named}
@@ -222,7 +220,7 @@ class PromptEncoder:
                 return None
             named = named["default"]
         if not isinstance(named, str | None):
-            raise ValueError(f"the chat template of {name} must be a string, got {type(named).__name__}")
+            raise ValueError(f"the chat template must be a string, got {type(named).__name__}")
         return named
 
     def _filled(self, layout: Layout, text: str, cameras: Cameras, system: str | None) -> list[int | str]:

@@ -135,7 +135,7 @@ class PromptRows:
             else:
                 ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
             _check_length(config, len(ids) + span, call.max_new_tokens)
-            check_embedding(encoder, config, ids)
+            _check_embedding(encoder, config, ids)
             both = copy_to(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
@@ -149,7 +149,7 @@ def _cells(call: TextCall) -> list[int]:
     return [height * width for height, width in call.grids]
 
 
-def check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
+def _check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
     """Raises `ValueError` where the decoder's embedding has no row for a token."""
     largest = max(ids, default=0)
     if largest >= config.vocab_size:

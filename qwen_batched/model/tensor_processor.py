@@ -90,13 +90,13 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
+        added_tokens: Sequence[str] | None = None,
         **options: Any,
     ) -> TensorProcessor:
         """The processor of a checkpoint; reads no weights. Arguments as in `QwenBatchedVL.from_pretrained`."""
         checkpoint = Checkpoint.open(name, weights=False, hub=read_options(ProcessorOptions, options))
-        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, added_tokens, resample_backend)
+        return cls.from_checkpoint(checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens)
 
     @classmethod
     def from_checkpoint(
@@ -105,8 +105,8 @@ class TensorProcessor:
         padding_side: str = "left",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        added_tokens: Sequence[str] | None = None,
         resample_backend: str | None = None,
+        added_tokens: Sequence[str] | None = None,
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
 
@@ -119,11 +119,7 @@ class TensorProcessor:
         tokenizer = load_tokenizer(checkpoint.folder)
         with naming(checkpoint.folder):
             prompts = PromptEncoder(
-                tokenizer,
-                checkpoint.chat_template,
-                config.image_token_id,
-                added_tokens=added_tokens,
-                name=f"checkpoint folder {checkpoint.folder}",
+                tokenizer, checkpoint.chat_template, config.image_token_id, added_tokens=added_tokens
             )
             config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
             config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)

@@ -89,7 +89,7 @@ def test_a_template_that_takes_too_much_is_refused_at_loading(name, checkpoint_c
         with pytest.raises(ValueError, match="chat template fails: RecursionError"):
             TensorProcessor.from_pretrained(checkpoint_copy)(None, ["a"])
     else:
-        with pytest.raises(ValueError, match=r"chat template of .*is refused") as refusal:
+        with pytest.raises(ValueError, match="chat template is refused") as refusal:
             TensorProcessor.from_pretrained(checkpoint_copy)
         assert str(checkpoint_copy) in str(refusal.value) and len(str(refusal.value)) < 1000
     assert time.monotonic() - started < MAX_SECONDS
