@@ -124,15 +124,15 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
     weights = {PREFIX + nested_name(key.removeprefix(front)): tensor.contiguous() for key, tensor in state.items()}
-    _write(Path(folder), config, weights)
+    _write(folder, config, weights)
 
 
-def _write(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: str | Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
+    Path(folder).mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     # Tied adapters share their memory, which safetensors refuses.
     weights = {key: tensor.clone() for key, tensor in weights.items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(weights, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _put(model: nn.Module, config: LoraConfig, weights: dict[str, Tensor], adapter_name: str) -> PeftModel:

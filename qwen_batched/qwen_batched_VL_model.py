@@ -335,7 +335,8 @@ class QwenBatchedVL(ImageEncoder):
         """New text for each sample.
 
         The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here alone.
+        tokens are drawn is said here alone. A sample whose logits are not finite ends with the finish reason "invalid"
+        and leaves the others as they are.
 
         Args:
             images: As for `forward`.
