@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,13 +20,19 @@ from qwen_batched.weights import published_name
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key, before the name of a module
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SHOWN = 200  # characters of somebody else's value or message in one of ours
+MATCH_SECONDS = 0.5  # of a pattern with a name; one that backtracks without end is refused
+SHOWN = 200  # most characters of a value or of another library's message in an error
 
 
 def shown(value: object) -> str:
     """`repr`, or a message, cut to a readable length."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an adapter's pattern is all of a module's name. Raises `TimeoutError` where matching takes too long."""
+    return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS) is not None
 
 
 def _is_number(value: object) -> bool:
@@ -49,6 +56,10 @@ def _is_pattern(value: object) -> bool:
         return _is_name(value) and re.compile(value) is not None
     except (re.error, RecursionError, OverflowError):
         return False
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.]+", value) is not None
 
 
 def _is_flag(value: object) -> bool:
@@ -82,10 +93,10 @@ OPTIONAL = {
     "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "exclude_modules": (_any_of(_is_empty, _is_pattern, _list_of(_is_name)), "a pattern or a list of names"),
     "layers_to_transform": (_any_of(_is_empty, _is_index, _list_of(_is_index)), "an int or a list of ints"),
-    "layers_pattern": (_any_of(_is_empty, _is_pattern, _list_of(_is_pattern)), "a pattern or a list of them"),
+    "layers_pattern": (_any_of(_is_empty, _is_path, _list_of(_is_path)), "a name or a list of names"),
     "rank_pattern": (_any_of(_is_empty, _dict_of(_is_pattern, _is_count)), "an object of ints of at least 1"),
     "alpha_pattern": (_any_of(_is_empty, _dict_of(_is_pattern, _is_number)), "an object of numbers"),
-    "modules_to_save": (_any_of(_is_empty, _list_of(_is_name)), "a list of names"),
+    "modules_to_save": (_any_of(_is_empty, _list_of(_is_path)), "a list of names"),
     "trainable_token_indices": (
         _any_of(_is_empty, _list_of(_is_index), _dict_of(_is_name, _list_of(_is_index))),
         "a list of token ids, or an object of such lists",

@@ -362,7 +362,8 @@ class QwenBatchedVL(ImageEncoder):
         """New text for each sample.
 
         The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here alone. Any other setting there that would change transformers' tokens is refused.
+        tokens are drawn is said here only. Any other setting there that would change transformers' tokens is refused. A
+        sample whose logits are not finite ends with the finish reason "invalid" and leaves the others as they are.
 
         Args:
             images: As for `forward`.

@@ -190,6 +190,11 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor with values, got {kind}")
 
 
+def can_read(*tensors: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or breaking a compiler's graph."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def check_dtype(dtype: object) -> torch.dtype:
     """Raises `TypeError` or `ValueError` where `dtype` is no floating dtype of 16 bits or more."""
     if not isinstance(dtype, torch.dtype):
@@ -208,9 +213,10 @@ def check_resize(resize: Resize, factor: int) -> Resize:
     """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
-    if not isinstance(resize, (tuple, list)) or len(resize) != 2:
+    sides = [integer(side) for side in resize] if isinstance(resize, (tuple, list)) else []
+    if len(sides) != 2 or any(type(side) is not int for side in sides):
         raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {shown(resize)}")
-    height, width = (as_int("each side of resize", side, 0) for side in resize)
+    height, width = sides
     if any(side < factor or side % factor for side in (height, width)):
         raise ValueError(f"resize must be multiples of {factor} pixels, got {shown((height, width))}")
     if height * width > MAX_PIXELS:
@@ -283,7 +289,7 @@ def check_decoder_inputs(
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
         tokens = as_int("tokens", tokens, 1, batch * length)
-        if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.sum() > tokens:
+        if can_read(attention_mask) and attention_mask.sum() > tokens:
             raise ValueError(f"tokens must count all of attention_mask, got {tokens} for {attention_mask.sum()}")
 
 
@@ -338,6 +344,7 @@ def check_pixels(
     for part, order in zip(pixels, orders, strict=True):
         if not isinstance(order, Tensor) or order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
             raise ValueError(f"raster_order must be int64 (B, h, w), got {describe_tensor(order)}")
+        check_plain("raster_order", order)
         batch = order.shape[0] if batch is None else batch
         patches = order.shape[1] * order.shape[2] * cell_patches
         _check_pixel_tensor(part, (batch, *([] if cameras is None else [cameras]), patches, patch_dim))

@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
         check_has_values(self.proj)
         patches = patches.to(self.proj.weight.dtype)
         if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj) or _has_any_global_hook():
-            # A layer around it, LoRA's, or hooks.
+            # Wrapped or hooked.
             return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
         # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
         return F.linear(patches, self.proj.weight.flatten(1))

@@ -39,6 +39,11 @@ ADAPTERS = {
     "rank-stabilised with biases": {"target_modules": ["v_proj", "qkv"], "use_rslora": True, "bias": "lora_only"},
     "embeddings": {"target_modules": ["embed_tokens", "o_proj"]},
     "whole modules": {"target_modules": ["q_proj"], "modules_to_save": ["merger", "embed_tokens"]},
+    "modules by their paths": {
+        "target_modules": ["q_proj", "o_proj"],
+        "modules_to_save": [f"{DECODER_PATH}.norm", f"{VISION_PATH}.merger.mlp.0"],
+    },
+    "all biases": {"target_modules": ["v_proj", "o_proj"], "bias": "all"},
 }
 # Enough to move hidden states by a tenth and more; much more, and rounding errors grow along the layers.
 SCALE = 0.1
