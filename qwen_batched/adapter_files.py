@@ -14,20 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_batched.checkpoint import read_json
+from qwen_batched.arguments import cut, shown
+from qwen_batched.files import read_json
 from qwen_batched.weights import published_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key, before the name of a module
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MATCH_SECONDS = 0.5  # of a pattern with a name; one that backtracks without end is refused
-SHOWN = 200  # most characters of a value or of another library's message in an error
-
-
-def shown(value: object) -> str:
-    """`repr`, or a message, cut to a readable length."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -144,7 +138,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         known = name in REQUIRED or (name in OPTIONAL and name in defaults) or name in WITHOUT_EFFECT
         is_default = _is_empty(value) or (name in defaults and value == defaults[name])
         if not known and not is_default:
-            raise ValueError(f"{file}: {shown(name)} is not supported, got {shown(value)}")
+            raise ValueError(f"{file}: {cut(name)} is not supported, got {shown(value)}")
     return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw and name in defaults}
 
 
@@ -161,7 +155,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         stored = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {shown(str(error))}") from error
+        raise ValueError(f"{file} is not a readable safetensors file: {cut(error)}") from error
     names: dict[str, str] = {}
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):

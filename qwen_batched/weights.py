@@ -158,14 +158,19 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """
     split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():
-        try:
-            save_file(_savable({name: tensors[name] for name in names}), folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else None, str(error), str(folder / file)) from error
+        write_tensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file. Raises an `OSError` that names it where it cannot be written."""
+    try:
+        save_file(_savable(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error), str(file)) from error
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -228,7 +233,7 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     return found
 
 
-def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors takes them: rows next to each other, and none in the memory of another."""
     # Where weights are packed, a tensor's rows may lie further apart than they are long.
     savable = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
