@@ -226,7 +226,11 @@ def check_resize(resize: Resize, factor: int) -> Resize:
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
     """`chunk_size` as an int. Raises `TypeError` or `ValueError` where it is neither None nor at least 1."""
-    return None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
+    if chunk_size is None:
+        return None
+    if type(integer(chunk_size)) is not int:
+        raise TypeError(f"chunk_size must be None or an int, got {shown(chunk_size)}")
+    return as_int("chunk_size", chunk_size, 1)
 
 
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
@@ -271,8 +275,8 @@ def check_decoder_inputs(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
         check_plain(name, tensor)
-        if tensor.device != inputs_embeds.device or tensor.device != like.device:
-            raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+        check_same_device(name, [tensor], inputs_embeds)
+    check_same_device("inputs_embeds", [inputs_embeds], like)
     width = like.shape[-1]
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width or inputs_embeds.numel() == 0:
         raise ValueError(f"inputs_embeds must be (B, S, {width}), got {_shape(inputs_embeds)}")
@@ -294,7 +298,9 @@ def check_decoder_inputs(
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
-    """Raises `ValueError` where one of `tensors` is not where `parameter` is."""
+    """Raises `ValueError` where one of `tensors` is not where `parameter` is; one that is offloaded comes to them."""
+    if parameter.is_meta:
+        return
     wrong = [tensor for tensor in tensors if tensor.device != parameter.device]
     if wrong:
         raise ValueError(f"{name} must be on {parameter.device}, got {wrong[0].device}")

@@ -98,7 +98,8 @@ def prepare(batch: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor] | HostF
             prepared["raster_order"] = [_copy(order) for order in orders]
     if "camera_present" in batch:
         prepared["camera_present"] = _copy(batch["camera_present"])
-    prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
+    if "input_ids" in batch:  # a batch of images only goes to the vision transformer, which takes nothing else
+        prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
     return prepared
 
 
@@ -117,6 +118,8 @@ def check_prepared_alone(
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
     if MARKER not in batch:
+        if IMAGE_NAMES[1] in batch and "input_ids" not in batch:
+            raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
         if EARLIER_NAMES & batch:
             raise ValueError(
                 f"a batch must be prepared by processor(images, texts) of this release, got one without {MARKER!r}: "

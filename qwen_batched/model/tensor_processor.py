@@ -161,8 +161,8 @@ class TensorProcessor:
             order and `raster_order` (B, h, w), see `BatchedVisionTransformer.forward`; for a list of cameras both are
             lists of one (B, P, patch_dim) and (B, h, w) each. `camera_present` (B, V), where a camera mask was given.
             With texts: `input_ids`, `attention_mask`, `camera_ids` and `feature_index` (B, S) and `rope_positions`
-            (B, 3, S), see `Sequences`. With targets: `labels` (B, S), see `label_answers`. And `prepared`, the host's
-            own counts, by which the model knows such a batch.
+            (B, 3, S), see `Sequences`, and `prepared`, the host's own counts, by which the model knows such a batch.
+            With targets: `labels` (B, S), see `label_answers`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
