@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
-from tests.fuzz.reading import Sample
+from tests.fuzz.reading import Sample, has_places
 from tests.support import FLOAT32_TOLERANCE
 
 # Two tokens as likely as this apart, in units of the logits' spread, may change places in a batch.
@@ -37,9 +37,13 @@ def compare_exactly(name: str, ours: Tensor, theirs: Tensor) -> None:
 
 
 def compare_output(
-    out: Any, samples: list[Sample], alone: list[Any], cameras: int, labels: list[int] | None = None
+    out: Any, samples: list[Sample], alone: list[Any], cameras: int, labels: list[int] | None, template: object
 ) -> None:
-    """`out` of a batch against those of its samples alone, `labels` of which each has."""
+    """`out` of a batch against those of its samples alone, `labels` of which each has.
+
+    Alone they had their present cameras, or all of them, see `Sample.arguments`.
+    """
+    whole = isinstance(template, str) and has_places(template)
     for index, (sample, one) in enumerate(zip(samples, alone, strict=True)):
         own = out.attention_mask[index]
         if int(own.sum()) != one.input_ids.shape[1]:
@@ -47,7 +51,7 @@ def compare_output(
         compare_exactly("input_ids", out.input_ids[index][own], one.input_ids[0])
         compare_exactly("position_ids", out.position_ids[:, index][:, own], one.position_ids[:, 0])
         compare_exactly("image_mask", out.image_mask[index][own], one.image_mask[0])
-        table = torch.tensor([*sample.cameras, -1])
+        table = torch.tensor([*(range(cameras) if whole else sample.cameras), -1])
         compare_exactly("camera_ids", out.camera_ids[index][own], table[one.camera_ids[0]])
         if not sample.finite:
             continue
@@ -59,7 +63,7 @@ def compare_output(
             ours = out.logits[index] if out.logits.ndim == 2 else out.logits[index][own]
             compare_values("logits", ours, one.logits[0])
     if cameras:
-        compare_features(out.image_features, samples, [one.image_features for one in alone], cameras)
+        compare_features(out.image_features, samples, [one.image_features for one in alone], cameras, whole)
     elif out.image_features is not None:
         raise Wrong("image features without images")
     if labels is not None and all(sample.finite for sample in samples):
@@ -67,8 +71,10 @@ def compare_output(
         compare_values("loss", out.loss, total / max(1, sum(labels)))
 
 
-def compare_features(ours: object, samples: list[Sample], alone: list[object], cameras: int) -> None:
-    """Features of a batch against those of each sample's present cameras; None where it has none."""
+def compare_features(
+    ours: object, samples: list[Sample], alone: list[object], cameras: int, whole: bool = False
+) -> None:
+    """Features of a batch against those of each sample's present cameras, or of all; None where it has none."""
     by_camera = list(ours.unbind(1)) if isinstance(ours, Tensor) else ours
     if len(by_camera) != cameras or any(len(features) != len(samples) for features in by_camera):
         raise Wrong("features of another number of cameras or samples")
@@ -76,7 +82,7 @@ def compare_features(ours: object, samples: list[Sample], alone: list[object], c
         own = list(one.unbind(1)) if isinstance(one, Tensor) else one or []
         for place, camera in enumerate(sample.cameras):
             if bool(sample.frames[place].isfinite().all()):
-                compare_values("image_features", by_camera[camera][index], own[place][0])
+                compare_values("image_features", by_camera[camera][index], own[camera if whole else place][0])
         for camera in set(range(cameras)) - set(sample.cameras):
             if bool((by_camera[camera][index] != 0).any()):
                 raise Wrong("features of an absent camera are not zero")
@@ -102,6 +108,6 @@ def compare_generated(
 
 
 def _is_tie(model: QwenBatchedVL, sample: Sample, options: dict[str, object], a: int, b: int) -> bool:
-    layout = {name: options[name] for name in ("template", "resize") if name in options}
-    logits = model(sample.frames or None, [sample.text], logits="last", **layout).logits[0]
+    layout = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    logits = model(**sample.arguments(layout.get("template")), logits="last", **layout).logits[0]
     return float((logits[a] - logits[b]).abs()) < TIE * float(logits.std())

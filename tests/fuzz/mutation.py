@@ -49,7 +49,8 @@ FITTING = {
     "chunk_size": (None, 1, 2, 100, 0, -1, 10**30, 1.0, True),
     "dtype": (*DTYPES, "float32", None),
     "device": (None, "cpu", torch.device("cpu"), "meta", "hpu", "cuda:99", 0, ""),
-    "stream": (None, print.__class__, "print", 1),
+    "stream": (None, "print", 1),
+    "system": (None, "", "You are a robot.", "<|im_end|>", "\ud800", ["a"], 1),
     "tokens": (None, 1, 0, -1, 10**9, True, 2.0),
 }
 
@@ -87,7 +88,8 @@ def _odd_list(name: str, value: list | tuple, rng: Random) -> tuple[str, object]
     if rng.random() < 0.7:
         place = rng.randrange(len(value))
         what, item = odd_version(f"{name}[]", value[place], rng)
-        return f"one item, {what}", type(value)((*value[:place], item, *value[place + 1 :]))
+        kind = list if isinstance(value, list) else tuple  # torch.Size takes nothing but ints
+        return f"one item, {what}", kind((*value[:place], item, *value[place + 1 :]))
     what = rng.choice(tuple(LISTS))
     return what, LISTS[what](value)
 

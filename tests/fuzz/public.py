@@ -33,6 +33,16 @@ METHODS = (
 )
 
 
+class Pieces(list):
+    """What a stream gets."""
+
+    def __call__(self, pieces: list[str]) -> None:
+        self.append(pieces)
+
+    def joined(self) -> list[str]:
+        return ["".join(pieces) for pieces in zip(*self, strict=True)]
+
+
 @dataclass
 class Call:
     """A call to make.
@@ -102,7 +112,9 @@ def _right_arguments(method: str, rng: Random) -> dict[str, object]:
     arguments: dict[str, object] = {"images": images}
     if method != "encode_images":
         arguments["texts"] = [rng.choice(TEXTS) for _ in range(batch)]
-        arguments["template"] = rng.choice(("chat", "chat", "plain", *TEMPLATES))
+        arguments["template"] = rng.choice(("chat", "chat", "plain", *TEMPLATES, "{image} " * cameras + "{text}"))
+        if arguments["template"] == "chat" and rng.random() < 0.2:
+            arguments["system"] = rng.choice(("You are a robot.", "Answer.\nBe brief.", ""))
     if cameras and rng.random() < 0.4:
         arguments["camera_mask"] = torch.tensor([[rng.random() < 0.7 for _ in range(cameras)] for _ in range(batch)])
     arguments["resize"] = resize
@@ -117,6 +129,8 @@ def _right_arguments(method: str, rng: Random) -> dict[str, object]:
         if rng.random() < 0.4:
             arguments |= {"temperature": rng.choice((0.5, 1)), "seed": rng.choice((0, 7, None))}
             arguments |= {"top_k": rng.choice((0, 3)), "top_p": rng.choice((1.0, 0.8))}
+        if rng.random() < 0.2:
+            arguments["stream"] = Pieces()
     if method == "encode_images":
         arguments["layers"] = rng.choice((None, None, (0,), [1, -1]))
         arguments["chunk_size"] = rng.choice((None, 1, 2))
@@ -141,7 +155,8 @@ def _check_names(arguments: dict[str, object], *names: str, needed: tuple[str, .
         raise Refused("unknown arguments, or too few")
 
 
-COMMON = ("images", "texts", "camera_mask", "template", "resize")
+COMMON = ("images", "texts", "camera_mask", "template", "resize", "system")
+OF_PROMPTS = ("template", "resize", "system")
 
 
 def _samples(arguments: dict[str, object], doubts: Doubts, has_texts: bool = True) -> list[Sample]:
@@ -155,7 +170,11 @@ def _samples(arguments: dict[str, object], doubts: Doubts, has_texts: bool = Tru
         has_texts,
     )
     if has_texts or arguments.get("texts") is not None:
-        reading.read_template(arguments.get("template", "chat"), samples, doubts)
+        template = arguments.get("template", "chat")
+        reading.read_template(template, samples, doubts)
+        reading.read_system(arguments.get("system"), template, doubts)
+    elif arguments.get("system") is not None:
+        raise Refused("a system text without texts")
     return samples
 
 
@@ -167,11 +186,13 @@ def _read_forward(
     layers = reading.read_layers(arguments.get("layers", (-1,)), model.config.text.num_hidden_layers + 1, doubts)
     reading.read_choice(norm := arguments.get("norm", "post"), ("post", "pre"))
     reading.read_choice(logits := arguments.get("logits"), (None, "last", "all"))
-    options = {"layers": layers, "norm": norm, "logits": logits, **_kept(arguments, "template", "resize")}
+    options = {"layers": layers, "norm": norm, "logits": logits, **_kept(arguments, *OF_PROMPTS)}
 
     def check(model: QwenBatchedVL, out: object) -> None:
-        alone = [model(sample.frames or None, [sample.text], targets=_target(sample), **options) for sample in samples]
-        compare_output(out, samples, alone, _cameras(arguments), _labels(model, samples, options))
+        alone = [model(**sample.arguments(options.get("template")), **options) for sample in samples]
+        compare_output(
+            out, samples, alone, _cameras(arguments), _labels(model, samples, options), options.get("template")
+        )
 
     return check
 
@@ -194,7 +215,7 @@ def _read_generate(
     arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
 ) -> Callable[[QwenBatchedVL, object], None]:
     sampling = ("temperature", "top_k", "top_p", "seed")
-    _check_names(arguments, *COMMON, "max_new_tokens", *sampling, needed=("images", "texts"))
+    _check_names(arguments, *COMMON, "max_new_tokens", "stream", *sampling, needed=("images", "texts"))
     samples = _samples(arguments, doubts)
     most = model.config.text.max_position_embeddings
     steps = reading.read_int(arguments.get("max_new_tokens", 128), doubts, least=1, most=most)
@@ -207,18 +228,26 @@ def _read_generate(
     reading.read_int(arguments.get("top_k", 0), doubts, least=0)
     if arguments.get("seed") is not None:
         reading.read_int(arguments["seed"], doubts, least=0, most=2**63 - 1)
-    kept = _kept(arguments, "template", "resize", "max_new_tokens")
+    kept = _kept(arguments, *OF_PROMPTS, "max_new_tokens")
+    stream = arguments.get("stream")
+    if stream is not None and not callable(stream):
+        raise Refused("a stream that is no function")
+    if stream is not None and not isinstance(stream, Pieces):
+        doubts.add("another function as stream")
 
     def check(model: QwenBatchedVL, out: object) -> None:
+        if isinstance(stream, Pieces) and stream.joined() != out.texts:
+            raise Wrong("the pieces of a stream are not its texts")
         drawn = _kept(arguments, *sampling)
         if temperature == 0:
-            alone = [model.generate(sample.frames or None, [sample.text], **kept, **drawn) for sample in samples]
+            layout = kept.get("template")
+            alone = [model.generate(**sample.arguments(layout), **kept, **drawn) for sample in samples]
             compare_generated(model, out, samples, alone, kept)
             return
         if any(len(tokens) > steps for tokens in out.token_ids) or len(out.texts) != len(samples):
             raise Wrong("another number of tokens or texts")
         if arguments.get("seed") is not None and all(sample.finite for sample in samples):
-            again = model.generate(**arguments)
+            again = model.generate(**arguments | {"stream": None})
             if again.texts != out.texts or again.finish_reasons != out.finish_reasons:
                 raise Wrong("a seed gives other tokens the second time")
 
@@ -260,20 +289,27 @@ def _read_processor(
     device = arguments.get("device")
     if device is not None and str(device) != "cpu":
         raise Refused("a device without memory, or none of this machine")
-    reading.read_int(arguments.get("max_new_tokens", 0), doubts, 0, model.config.text.max_position_embeddings // 2)
-    options = _kept(arguments, "template", "resize", "dtype")
+    limit = model.config.text.max_position_embeddings // 2
+    if reading.read_int(arguments.get("max_new_tokens", 0), doubts, least=0) > limit:
+        if arguments.get("texts") is not None:
+            raise Refused("more tokens than the model takes")
+        doubts.add("room for tokens behind no prompt")
+    options = _kept(arguments, *OF_PROMPTS, "dtype")
 
     def check(model: QwenBatchedVL, out: object) -> None:
         def alone(sample: Sample) -> dict[str, object]:
-            texts = None if sample.text is None else [sample.text]
-            return model.processor(sample.frames or None, texts, targets=_target(sample), **options)
+            return model.processor(**sample.arguments(options.get("template")), **options)
 
         if samples[0].text is None:
-            features = [model.visual(*_pixels(alone(sample))) if sample.frames else None for sample in samples]
+            features = [
+                model.visual(*_pixels(model.processor(sample.frames, **options))) if sample.frames else None
+                for sample in samples
+            ]
             compare_features(model.visual(*_pixels(out)), samples, features, _cameras(arguments))
             return
         outputs = [model(**alone(sample)) for sample in samples]
-        compare_output(model(**out), samples, outputs, _cameras(arguments), _labels(model, samples, options))
+        labels = _labels(model, samples, options)
+        compare_output(model(**out), samples, outputs, _cameras(arguments), labels, options.get("template"))
 
     return check
 
@@ -298,10 +334,6 @@ def _kept(arguments: dict[str, object], *names: str) -> dict[str, object]:
     return {name: arguments[name] for name in names if name in arguments}
 
 
-def _target(sample: Sample) -> list[str] | None:
-    return None if sample.target is None else [sample.target]
-
-
 def _cameras(arguments: dict[str, object]) -> int:
     images = arguments.get("images")
     return 0 if images is None else images.shape[1] if isinstance(images, Tensor) else len(images)
@@ -311,8 +343,8 @@ def _labels(model: QwenBatchedVL, samples: list[Sample], options: dict[str, obje
     """How many labels each sample has."""
     if any(sample.target is None for sample in samples):
         return None
-    layout = _kept(options, "template", "resize")
-    batches = [model.processor(x.frames or None, [x.text], targets=[x.target], **layout) for x in samples]
+    layout = _kept(options, *OF_PROMPTS)
+    batches = [model.processor(**sample.arguments(layout.get("template")), **layout) for sample in samples]
     return [int((batch["labels"] >= 0).sum()) for batch in batches]
 
 

@@ -39,16 +39,34 @@ class Sample:
         cameras: Their indices in the call.
         text: None for images alone.
         target: None for no loss.
+        all_frames: Of each camera, present or not.
     """
 
     frames: list[Tensor]
     cameras: list[int]
     text: str | None
     target: str | None
+    all_frames: list[Tensor]
 
     @property
     def finite(self) -> bool:
         return all(bool(frame.isfinite().all()) for frame in self.frames)
+
+    def arguments(self, template: object = "chat") -> dict[str, object]:
+        """Those of a call with this sample alone: of its present cameras, but where a template has a place for each."""
+        given: dict[str, object] = {"images": self.frames or None}
+        if self.all_frames and isinstance(template, str) and has_places(template):
+            mask = torch.zeros(1, len(self.all_frames), dtype=torch.bool)
+            mask[0, self.cameras] = True
+            given = {"images": self.all_frames, "camera_mask": mask}
+        if self.text is not None:
+            given["texts"] = [self.text]
+        return given if self.target is None else given | {"targets": [self.target]}
+
+
+def has_places(template: str) -> bool:
+    """Whether a template has a place for each camera, not one for all."""
+    return template not in ("chat", "plain") and "{images}" not in template
 
 
 def read_tensor(value: object, doubts: Doubts) -> Tensor:
@@ -98,7 +116,8 @@ def read_samples(
     for index in range(size):
         here = [camera for camera in range(present.shape[1]) if present[index, camera]]
         frames = [cameras[camera][index : index + 1].clone() for camera in here]
-        samples.append(Sample(frames, here, words[index] if words else None, answers[index]))
+        every = [camera[index : index + 1].clone() for camera in cameras or ()]
+        samples.append(Sample(frames, here, words[index] if words else None, answers[index], every))
     _check_range(samples)
     return samples
 
@@ -207,16 +226,29 @@ def read_template(template: object, samples: list[Sample], doubts: Doubts) -> No
         if template == "plain" and any(not sample.text and not sample.frames for sample in samples):
             doubts.add("an empty prompt")
         return
-    slots = template.count("{text}"), template.count("{images}"), template.count("{image}")
-    if slots[0] != 1 or slots[1] > 1:
+    if template.count("{text}") != 1 or template.count("{images}") > 1:
         raise Refused("a template without one place for texts, or with two for images")
-    if slots[1] == slots[2] == 0 and "<|image_pad|>" not in template and any(sample.frames for sample in samples):
-        raise Refused("a template without a place for images")
+    places = template.count("{image}") + template.count("<|image_pad|>")
+    if has_places(template) and places != len(samples[0].all_frames):
+        raise Refused("a template without a place for each camera")
     rest = template.replace("{text}", "").replace("{images}", "")
-    if slots[1] == 0 or any(sign in rest for sign in "{}<>") or not rest.isascii():
+    if any(sign in rest for sign in "{}<>") or not rest.isascii():
         doubts.add("a template with more in it")
     if any(not sample.text and not sample.frames for sample in samples):
         doubts.add("a prompt that may be empty")
+
+
+def read_system(system: object, template: object, doubts: Doubts) -> None:
+    if system is None:
+        return
+    if not isinstance(system, str):
+        raise Refused("a system text that is no str")
+    if any("\ud800" <= character <= "\udfff" for character in system):
+        raise Refused("half of a surrogate pair")
+    if template != "chat":
+        raise Refused("a system text for a template that has none")
+    if len(system) > LONGEST_SURE or "<|" in system:
+        doubts.add("a system text that may be too long, or holds control tokens")
 
 
 def read_number(value: object, doubts: Doubts) -> float:

@@ -64,6 +64,8 @@ def read_pixels(
         raise Refused("pixels and grids of two kinds")
     if len(cameras) != len(orders) or not cameras:
         raise Refused("another number of grids than of cameras")
+    if any(part.ndim != 3 for part in cameras):
+        raise Refused("pixels that are not (B, P, patch_dim) for each camera")
     grids = []
     for part, order in zip(cameras, orders, strict=True):
         if order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0 or order.shape[0] != len(cameras[0]):
