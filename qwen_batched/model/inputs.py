@@ -331,26 +331,23 @@ def check_pixels(
     Raises:
         ValueError: Pixels and grids do not fit together, or not to `batch` samples.
     """
-    if isinstance(pixel_values, Tensor):
-        if not isinstance(raster_order, Tensor) or raster_order.ndim != 3:
-            raise ValueError(f"raster_order must be (B, h, w), got {describe_tensor(raster_order)}")
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
-        cameras = pixel_values.shape[1]
-        pixels, orders = [pixel_values], [raster_order]
-    elif isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple)):
-        if len(pixel_values) != len(raster_order) or not pixel_values:
-            raise ValueError(
-                f"expected a raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras"
-            )
-        cameras = None
-        pixels, orders = pixel_values, raster_order
-    else:
+    uniform = isinstance(pixel_values, Tensor) and isinstance(raster_order, Tensor)
+    if not uniform and not (isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple))):
         raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
+    pixels, orders = ([pixel_values], [raster_order]) if uniform else (pixel_values, raster_order)
+    if len(pixels) != len(orders) or not pixels:
+        raise ValueError(f"expected a raster_order per camera, got {len(orders)} for {len(pixels)} cameras")
+    for name, parts in (("pixel_values", pixels), ("raster_order", orders)):
+        for part in parts:
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} must be tensors, got {_describe(part)}")
+            check_plain(name, part)
+    if uniform and pixel_values.ndim != 4:
+        raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
+    cameras = pixel_values.shape[1] if uniform else None
     for part, order in zip(pixels, orders, strict=True):
-        if not isinstance(order, Tensor) or order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
+        if order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
             raise ValueError(f"raster_order must be int64 (B, h, w), got {describe_tensor(order)}")
-        check_plain("raster_order", order)
         batch = order.shape[0] if batch is None else batch
         patches = order.shape[1] * order.shape[2] * cell_patches
         _check_pixel_tensor(part, (batch, *([] if cameras is None else [cameras]), patches, patch_dim))
@@ -359,11 +356,10 @@ def check_pixels(
     return [(order.shape[1], order.shape[2]) for order in orders] * (cameras or 1)
 
 
-def _check_pixel_tensor(pixels: object, shape: tuple[int, ...]) -> None:
-    fits = isinstance(pixels, Tensor) and tuple(pixels.shape) == shape and pixels.numel() > 0
-    if not fits or not pixels.dtype.is_floating_point or pixels.dtype.itemsize < 2:
+def _check_pixel_tensor(pixels: Tensor, shape: tuple[int, ...]) -> None:
+    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
+    if tuple(pixels.shape) != shape or pixels.numel() == 0 or not floating:
         raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(pixels)}")
-    check_plain("pixel_values", pixels)
 
 
 def describe_tensor(value: object) -> str:

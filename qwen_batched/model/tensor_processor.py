@@ -259,7 +259,7 @@ class TensorProcessor:
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
-            return None, resolve_device(device or "cpu")
+            return None, resolve_device("cpu" if device is None else device)
         groups = check_frames(images, min_side=factor)
         device = groups[0].device if device is None else resolve_device(device)
         check_device("images", groups[0], device)
