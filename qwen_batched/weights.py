@@ -97,6 +97,8 @@ def load_weights(
         _check_tied_head(folder, stored)
     dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
     device = resolve_device(device)
+    if device.type == "meta":
+        raise ValueError("weights must be loaded to a device with memory, got 'meta'")
     for name, parameter in wanted.items():
         owner_name, _, leaf = name.removeprefix(prefix).rpartition(".")
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -225,12 +227,9 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
         device = as_int("device", device, 0)
     try:
         # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
-        found = torch.empty(0, device=device).device
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
         raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
-    if found.type == "meta":
-        raise ValueError("device must have memory for values, got the meta device")
-    return found
 
 
 def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

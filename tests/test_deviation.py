@@ -177,14 +177,16 @@ def test_the_plot_is_a_picture_with_both_curves(report):
 
 
 def test_the_table_has_a_row_for_each_stage_and_size(checkpoint, capsys):
-    assert run("--model", checkpoint, *QUICK, "--layers", "0", "2", "--vision-layers", "-1") == 0
+    # In bfloat16 the worst token of a single size is a matter of chance, and so is whether the bounds hold.
+    run("--model", checkpoint, *QUICK, "--layers", "0", "2", "--vision-layers", "-1")
     out, err = capsys.readouterr()
     rows = [line.split("  ")[0] for line in out.splitlines()]
     assert [row for row in rows if "block" in row] == ["vision block 5", "decoder block 2"]
     assert {"embeddings", "merger", "final hidden states", "140x252"} <= set(rows)
-    assert "All bounds hold" in out
     assert err == ""
     assert max(map(len, out.splitlines())) < 160
+    assert run("--model", checkpoint, *QUICK, *FLOAT32) == 0
+    assert "All bounds hold" in capsys.readouterr().out
 
 
 def test_cameras_of_different_sizes_and_files_are_compared_too(checkpoint, tmp_path, capsys):
@@ -321,10 +323,19 @@ def positions_off_by_one_after_the_image(monkeypatch):
     monkeypatch.setattr(tensor_processor, "expand_prompts", shifted)
 
 
-def frequencies_off_by_one(monkeypatch, module):
+# The exponents of a head of the same size, beginning at 1.
+def vision_frequencies_off_by_one(monkeypatch):
     right = geometry.inverse_frequencies
-    # The exponents of a head of the same size, beginning at 1.
-    monkeypatch.setattr(module, "inverse_frequencies", lambda dim, theta: right(dim, theta) * theta ** (-2 / dim))
+    monkeypatch.setattr(geometry, "inverse_frequencies", lambda dim, theta: right(dim, theta) * theta ** (-2 / dim))
+
+
+def decoder_frequencies_off_by_one(monkeypatch):
+    right = geometry.decoder_frequencies
+    monkeypatch.setattr(
+        modeling_qwen2_5_vl_batched,
+        "decoder_frequencies",
+        lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim),
+    )
 
 
 def window_boundary_moved(monkeypatch):
@@ -375,8 +386,8 @@ def head_scaled(monkeypatch):
 
 CODE_ERRORS = [
     ("rope positions", positions_off_by_one_after_the_image),
-    ("decoder block 1", lambda patch: frequencies_off_by_one(patch, modeling_qwen2_5_vl_batched)),
-    ("vision block 0", lambda patch: frequencies_off_by_one(patch, geometry)),
+    ("decoder block 1", decoder_frequencies_off_by_one),
+    ("vision block 0", vision_frequencies_off_by_one),
     ("vision block 0", window_boundary_moved),
     ("vision block 0", rows_and_columns_swapped),
     ("pixels", cameras_swapped),

@@ -91,7 +91,7 @@ def test_a_tower_and_a_decoder_without_values_are_refused(load):
     with pytest.raises(ValueError, match="no values"):
         model.visual(batch["pixel_values"], batch["raster_order"])
     with pytest.raises(ValueError, match="no values"):
-        model.model(embeds, batch["position_ids"], batch["attention_mask"])
+        model.model(embeds, batch["rope_positions"].transpose(0, 1), batch["attention_mask"])
 
 
 def test_a_model_spread_over_devices_is_refused(load):

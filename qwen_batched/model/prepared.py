@@ -68,6 +68,9 @@ class HostFacts(dict):
         """Of some of the batch's rows: `{name: value[:2] for ...}` cuts a batch."""
         return HostFacts()
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HostFacts) and vars(self) == vars(other)
+
     def __reduce__(self) -> tuple[type[HostFacts], tuple[tuple[()], int | None, int | None]]:
         return HostFacts, ((), self.tokens, self.answer_tokens)
 

@@ -259,9 +259,9 @@ class TensorProcessor:
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
-            return None, resolve_device("cpu" if device is None else device)
+            return None, _with_memory(resolve_device("cpu" if device is None else device))
         groups = check_frames(images, min_side=factor)
-        device = groups[0].device if device is None else resolve_device(device)
+        device = groups[0].device if device is None else _with_memory(resolve_device(device))
         check_device("images", groups[0], device)
         if camera_mask is not None:
             cameras = sum(group.shape[1] for group in groups)
@@ -368,3 +368,9 @@ class TensorProcessor:
             return mean.view(3, 1, 1), std.view(3, 1, 1)
 
         return self._tables.get(("normalisation", values, device), make)
+
+
+def _with_memory(device: torch.device) -> torch.device:
+    if device.type == "meta":
+        raise ValueError("a batch must be made on a device with memory, got the meta device")
+    return device

@@ -170,16 +170,16 @@ def test_the_vision_transformer_alone_refuses_a_bad_chunk_size(model, chunk_size
 def fail_once(monkeypatch, after=0):
     """A block of the vision transformer runs out of memory, once."""
     state = {"calls": 0, "failed": False}
-    forward = modeling.VisionBlock.forward
+    advance = modeling.VisionBlock.advance
 
     def failing(self, *args):
         state["calls"] += 1
         if state["calls"] > after and not state["failed"]:
             state["failed"] = True
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, *args)
+        return advance(self, *args)
 
-    monkeypatch.setattr(modeling.VisionBlock, "forward", failing)
+    monkeypatch.setattr(modeling.VisionBlock, "advance", failing)
 
 
 @pytest.mark.parametrize("cuda_graph", [False, pytest.param(True, marks=pytest.mark.gpu)])
