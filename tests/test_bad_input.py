@@ -116,7 +116,7 @@ def test_bad_images_are_refused_before_any_work(refuses, name, call):
 
 BAD_TEXTS = {
     "None": (None, "list of str", "None"),
-    "a string": ("Go.", "list of str", "str"),
+    "a string for two samples": ("Go.", "1 texts", "2 samples"),
     "bytes": ([b"Go.", b"Go."], "list of str", "bytes"),
     "a number among them": (["Go.", 7], "list of str", "int"),
     "None among them": (["Go.", None], "list of str", "NoneType"),
@@ -139,7 +139,7 @@ def test_bad_texts_are_refused_before_any_work(refuses, name, images, call):
     refuses(run[call], *messages)
 
 
-@pytest.mark.parametrize("name", ["None", "a string", "bytes", "a number among them", "empty"])
+@pytest.mark.parametrize("name", ["None", "bytes", "a number among them", "empty"])
 def test_bad_texts_without_images_are_refused(refuses, name):
     texts, *messages = BAD_TEXTS[name]
     refuses(lambda model: model(None, texts), *messages)
@@ -324,7 +324,7 @@ def test_just_the_models_maximum_is_taken(model):
 
 
 BAD_TARGETS = {
-    "a string": ("left", "targets", "list of str", "str"),
+    "a string for two texts": ("left", "targets", "1 answers", "2 texts"),
     "bytes": ([b"left", b"up"], "targets", "list of str", "bytes"),
     "None among them": (["left", None], "targets", "list of str", "NoneType"),
     "token ids": ([[1, 2], [3]], "targets", "list of str", "list"),

@@ -212,7 +212,7 @@ def test_an_image_pad_or_end_token_without_an_embedding_is_refused_at_loading(wi
     config = json.loads(path.read_text(encoding="utf-8"))
     for name in ("pad_token", "eos_token"):
         path.write_text(json.dumps(config | {name: ACTIONS[5]}), encoding="utf-8")
-        with pytest.raises(ValueError, match="embedding"):
+        with pytest.raises(ValueError, match="padding and ends must be below the vocab_size"):
             TensorProcessor.from_pretrained(tmp_path)
 
 
