@@ -8,24 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_batched.checkpoint import read_json
+from qwen_batched.arguments import cut, shown
+from qwen_batched.files import read_json
 from qwen_batched.weights import published_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key, before the name of a module
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SHOWN = 200  # characters of somebody else's value or message in one of ours
+MATCH_SECONDS = 0.5  # of a pattern with a name; one that backtracks without end is refused
 
 
-def shown(value: object) -> str:
-    """`repr`, or a message, cut to a readable length."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+def matches(pattern: str, name: str) -> bool:
+    """Whether an adapter's pattern is all of a module's name. Raises `TimeoutError` where matching takes too long."""
+    return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS) is not None
 
 
 def _is_number(value: object) -> bool:
@@ -49,6 +50,10 @@ def _is_pattern(value: object) -> bool:
         return _is_name(value) and re.compile(value) is not None
     except (re.error, RecursionError, OverflowError):
         return False
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.]+", value) is not None
 
 
 def _is_flag(value: object) -> bool:
@@ -82,23 +87,28 @@ OPTIONAL = {
     "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "exclude_modules": (_any_of(_is_empty, _is_pattern, _list_of(_is_name)), "a pattern or a list of names"),
     "layers_to_transform": (_any_of(_is_empty, _is_index, _list_of(_is_index)), "an int or a list of ints"),
-    "layers_pattern": (_any_of(_is_empty, _is_pattern, _list_of(_is_pattern)), "a pattern or a list of them"),
+    "layers_pattern": (_any_of(_is_empty, _is_path, _list_of(_is_path)), "a name or a list of names"),
     "rank_pattern": (_any_of(_is_empty, _dict_of(_is_pattern, _is_count)), "an object of ints of at least 1"),
     "alpha_pattern": (_any_of(_is_empty, _dict_of(_is_pattern, _is_number)), "an object of numbers"),
-    "modules_to_save": (_any_of(_is_empty, _list_of(_is_name)), "a list of names"),
+    "modules_to_save": (_any_of(_is_empty, _list_of(_is_path)), "a list of names"),
     "trainable_token_indices": (
         _any_of(_is_empty, _list_of(_is_index), _dict_of(_is_name, _list_of(_is_index))),
         "a list of token ids, or an object of such lists",
     ),
+    # Some ways to begin change the base weights, and peft does so again wherever it loads the adapter.
     "init_lora_weights": (_any_of(_is_flag, _is_name), "a bool or a name"),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        (_any_of(_is_empty, lambda value: isinstance(value, dict)), "an object"),
+    ),
     **dict.fromkeys(
         ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (_is_flag, "a bool")
     ),
 }
-# Where the adapter comes from, and how its training began.
+# Where the adapter comes from, and what peft does at each place anew.
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "inference_mode", "peft_version", "auto_mapping", "revision"),
-    *("base_model_name_or_path", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("base_model_name_or_path", "runtime_config"),
 )
 
 
@@ -125,10 +135,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} must be {expected}, got {shown(raw[name])}")
     defaults = vars(LoraConfig())
     for name, value in raw.items():
-        checked = name in REQUIRED or name in OPTIONAL or name in WITHOUT_EFFECT or _is_empty(value)
-        if not checked and (name not in defaults or value != defaults[name]):
-            raise ValueError(f"{file}: {shown(name)} is not supported, got {shown(value)}")
-    return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw}
+        known = name in REQUIRED or (name in OPTIONAL and name in defaults) or name in WITHOUT_EFFECT
+        is_default = _is_empty(value) or (name in defaults and value == defaults[name])
+        if not known and not is_default:
+            raise ValueError(f"{file}: {cut(name)} is not supported, got {shown(value)}")
+    return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw and name in defaults}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -144,7 +155,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         stored = load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {shown(str(error))}") from error
+        raise ValueError(f"{file} is not a readable safetensors file: {cut(error)}") from error
     names: dict[str, str] = {}
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import numbers
 import reprlib
 
 MAX_INT = 2**31 - 1
@@ -31,10 +31,7 @@ def cut(text: object) -> str:
 
 def integer(value: object) -> object:
     """A NumPy integer as an int; anything else as it is, for a check to judge."""
-    try:
-        return value if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return value
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
 
 
 def as_int(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 STAGING = ".qwen_batched_saving"
 LOCK, NEW, OLD, JOURNAL, DRAFT = "lock", "new", "old", "journal.json", "journal.draft"
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by the file system: locks, or syncing a folder
+MAX_JOURNAL = 2**20  # bytes; a line for each file has about a hundred
 
 Mark = list[int] | None  # size and time of modification; None where there is no file
 Line = tuple[str, Mark, Mark]  # of the journal: a name, and what was there before and shall be there after
@@ -235,15 +237,19 @@ def _write_journal(target: Path, lines: list[Line]) -> None:
 def _read_journal(staging: Path) -> list[Line] | None:
     """The journal's lines, None where there is none. It may have come with a folder from anywhere: it is checked."""
     journal = staging / JOURNAL
-    if not os.path.lexists(journal):
+    try:
+        facts = journal.lstat()
+    except FileNotFoundError:
         return None
+    links = any((staging / part).is_symlink() for part in (NEW, OLD))
+    if links or not stat.S_ISREG(facts.st_mode) or facts.st_size > MAX_JOURNAL:
+        raise ValueError(f"{journal} must be a file of at most {MAX_JOURNAL} bytes beside folders, and no link")
     try:
         lines = json.loads(journal.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{journal} is not readable as JSON: {error}") from error
-    plain = not any((staging / part).is_symlink() for part in (NEW, OLD, JOURNAL))
-    if not plain or not isinstance(lines, list) or not all(_is_line(line) for line in lines):
-        raise ValueError(f"{journal} must be a list of [file name, mark, mark] beside plain folders")
+    if not isinstance(lines, list) or not all(_is_line(line) for line in lines):
+        raise ValueError(f"{journal} must be a list of [file name, mark, mark]")
     return [(name, before, after) for name, before, after in lines]
 
 
@@ -304,11 +310,11 @@ def _forget_journal(target: Path) -> None:
 
 def _drop(staging: Path) -> None:
     """Removes everything in the staging folder but its lock."""
-    for name in (JOURNAL, DRAFT):
-        (staging / name).unlink(missing_ok=True)
-    for name in (NEW, OLD):
-        if os.path.lexists(staging / name):
-            shutil.rmtree(staging / name)
+    for path in (staging / name for name in (JOURNAL, DRAFT, NEW, OLD)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, path: Path) -> bool:

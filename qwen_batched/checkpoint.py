@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -55,8 +56,10 @@ CHECKPOINT_FILES = {
     "quant_config.json",
     "hf_quant_config.json",
 }
+ADAPTER_FILE = "adapter_config.json"
 DTYPE_NAMES = ("dtype", "torch_dtype")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 # What transformers opens of a folder, whatever it is: nothing of these kinds may be other than a file.
@@ -125,9 +128,9 @@ class Checkpoint:
         folder = find_folder(name, weights, hub or HubOptions())
         stamp = _stamp(folder)
         _check_kinds(folder)
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG_FILE)
         if config is None:
-            raise ValueError(f"checkpoint folder {folder} has no config.json")
+            raise ValueError(f"checkpoint folder {folder} has no {CONFIG_FILE}")
         processor = read_json(folder / PROCESSOR_FILE) or {}
         preprocessor, source = processor.get("image_processor"), PROCESSOR_FILE
         if preprocessor is None:
@@ -138,7 +141,7 @@ class Checkpoint:
             folder=folder,
             config=config,
             preprocessor=preprocessor,
-            generation=read_json(folder / "generation_config.json"),
+            generation=read_json(folder / GENERATION_FILE),
             chat_template=_read_chat_template(folder, processor),
             tokenizer=_read_tokenizer_files(folder),
             video=processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json"),
@@ -153,7 +156,7 @@ class Checkpoint:
 
     def model_config(self) -> QwenVLConfig:
         """The model's shape. Raises `ValueError`, naming the file, for what this package does not implement."""
-        with naming(self.folder / "config.json"):
+        with naming(self.folder / CONFIG_FILE):
             return QwenVLConfig.from_dict(self.config)
 
     def image_config(self, vision: VisionConfig) -> ImageConfig:
@@ -171,7 +174,7 @@ class Checkpoint:
 
     def generation_config(self) -> GenerationConfig:
         """How text is generated. Raises `ValueError`, naming the file, where that is damaged."""
-        with naming(self.folder / ("config.json" if self.generation is None else "generation_config.json")):
+        with naming(self.folder / (CONFIG_FILE if self.generation is None else GENERATION_FILE)):
             return GenerationConfig.from_dict(self.generation, self.config)
 
     def describing(
@@ -236,6 +239,16 @@ def _stamp(folder: Path) -> dict[str, tuple[int, ...]]:
 def is_checkpoint_file(name: str) -> bool:
     """Whether transformers or vLLM would take a file (or folder) of this name for a part of the checkpoint."""
     return name in CHECKPOINT_FILES or CHECKPOINT_WEIGHTS.fullmatch(name) is not None
+
+
+def warn_of_adapter(folder: Path) -> None:
+    """Logs what transformers makes of an adapter beside the checkpoint, which is not ours to remove."""
+    if (folder / ADAPTER_FILE).exists():
+        logging.getLogger(__name__).warning(
+            "%s has an adapter: where peft is installed, transformers loads that and the model it was trained on, "
+            "not the checkpoint saved here",
+            folder,
+        )
 
 
 def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOptions()) -> Path:

@@ -173,7 +173,7 @@ class QwenVLConfig:
             text=_text_config(text, nested=text is not raw),
             image_token_id=image_token_id,
             tie_word_embeddings=any(tied),
-            dtype=_dtype(raw, text),
+            dtype=_dtype(raw),
         )
 
     def truncated(self, num_layers: int) -> QwenVLConfig:
@@ -259,8 +259,9 @@ def _text_config(raw: Mapping[str, Any], nested: bool) -> TextConfig:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"layer_types must be a list, got {shown(layer_types)}")
-    if "sliding_attention" in layer_types:
-        raise ValueError("layer_types with sliding_attention are not supported")
+    others = [kind for kind in layer_types if kind != "full_attention"]
+    if others:
+        raise ValueError(f"layer_types must all be full_attention, got {shown(others[0])}")
     if raw.get("attention_dropout"):
         raise ValueError(f"attention_dropout must be 0, got {shown(raw['attention_dropout'])}")
     rope = _rope(raw)
@@ -321,9 +322,9 @@ def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> torch.dtype | None:
-    names = [section.get(key) for section in (raw, text) for key in ("dtype", "torch_dtype")]
-    name = next((name for name in names if name is not None), None)
+def _dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+    """That at the top, as in transformers: the sections' own mean nothing."""
+    name = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(name)}")
     return DTYPES.get(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qwen_batched.arguments import shown
 from qwen_batched.head import last_tokens
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import apply_linear
@@ -46,9 +47,11 @@ class Sampling:
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
         if type(self.top_k) is not int or type(self.seed) not in (int, type(None)):
-            raise TypeError(f"top_k must be an int and seed an int or None, got {self.top_k!r} and {self.seed!r}")
+            raise TypeError(
+                f"top_k must be an int and seed an int or None, got {shown(self.top_k)} and {shown(self.seed)}"
+            )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.temperature <= sys.float_info.max or self.top_k < 0 or not 0 < self.top_p <= 1:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_batched.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_settings, read_tensors, shown
+from qwen_batched.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
+from qwen_batched.arguments import cut, shown
+from qwen_batched.atomic_save import naming, replacing
 from qwen_batched.checkpoint import find_folder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
-from qwen_batched.weights import nested_name, published_name
+from qwen_batched.weights import nested_name, published_name, write_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -56,7 +57,7 @@ def load_adapter(
         raise TypeError(f"adapter_name must be a str, got {shown(adapter_name)}")
     if not adapter_name or "." in adapter_name or adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(
-            f"adapter_name must be new to the model, not empty and without a dot, got {shown(repr(adapter_name))}"
+            f"adapter_name must be new to the model, not empty and without a dot, got {shown(adapter_name)}"
         )
     folder = find_folder(name)
     settings, stored = read_settings(folder), read_tensors(folder)
@@ -72,8 +73,9 @@ def load_adapter(
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             _put(_without_values(model), copy.deepcopy(config), weights, adapter_name)
-    except Exception as error:  # peft raises what it likes
-        raise ValueError(f"adapter {folder} does not fit the model: {shown(str(error))}") from error
+    except Exception as error:  # peft raises errors of many types
+        reason = f"{WEIGHTS_FILE} lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"adapter {folder} does not fit the model: {cut(reason)}") from error
     with _undone_by_errors(model, weights):
         return _put(model, config, weights, adapter_name)
 
@@ -100,7 +102,7 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         raise TypeError(f"save_adapter takes a PeftModel, got {type(adapted).__name__}")
     config = adapted.peft_config.get(adapter_name)
     if config is None:
-        raise ValueError(f"adapter_name must be one of {list(adapted.peft_config)}, got {shown(repr(adapter_name))}")
+        raise ValueError(f"adapter_name must be one of {list(adapted.peft_config)}, got {shown(adapter_name)}")
     if config.peft_type != "LORA":
         raise ValueError(f"an adapter to save must be LoRA, got {config.peft_type!s}")
     front, model = _contained_model(adapted.get_base_model())
@@ -124,15 +126,15 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
     weights = {PREFIX + nested_name(key.removeprefix(front)): tensor.contiguous() for key, tensor in state.items()}
-    _write(Path(folder), config, weights)
+    _write(folder, config, weights)
 
 
-def _write(folder: Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    # Tied adapters share their memory, which safetensors refuses.
-    weights = {key: tensor.clone() for key, tensor in weights.items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+def _write(folder: str | Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
+    """All of it or nothing; what another adapter has left in the folder goes, other files stay."""
+    with replacing(folder, stale=lambda name: name.startswith("adapter_model."), last=CONFIG_FILE) as staged:
+        with naming(staged / CONFIG_FILE):
+            config.save_pretrained(str(staged))
+        write_tensors(staged / WEIGHTS_FILE, weights)
 
 
 def _put(model: nn.Module, config: LoraConfig, weights: dict[str, Tensor], adapter_name: str) -> PeftModel:
@@ -190,6 +192,10 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
     # The settings name modules as the model did that was trained, and so do the keys.
     theirs = nested_name if any(published_name(key) != key for key in stored) else str
     config = LoraConfig(**settings)
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str):
+            setattr(config, field, {theirs(name) for name in names if matches(pattern, theirs(name))})
     meant, there = {name for name in names if check_target_module_exists(config, theirs(name))}, set(layers.values())
     if meant - there:
         raise ValueError(f"{WEIGHTS_FILE} misses layers that {CONFIG_FILE} names: {shown(sorted(meant - there))}")
@@ -239,7 +245,7 @@ def _name_layers(config: LoraConfig, layers: Mapping[str, str]) -> None:
 
 def _value_of(layer: str, patterns: dict[str, int]) -> int | None:
     """The value of the first pattern that ends the layer's name, as in peft."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)), None)
+    return next((value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})", layer)), None)
 
 
 def _contained_model(module: nn.Module) -> tuple[str, QwenBatchedVL]:

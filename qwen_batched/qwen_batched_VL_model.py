@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.arguments import as_int, integer
+from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.atomic_save import replacing
-from qwen_batched.checkpoint import Checkpoint, is_checkpoint_file
+from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
 from qwen_batched.config import QwenVLConfig
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.head import answer_loss, last_tokens
@@ -135,7 +135,7 @@ class QwenBatchedVL(ImageEncoder):
         processor = TensorProcessor.from_checkpoint(
             checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens
         )
-        model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head))
+        model = build_on_meta(lambda: cls(config, processor, checkpoint, lm_head), checkpoint.folder / CONFIG_FILE)
         names = dict(model.named_parameters())
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         load_weights(
@@ -189,6 +189,7 @@ class QwenBatchedVL(ImageEncoder):
         with replacing(folder, stale=is_checkpoint_file, last="config.json") as staged:
             checkpoint.write(staged)
             save_weights(tensors, staged)
+        warn_of_adapter(Path(folder))
 
     @property
     def device(self) -> torch.device:
@@ -335,10 +336,10 @@ class QwenBatchedVL(ImageEncoder):
         """Logits (..., vocabulary) of hidden states (..., D) after the final norm.
 
         Raises:
-            ValueError: The output projection was left out, or D is not the model's.
+            TypeError, ValueError: The output projection was left out, or the hidden states are not the model's.
         """
         self._check_lm_head()
-        check_hidden_states(hidden_states, self.config.text.hidden_size)
+        check_hidden_states(hidden_states, self.model.embed_tokens.weight)
         return apply_linear(self.lm_head, hidden_states)
 
     def generate(
@@ -361,7 +362,8 @@ class QwenBatchedVL(ImageEncoder):
         """New text for each sample.
 
         The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here alone. Any other setting there that would change transformers' tokens is refused.
+        tokens are drawn is said here only. Any other setting there that would change transformers' tokens is refused. A
+        sample whose logits are not finite ends with the finish reason "invalid" and leaves the others as they are.
 
         Args:
             images: As for `forward`.
@@ -389,7 +391,7 @@ class QwenBatchedVL(ImageEncoder):
         sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
         if stream is not None and not callable(stream):
-            raise TypeError(f"stream must be None or a function of a list of str, got {stream!r}")
+            raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         check_given("texts", texts, "a list of str")
         request = self.processor.request(
             images,

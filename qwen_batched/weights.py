@@ -45,13 +45,17 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-def build_on_meta(make: Callable[[], M]) -> M:
-    """A module without storage: nothing is allocated or initialised that loading would overwrite."""
+def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> M:
+    """A module without storage, as the file `config` describes it: nothing is allocated that loading would overwrite.
+
+    Raises:
+        ValueError: A tensor would have more elements than PyTorch can count.
+    """
     try:
         with torch.device("meta"):
             return make()
     except RuntimeError as error:
-        raise ValueError(f"config.json describes a model that cannot be built: {cut(error)}") from error
+        raise ValueError(f"{config} describes a model that cannot be built: {cut(error)}") from error
 
 
 def load_weights(
@@ -154,14 +158,19 @@ def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """
     split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():
-        try:
-            save_file(_savable({name: tensors[name] for name in names}), folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else None, str(error), str(folder / file)) from error
+        write_tensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file. Raises an `OSError` that names it where it cannot be written."""
+    try:
+        save_file(_savable(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error), str(file)) from error
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -216,12 +225,15 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
         device = as_int("device", device, 0)
     try:
         # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
         raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
+    if found.type == "meta":
+        raise ValueError("device must have memory for values, got the meta device")
+    return found
 
 
-def _savable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors takes them: rows next to each other, and none in the memory of another."""
     # Where weights are packed, a tensor's rows may lie further apart than they are long.
     savable = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

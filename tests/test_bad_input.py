@@ -116,7 +116,7 @@ def test_bad_images_are_refused_before_any_work(refuses, name, call):
 
 BAD_TEXTS = {
     "None": (None, "list of str", "None"),
-    "a string for two samples": ("Go.", "1 texts", "2 samples"),
+    "a string for two samples": ("Go.", "one text per sample", "1 texts for 2"),
     "bytes": ([b"Go.", b"Go."], "list of str", "bytes"),
     "a number among them": (["Go.", 7], "list of str", "int"),
     "None among them": (["Go.", None], "list of str", "NoneType"),
@@ -324,7 +324,7 @@ def test_just_the_models_maximum_is_taken(model):
 
 
 BAD_TARGETS = {
-    "a string for two texts": ("left", "targets", "1 answers", "2 texts"),
+    "a string for two texts": ("left", "targets", "one answer per text", "1 answers for 2"),
     "bytes": ([b"left", b"up"], "targets", "list of str", "bytes"),
     "None among them": (["left", None], "targets", "list of str", "NoneType"),
     "token ids": ([[1, 2], [3]], "targets", "list of str", "list"),

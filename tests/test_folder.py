@@ -282,8 +282,7 @@ def test_trap36_what_config_json_says_twice_is_read_as_transformers_reads_it(raw
         assert getattr(ours.text, name) == getattr(text, name)
     assert ours.text.rope_theta == text.rope_parameters["rope_theta"]
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    if theirs.dtype is not None:
-        assert ours.dtype == getattr(torch, str(theirs.dtype).removeprefix("torch."))
+    assert ours.dtype == (theirs.dtype and getattr(torch, str(theirs.dtype).removeprefix("torch.")))
     rotary = Qwen2_5_VLRotaryEmbedding(text)
     assert_equal_to(decoder_frequencies(ours.text), rotary.inv_freq, tolerance=1e-6)
     factor = 1.0 if ours.text.yarn is None else ours.text.yarn.attention_factor
@@ -295,9 +294,13 @@ def test_trap36_what_config_json_says_twice_is_read_as_transformers_reads_it(raw
     [
         ({"dtype": "bfloat16", "torch_dtype": "float32"}, torch.bfloat16),
         ({"dtype": None, "torch_dtype": "float16"}, torch.float16),
+        ({"torch_dtype": ..., "text_config": {"dtype": "float16"}}, torch.float32),
     ],
 )
-def test_of_two_names_of_the_dtype_the_newer_is_read(folder, fields, expected):
+def test_of_two_names_and_places_of_the_dtype_that_of_transformers_is_read(tmp_path, fields, expected):
+    folder = write_checkpoint(tmp_path / "c", config_layout="nested" if "text_config" in fields else "flat")
+    if "text_config" in fields:
+        fields = {"dtype": ..., "text_config": read(folder / "config.json")["text_config"] | fields["text_config"]}
     change(folder / "config.json", **fields)
     assert load(folder).dtype == expected
 
@@ -363,6 +366,18 @@ def test_yarn_generates_as_transformers_does(tmp_path):
     assert torch.equal(
         load(folder).generate(None, TEXTS[:1], max_new_tokens=8).token_ids[0], expected[0, ids.shape[1] :]
     )
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt"])
+def test_trap36_other_files_of_the_tokenizer_mean_what_they_mean_to_transformers(folder, name):
+    contents = {"added_tokens.json": {"<act>": 530}, "special_tokens_map.json": {"pad_token": "<|im_end|>"}}
+    contents |= {"vocab.json": {"a": 1}, "merges.txt": "a b"}
+    content = contents[name]
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    ours, theirs = TensorProcessor.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.prompts.pad_token_id == theirs.pad_token_id
+    ids = ours(None, ["pick the red block"], template="{images}{text}")["input_ids"][0]
+    assert ids.tolist() == theirs("pick the red block")["input_ids"]
 
 
 # --- a checkpoint without a head ---

@@ -1,5 +1,6 @@
 """Saving: all or nothing, one thing once, and nothing that is not the checkpoint's is touched (trap 36)."""
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.atomic_save import JOURNAL, NEW, OLD, STAGING, recover, replacing, write_file
+from qwen_batched.atomic_save import JOURNAL, LOCK, NEW, OLD, STAGING, recover, replacing, write_file
 from qwen_batched.checkpoint import is_checkpoint_file
 from qwen_batched.testing import write_checkpoint
 
@@ -244,6 +245,15 @@ def test_a_saved_config_says_the_dtype_and_the_depth_wherever_it_says_them(tmp_p
     assert load(tmp_path / "saved").dtype == torch.bfloat16
 
 
+def test_an_adapter_beside_the_checkpoint_stays_and_is_warned_of(models, old, caplog):
+    models["A"].save_pretrained(old)
+    assert not caplog.records
+    (old / "adapter_config.json").write_text("{}")
+    models["A"].save_pretrained(old)
+    assert (old / "adapter_config.json").read_text() == "{}"
+    assert "has an adapter" in caplog.text
+
+
 def test_a_head_explicitly_tied_is_saved_with_its_own_name(tmp_path):
     model = load(write_checkpoint(tmp_path / "folder", tied=False))
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -442,6 +452,26 @@ def test_a_journal_that_is_none_is_refused_by_name_and_the_next_save_clears_it_a
     assert not (old / STAGING).exists()
 
 
+@pytest.mark.parametrize("name", [LOCK, JOURNAL])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "huge"])
+def test_what_is_no_file_in_the_staging_folder_is_never_waited_for(models, old, name, kind):
+    staged(old, [["config.json", None, None]])
+    path = old / STAGING / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with contextlib.suppress(ValueError):
+        load(old)
+    with pytest.raises(OSError, match=LOCK) if (name, kind) == (LOCK, "folder") else contextlib.nullcontext():
+        models["A"].save_pretrained(old)
+        assert_same_model(old, models["A"])
+
+
 @pytest.mark.parametrize("part", [".", NEW, OLD, JOURNAL])
 def test_links_in_the_place_of_the_staging_folders_are_not_followed(old, part):
     outside = old.parent / "outside"
@@ -550,6 +580,35 @@ def test_a_folder_saved_over_while_it_is_loaded_is_never_a_mixture(models, old, 
     with pytest.raises(ValueError, match="saved over while it was loaded"):
         reader.from_pretrained(old, device="cpu")
     assert saved
+
+
+def test_a_process_that_loads_while_another_saves_finds_one_model_whole(models, old):
+    models["A"].save_pretrained(old.parent / "A")
+    models["B"].save_pretrained(old.parent / "B")
+    models["A"].save_pretrained(old)
+    code = """
+import pathlib, sys
+from qwen_batched import QwenBatchedVL
+root = pathlib.Path(sys.argv[1])
+A, B = (QwenBatchedVL.from_pretrained(root / name, device="cpu") for name in "AB")
+for _ in range(8):
+    B.save_pretrained(root / "folder")
+    A.save_pretrained(root / "folder")
+"""
+    saving = threading.Thread(target=run, args=[["-c", code], old.parent])
+    saving.start()
+    whole = 0
+    while saving.is_alive():
+        try:
+            again = load(old)
+        except ValueError as error:
+            assert "saved over while it was loaded" in str(error), error
+        else:
+            name = "A" if again.processor.image.max_pixels == MAX_PIXELS else "B"
+            assert all(torch.equal(x, models[name].state_dict()[key]) for key, x in again.state_dict().items())
+            whole += 1
+    assert whole
+    assert_same_model(old, models["A"])
 
 
 def test_without_a_killed_save_recovering_changes_nothing(old):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen_batched.arguments import as_int
+from qwen_batched.arguments import as_int, shown
 from qwen_batched.kernels import ops
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class GradientCheckpointing(nn.Module):
             ValueError: The reentrant variant or offloading is asked for, or `every_n_layers` is below 1.
         """
         if not isinstance(gradient_checkpointing_kwargs, Mapping | None):
-            raise TypeError(f"gradient_checkpointing_kwargs must be a dict, got {gradient_checkpointing_kwargs!r}")
+            raise TypeError(f"gradient_checkpointing_kwargs must be a dict, got {shown(gradient_checkpointing_kwargs)}")
         options = dict(gradient_checkpointing_kwargs or {})
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_batched.arguments import as_int, integer, shown
@@ -62,7 +62,7 @@ def _check_group(frames: Tensor, min_side: int) -> None:
         raise ValueError(f"images must have 3 channels before height and width, got {_shape(frames)}{hint}")
     if batch == 0 or cameras == 0:
         raise ValueError(f"images must hold at least one sample and one camera, got {_shape(frames)}")
-    if frames.dtype != torch.uint8 and not frames.dtype.is_floating_point:
+    if frames.dtype != torch.uint8 and not (frames.dtype.is_floating_point and frames.dtype.itemsize > 1):
         raise ValueError(f"images must be uint8 (0..255) or floating (0..1), got {frames.dtype}")
     if min(height, width) < min_side:
         raise ValueError(f"images must be at least {min_side} x {min_side} pixels, got {height} x {width}")
@@ -124,7 +124,7 @@ def _check_strings(name: str, strings: Sequence[str]) -> None:
 
 def _check_unicode(name: str, string: str) -> None:
     if not string.isascii() and _SURROGATES.search(string):
-        raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {string!r:.200}")
+        raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {shown(string)}")
 
 
 def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> None:
@@ -190,6 +190,11 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be a dense tensor with values, got {kind}")
 
 
+def can_read(*tensors: Tensor) -> bool:
+    """Whether values can be read without waiting for a device, or breaking a compiler's graph."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def check_dtype(dtype: object) -> torch.dtype:
     """Raises `TypeError` or `ValueError` where `dtype` is no floating dtype of 16 bits or more."""
     if not isinstance(dtype, torch.dtype):
@@ -208,9 +213,10 @@ def check_resize(resize: Resize, factor: int) -> Resize:
     """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
-    if not isinstance(resize, (tuple, list)) or len(resize) != 2:
+    sides = [integer(side) for side in resize] if isinstance(resize, (tuple, list)) else []
+    if len(sides) != 2 or any(type(side) is not int for side in sides):
         raise TypeError(f"resize must be 'hf', None or (height, width) in pixels, got {shown(resize)}")
-    height, width = (as_int("each side of resize", side, 0) for side in resize)
+    height, width = sides
     if any(side < factor or side % factor for side in (height, width)):
         raise ValueError(f"resize must be multiples of {factor} pixels, got {shown((height, width))}")
     if height * width > MAX_PIXELS:
@@ -220,7 +226,11 @@ def check_resize(resize: Resize, factor: int) -> Resize:
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
     """`chunk_size` as an int. Raises `TypeError` or `ValueError` where it is neither None nor at least 1."""
-    return None if chunk_size is None else as_int("chunk_size", chunk_size, 1)
+    if chunk_size is None:
+        return None
+    if type(integer(chunk_size)) is not int:
+        raise TypeError(f"chunk_size must be None or an int, got {shown(chunk_size)}")
+    return as_int("chunk_size", chunk_size, 1)
 
 
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
@@ -241,13 +251,13 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
 def check_norm(norm: str) -> None:
     """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
     if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {norm!r}")
+        raise ValueError(f"norm must be 'post' or 'pre', got {shown(norm)}")
 
 
 def check_logits(logits: str | None) -> None:
     """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
     if logits not in (None, "last", "all"):
-        raise ValueError(f"logits must be None, 'last' or 'all', got {logits!r}")
+        raise ValueError(f"logits must be None, 'last' or 'all', got {shown(logits)}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:
@@ -265,8 +275,8 @@ def check_decoder_inputs(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
         check_plain(name, tensor)
-        if tensor.device != inputs_embeds.device or tensor.device != like.device:
-            raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+        check_same_device(name, [tensor], inputs_embeds)
+    check_same_device("inputs_embeds", [inputs_embeds], like)
     width = like.shape[-1]
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width or inputs_embeds.numel() == 0:
         raise ValueError(f"inputs_embeds must be (B, S, {width}), got {_shape(inputs_embeds)}")
@@ -282,26 +292,35 @@ def check_decoder_inputs(
         )
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
-        as_int("tokens", tokens, 1, batch * length)
+        tokens = as_int("tokens", tokens, 1, batch * length)
+        if can_read(attention_mask) and attention_mask.sum() > tokens:
+            raise ValueError(f"tokens must count all of attention_mask, got {tokens} for {attention_mask.sum()}")
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
-    """Raises `ValueError` where one of `tensors` is not where `parameter` is."""
+    """Raises `ValueError` where one of `tensors` is not where `parameter` is; one that is offloaded comes to them."""
+    if parameter.is_meta:
+        return
     wrong = [tensor for tensor in tensors if tensor.device != parameter.device]
     if wrong:
         raise ValueError(f"{name} must be on {parameter.device}, got {wrong[0].device}")
 
 
 def _check_activations(name: str, x: Tensor, parameter: Tensor) -> None:
-    """Products need one dtype, but under autocast, which casts."""
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+    """Products need one dtype; autocast casts, and sharded parameters are cast when they are used."""
+    if type(parameter) is nn.Parameter and x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"{name} must be {parameter.dtype}, the model's dtype, got {x.dtype}")
 
 
-def check_hidden_states(hidden_states: Tensor, width: int) -> None:
-    """Raises `ValueError` where `hidden_states` do not have the model's `width`."""
-    if hidden_states.shape[-1:] != (width,):
-        raise ValueError(f"hidden_states must be (..., {width}), got {_shape(hidden_states)}")
+def check_hidden_states(hidden_states: Tensor, like: Tensor) -> None:
+    """Raises `TypeError` or `ValueError` where `hidden_states` are not as wide as the model's embedding `like`."""
+    if not isinstance(hidden_states, Tensor):
+        raise TypeError(f"hidden_states must be a tensor, got {_describe(hidden_states)}")
+    check_plain("hidden_states", hidden_states)
+    if hidden_states.shape[-1:] != like.shape[-1:]:
+        raise ValueError(f"hidden_states must be (..., {like.shape[-1]}), got {_shape(hidden_states)}")
+    check_same_device("hidden_states", [hidden_states], like)
+    _check_activations("hidden_states", hidden_states, like)
 
 
 def check_pixels(
@@ -312,24 +331,22 @@ def check_pixels(
     Raises:
         ValueError: Pixels and grids do not fit together, or not to `batch` samples.
     """
-    if isinstance(pixel_values, Tensor):
-        if not isinstance(raster_order, Tensor) or raster_order.ndim != 3:
-            raise ValueError(f"raster_order must be (B, h, w), got {describe_tensor(raster_order)}")
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
-        cameras = pixel_values.shape[1]
-        pixels, orders = [pixel_values], [raster_order]
-    elif isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple)):
-        if len(pixel_values) != len(raster_order) or not pixel_values:
-            raise ValueError(
-                f"expected a raster_order per camera, got {len(raster_order)} for {len(pixel_values)} cameras"
-            )
-        cameras = None
-        pixels, orders = pixel_values, raster_order
-    else:
+    uniform = isinstance(pixel_values, Tensor) and isinstance(raster_order, Tensor)
+    if not uniform and not (isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple))):
         raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
+    pixels, orders = ([pixel_values], [raster_order]) if uniform else (pixel_values, raster_order)
+    if len(pixels) != len(orders) or not pixels:
+        raise ValueError(f"expected a raster_order per camera, got {len(orders)} for {len(pixels)} cameras")
+    for name, parts in (("pixel_values", pixels), ("raster_order", orders)):
+        for part in parts:
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{name} must be tensors, got {_describe(part)}")
+            check_plain(name, part)
+    if uniform and pixel_values.ndim != 4:
+        raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
+    cameras = pixel_values.shape[1] if uniform else None
     for part, order in zip(pixels, orders, strict=True):
-        if not isinstance(order, Tensor) or order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
+        if order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
             raise ValueError(f"raster_order must be int64 (B, h, w), got {describe_tensor(order)}")
         batch = order.shape[0] if batch is None else batch
         patches = order.shape[1] * order.shape[2] * cell_patches
@@ -339,11 +356,10 @@ def check_pixels(
     return [(order.shape[1], order.shape[2]) for order in orders] * (cameras or 1)
 
 
-def _check_pixel_tensor(pixels: object, shape: tuple[int, ...]) -> None:
-    fits = isinstance(pixels, Tensor) and tuple(pixels.shape) == shape and pixels.numel() > 0
-    if not fits or not pixels.dtype.is_floating_point or pixels.dtype.itemsize < 2:
+def _check_pixel_tensor(pixels: Tensor, shape: tuple[int, ...]) -> None:
+    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
+    if tuple(pixels.shape) != shape or pixels.numel() == 0 or not floating:
         raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(pixels)}")
-    check_plain("pixel_values", pixels)
 
 
 def describe_tensor(value: object) -> str:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint
+from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint
 from qwen_batched.config import TextConfig, VisionConfig
 from qwen_batched.kernels import ops
 from qwen_batched.loading import Device, ModelOptions, read_options
@@ -42,12 +40,11 @@ from qwen_batched.model.inputs import (
 from qwen_batched.model.kv_cache import KVCache
 from qwen_batched.model.layers import AddRMSNorm, SwiGLU, apply_linear
 from qwen_batched.model.packed import PackedParameters, PackingModule
+from qwen_batched.model.patch_layers import VISION_NORM_EPS, PatchEmbed, PatchMerger
 from qwen_batched.plain_modules import check_has_values, has_lent_parameters, runs_own_code
 from qwen_batched.process_group import is_waited_for
 from qwen_batched.weights import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, build_on_meta, load_weights, unread_layers
 
-# transformers' vision transformer takes this from no config.
-VISION_NORM_EPS = 1e-6
 MAX_PLANS, MAX_DEVICES = 64, 8
 
 
@@ -76,7 +73,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         checkpoint = Checkpoint.open(name, hub=chosen)
         config = checkpoint.model_config()
         return load_weights(
-            build_on_meta(lambda: cls(config.vision)),
+            build_on_meta(lambda: cls(config.vision), checkpoint.folder / CONFIG_FILE),
             checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
@@ -238,40 +235,6 @@ class VisionAttention(nn.Module):
         return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, segments, self.num_heads).flatten(0, 1)
 
 
-class PatchEmbed(nn.Module):
-    """Patches (T, patch_dim) to (T, C)."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        size = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_shape = (config.in_channels, *size)
-        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=size, stride=size, bias=False)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        check_has_values(self.proj)
-        patches = patches.to(self.proj.weight.dtype)
-        if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj) or _has_any_global_hook():
-            # A layer around it, LoRA's, or hooks.
-            return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
-        # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
-        return F.linear(patches, self.proj.weight.flatten(1))
-
-
-class PatchMerger(nn.Module):
-    """Joins the patches of each merged cell: (T, C) to (T / cell_patches, D)."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        width = config.hidden_size * config.cell_patches
-        self.cell_patches = config.cell_patches
-        self.ln_q = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size))
-
-    def forward(self, update_TC: Tensor, residual_TC: Tensor) -> Tensor:
-        x_TC, _ = self.ln_q(update_TC, residual_TC)
-        return self.mlp(rearrange(x_TC, "(m a) c -> m (a c)", a=self.cell_patches))
-
-
 class BatchedDecoder(GradientCheckpointing):
     """The language model: causal grouped-query attention with multimodal rope.
 
@@ -303,7 +266,7 @@ class BatchedDecoder(GradientCheckpointing):
         checkpoint = Checkpoint.open(name, hub=chosen)
         stored = checkpoint.model_config()
         config = stored if num_layers is None else stored.truncated(num_layers)
-        model = build_on_meta(lambda: cls(config.text))
+        model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         return load_weights(

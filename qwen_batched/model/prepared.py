@@ -17,6 +17,7 @@ from qwen_batched.model.inputs import (
     IMAGE_NAMES,
     TEXT_NAMES,
     Resize,
+    can_read,
     check_device,
     check_pixels,
     check_plain,
@@ -97,7 +98,8 @@ def prepare(batch: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor] | HostF
             prepared["raster_order"] = [_copy(order) for order in orders]
     if "camera_present" in batch:
         prepared["camera_present"] = _copy(batch["camera_present"])
-    prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
+    if "input_ids" in batch:  # a batch of images only goes to the vision transformer, which takes nothing else
+        prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
     return prepared
 
 
@@ -116,6 +118,8 @@ def check_prepared_alone(
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
     if MARKER not in batch:
+        if IMAGE_NAMES[1] in batch and "input_ids" not in batch:
+            raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
         if EARLIER_NAMES & batch:
             raise ValueError(
                 f"a batch must be prepared by processor(images, texts) of this release, got one without {MARKER!r}: "
@@ -153,7 +157,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     tokens = _count(mask, facts.tokens, input_ids.numel())
     answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
     names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = _can_read(*(batch[name] for name in names))
+    on_host = can_read(*(batch[name] for name in names))
 
     where = torch.device("cpu") if on_host else device
     layout = {name: batch[name].to(where, non_blocking=True) for name in names}
@@ -225,14 +229,9 @@ def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch
         raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
 
 
-def _can_read(*tensors: Tensor) -> bool:
-    """Whether values can be read without waiting for a device, or breaking a compiler's graph."""
-    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
-
-
 def _count(marks: Tensor, known: int | None, most: int) -> int:
     """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
-    if _can_read(marks):
+    if can_read(marks):
         return max(1, int(marks.sum()))
     return most if known is None else max(1, min(known, most))
 

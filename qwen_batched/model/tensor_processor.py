@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_batched.arguments import as_int
+from qwen_batched.arguments import as_int, shown
 from qwen_batched.cache import LRUCache
 from qwen_batched.checkpoint import Checkpoint, naming
 from qwen_batched.config import ImageConfig, QwenVLConfig
@@ -80,7 +80,7 @@ class TensorProcessor:
     @padding_side.setter
     def padding_side(self, side: str) -> None:
         if side not in ("left", "right"):
-            raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}")
+            raise ValueError(f"padding_side must be 'left' or 'right', got {shown(side)}")
         self._padding_side = side
 
     @classmethod
@@ -161,8 +161,8 @@ class TensorProcessor:
             order and `raster_order` (B, h, w), see `BatchedVisionTransformer.forward`; for a list of cameras both are
             lists of one (B, P, patch_dim) and (B, h, w) each. `camera_present` (B, V), where a camera mask was given.
             With texts: `input_ids`, `attention_mask`, `camera_ids` and `feature_index` (B, S) and `rope_positions`
-            (B, 3, S), see `Sequences`. With targets: `labels` (B, S), see `label_answers`. And `prepared`, the host's
-            own counts, by which the model knows such a batch.
+            (B, 3, S), see `Sequences`, and `prepared`, the host's own counts, by which the model knows such a batch.
+            With targets: `labels` (B, S), see `label_answers`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
@@ -259,7 +259,7 @@ class TensorProcessor:
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
-            return None, resolve_device(device or "cpu")
+            return None, resolve_device("cpu" if device is None else device)
         groups = check_frames(images, min_side=factor)
         device = groups[0].device if device is None else resolve_device(device)
         check_device("images", groups[0], device)

@@ -30,6 +30,7 @@ from qwen_batched.testing import write_checkpoint
 
 SECONDS = 20
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ENDLESS = r"(.|.)*(?=x)(.|.)*y"  # a pattern that backtracks without end on any name
 GOOD = {
     "plain": {"target_modules": ["q_proj", "v_proj", "qkv"]},
     "saved modules": {"target_modules": ["q_proj"], "modules_to_save": ["merger", "embed_tokens"]},
@@ -45,6 +46,7 @@ WRONG = {
     "lora_alpha": ["16", None, [8], {}, True, float("nan"), float("inf")],
     "lora_dropout": ["0.1", None, -0.1, 2, [0.0], float("nan")],
     "target_modules": [
+        ENDLESS,
         *NO_TEXT,
         "(",
         ["x_proj"],
@@ -53,9 +55,9 @@ WRONG = {
         ["embed_tokens", "down_proj"],
     ],
     "bias": ["x", "lora", 1, None, [], "ALL"],
-    "alpha_pattern": [[1], "x", 7, {"q_proj": "x"}, {"(": 1}, {"q_proj": None}, {"q_proj": [1]}],
-    "rank_pattern": [[1], "x", 7, {"(": 1}, {".*": 10**9}, {".*": 0}, {".*": "4"}, {".*": 3}],
-    "exclude_modules": [7, True, "(", [7], {"a": 1}, ".*"],
+    "alpha_pattern": [{ENDLESS: 1}, [1], "x", 7, {"q_proj": "x"}, {"(": 1}, {"q_proj": None}, {"q_proj": [1]}],
+    "rank_pattern": [{ENDLESS: 1}, [1], "x", 7, {"(": 1}, {".*": 10**9}, {".*": 0}, {".*": "4"}, {".*": 3}],
+    "exclude_modules": [ENDLESS, 7, True, "(", [7], {"a": 1}, ".*"],
     "modules_to_save": [7, "merger", True, {"a": 1}, [7], [""], ["norm"], ["proj"]],
     "layers_to_transform": ["x", 1.5, True, [-1], ["x"], {"a": 1}],
     "trainable_token_indices": ["x", 7, True, [-1], [10**9], [1.5], ["x"], {"embed_tokens": 7}, {"": [1]}, [1]],

@@ -149,30 +149,6 @@ def huge_json(folder: Path, chance: random.Random) -> Damage:
     return Damage(f"{path.name}: 100 MB", path.name, refused=True)
 
 
-def other_kind(folder: Path, chance: random.Random) -> Damage:
-    """What is no file in a file's place."""
-    names = [path.name for path in folder.iterdir()]
-    if chance.random() < 0.3:  # one that need not be there, and would be read first
-        names = [SINGLE, INDEX, "chat_template.jinja", "processor_config.json", "added_tokens.json"]
-        names += ["special_tokens_map.json", "tokenizer.4.0.0.json", "tokenizer.model"]
-    path = folder / chance.choice(sorted(names))
-    made_by: dict[str, Callable[[Path], None]] = {
-        "folder": Path.mkdir,
-        "pipe": os.mkfifo,
-        "endless device": lambda path: path.symlink_to("/dev/zero"),
-        "terminal": lambda path: path.symlink_to("/dev/tty"),
-        "socket": bind_socket,
-        "loop of links": lambda path: path.symlink_to(path.name),
-        "link to a folder": lambda path: path.symlink_to(".."),
-    }
-    kind = chance.choice(sorted(made_by))
-    path.unlink(missing_ok=True)
-    made_by[kind](path)
-    optional = path.name.startswith("tokenizer.") and path.name != "tokenizer.json" and "folder" in kind
-    shadowed = path.name == INDEX and (folder / SINGLE).exists() and "folder" in kind
-    return Damage(f"{path.name}: a {kind}", path.name, refused=not optional and not shadowed)
-
-
 def bind_socket(path: Path) -> None:
     before = Path.cwd()
     os.chdir(path.parent)  # a socket's path may have a hundred characters
@@ -181,6 +157,33 @@ def bind_socket(path: Path) -> None:
             made.bind(path.name)
     finally:
         os.chdir(before)
+
+
+# What is no file, by how it is put in a file's place.
+KINDS: dict[str, Callable[[Path], None]] = {
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "terminal": lambda path: path.symlink_to("/dev/tty"),
+    "socket": bind_socket,
+    "loop of links": lambda path: path.symlink_to(path.name),
+    "link to a folder": lambda path: path.symlink_to(".."),
+}
+
+
+def other_kind(folder: Path, chance: random.Random) -> Damage:
+    """What is no file in a file's place."""
+    names = [path.name for path in folder.iterdir()]
+    if chance.random() < 0.3:  # one that need not be there, and would be read first
+        names = [SINGLE, INDEX, "chat_template.jinja", "processor_config.json", "added_tokens.json"]
+        names += ["special_tokens_map.json", "tokenizer.4.0.0.json", "tokenizer.model"]
+    path = folder / chance.choice(sorted(names))
+    kind = chance.choice(sorted(KINDS))
+    path.unlink(missing_ok=True)
+    KINDS[kind](path)
+    optional = path.name.startswith("tokenizer.") and path.name != "tokenizer.json" and "folder" in kind
+    shadowed = path.name == INDEX and (folder / SINGLE).exists() and "folder" in kind
+    return Damage(f"{path.name}: a {kind}", path.name, refused=not optional and not shadowed)
 
 
 def missing(folder: Path, chance: random.Random) -> Damage:

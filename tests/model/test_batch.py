@@ -439,9 +439,9 @@ def test_caches_are_bounded(load, monkeypatch):
     caches = []
     init = LRUCache.__init__
 
-    def small(self, max_size):
+    def small(self, max_size, *bounds):
         assert 0 < max_size <= 2**16
-        init(self, 3)
+        init(self, 3, *bounds)
         caches.append(self)
 
     monkeypatch.setattr(LRUCache, "__init__", small)

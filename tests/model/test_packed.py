@@ -797,11 +797,11 @@ def test_saving_writes_bitwise_what_was_loaded(packed_model, checkpoint, tmp_pat
 
 def test_saving_in_shards_is_as_without_packing(packed_model, load, tmp_path, monkeypatch):
     """Tensors that share a storage go into one shard; packed parameters must not look like that."""
-    save = huggingface_hub.save_torch_state_dict
+    split = huggingface_hub.split_torch_state_dict_into_shards
     monkeypatch.setattr(
         huggingface_hub,
-        "save_torch_state_dict",
-        lambda *args, **options: save(*args, **options | {"max_shard_size": 200_000}),
+        "split_torch_state_dict_into_shards",
+        lambda *args, **options: split(*args, **options | {"max_shard_size": 200_000}),
     )
     packed_model.save_pretrained(tmp_path / "packed")
     load().save_pretrained(tmp_path / "plain")

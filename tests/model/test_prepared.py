@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils.operations import concatenate, find_batch_size, send_to_device, slice_tensors
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from qwen_batched.model import prepared
+from qwen_batched.model import inputs, prepared
 from qwen_batched.model.prepared import HostFacts
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
@@ -237,12 +238,17 @@ def test_what_the_host_can_see_is_refused(model, name, mixed):
     assert torch.equal(model(**batch).last_hidden_state, expected)
 
 
+def blind(monkeypatch):
+    for module in (inputs, prepared):
+        monkeypatch.setattr(module, "can_read", lambda *tensors: False)
+
+
 @pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_trap38_what_only_the_device_knows_spoils_its_own_sample(model, monkeypatch, name, mixed, forgotten):
     """On a CPU the same code runs, told that it cannot read values."""
-    monkeypatch.setattr(prepared, "_can_read", lambda *tensors: False)
+    blind(monkeypatch)
     batch = prepare(model, mixed, device=model.device)
     if forgotten:
         batch["prepared"] = HostFacts()
@@ -259,7 +265,7 @@ def test_trap38_what_only_the_device_knows_spoils_its_own_sample(model, monkeypa
 
 
 def test_trap38_tokens_beyond_the_hosts_count_spoil_their_own_sample(model, monkeypatch):
-    monkeypatch.setattr(prepared, "_can_read", lambda *tensors: False)
+    blind(monkeypatch)
     batch = prepare(model, device=model.device)
     expected = model(**batch)
     batch["prepared"].tokens -= 3
@@ -333,7 +339,7 @@ def test_a_dtype_that_pixels_cannot_have_is_refused(model, dtype):
         model.processor(photos(1, 1, 56, 84), ["a"], dtype=dtype)
 
 
-@pytest.mark.parametrize("tokens", [float("nan"), -5, True, 2.5, "3", None, torch.tensor(3)])
+@pytest.mark.parametrize("tokens", [float("nan"), -5, True, 2.5, "3", None, np.float64(3)])
 def test_room_for_new_tokens_is_an_int(model, tokens):
     with pytest.raises((TypeError, ValueError), match="max_new_tokens"):
         model.processor(None, ["a"], max_new_tokens=tokens)

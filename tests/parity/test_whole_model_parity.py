@@ -185,7 +185,7 @@ def test_frames_of_any_size_are_seen_at_the_size_that_transformers_chooses(model
     sizes = [tuple((14 * grid).tolist()) for grid in grids]
     assert sizes == [(252, 308), (252, 252)]
     resized = [
-        reference_ops.resize(to(images, model.device)[camera], *size).to(torch.uint8)
+        reference_ops.resize(to(images, model.device)[camera], *size, model.processor.resample_backend).to(torch.uint8)
         for camera, size in enumerate(sizes)
     ]
     out = model(to(images, model.device), ["a", "Pick up"])

@@ -1,0 +1,120 @@
+"""Two commits of this package beside each other on one GPU, in alternating processes: clocks drift for both alike.
+
+    git worktree add ../before COMMIT
+    python benchmarks/before_after.py --before ../before --model FOLDER [--rounds 5]
+
+Each process loads the model in bfloat16 and measures, the device idle before and after each call: a control loop's call
+(one sample, three cameras 480x640 in pinned host memory, to 224x224, 40 text tokens) from its CUDA graph and without
+one, 16 images of 448x448 through the vision transformer, and a step of generation. The distance of each commit from
+itself, between its own processes, says how large a difference means nothing. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEXT = "pick up the red cube and put it into the box on the left then open the drawer and move the arm"
+NEW_TOKENS = 64
+
+
+def median_ms(call: Callable[[], object], times: int) -> float:
+    import torch
+
+    found = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+def measure(folder: str) -> dict[str, float]:
+    """Milliseconds by what was measured, of the package that this process imports."""
+    import torch
+
+    from qwen_batched import QwenBatchedVL
+
+    torch.manual_seed(0)
+    model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device="cuda")
+    frames = torch.randint(0, 256, (1, 3, 3, 480, 640), dtype=torch.uint8).pin_memory()
+    images = torch.randint(0, 256, (16, 1, 3, 448, 448), dtype=torch.uint8, device="cuda")
+
+    def control(cuda_graph: bool = True) -> object:
+        return model(frames, [TEXT], template="plain", resize=(224, 224), cuda_graph=cuda_graph)
+
+    def generate(tokens: int) -> object:
+        return model.generate(frames, [TEXT], max_new_tokens=tokens, template="plain", resize=(224, 224))
+
+    with torch.inference_mode():
+        for call in (
+            control,
+            lambda: control(False),
+            lambda: model.encode_images(images),
+            lambda: generate(NEW_TOKENS),
+        ):
+            for _ in range(4):
+                call()
+        found = {
+            "control loop": median_ms(control, 300),
+            "the same without a graph": median_ms(lambda: control(False), 60),
+            "16 x 448x448, vision": median_ms(lambda: model.encode_images(images), 20),
+        }
+        long, short = (median_ms(lambda n=n: generate(n), 8) for n in (NEW_TOKENS, NEW_TOKENS // 2))
+    return found | {"step of generation": (long - short) / (NEW_TOKENS - NEW_TOKENS // 2)}
+
+
+def run(checkout: Path, model: str) -> dict[str, float]:
+    """The same in a process of its own, with the package of `checkout`."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", "--model", model],
+        env={**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"},
+        cwd=checkout,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, help="a checkout of the commit to compare with")
+    parser.add_argument("--model", required=True, help="a checkpoint folder")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.model)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+    for _ in range(options.rounds):
+        for name, checkout in (("before", options.before.resolve()), ("after", REPOSITORY)):
+            found[name].append(run(checkout, options.model))
+            print(name, found[name][-1], flush=True)
+    report = {}
+    print(f"{'ms, median of processes':28s} {'before':>9s} {'after':>9s} {'ratio':>7s}   spread of before, after")
+    for what in found["before"][0]:
+        before, after = ([each[what] for each in found[name]] for name in ("before", "after"))
+        medians = statistics.median(before), statistics.median(after)
+        spreads = [(max(x) - min(x)) / statistics.median(x) for x in (before, after)]
+        report[what] = {"before": medians[0], "after": medians[1], "ratio": medians[1] / medians[0], "spreads": spreads}
+        print(
+            f"{what:28s} {medians[0]:9.3f} {medians[1]:9.3f} {medians[1] / medians[0]:7.3f}   "
+            f"{spreads[0]:.1%}, {spreads[1]:.1%}"
+        )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
