@@ -302,9 +302,9 @@ def test_trap15_the_temporal_position_of_a_still_image_is_constant(tmp_path, tok
     batch = processor(torch.zeros(1, 2, 3, 112, 140, dtype=torch.uint8), ["a"])
     for camera in (0, 1):
         own = batch["camera_ids"][0] == camera
-        temporal, height, width = batch["position_ids"][:, 0, own]
+        temporal, height, width = batch["rope_positions"][0][:, own]
         assert temporal.unique().tolist() == [int(height[0])] == [int(width[0])]
-        after = batch["position_ids"][:, 0, int(own.nonzero()[-1]) + 1]
+        after = batch["rope_positions"][0][:, int(own.nonzero()[-1]) + 1]
         assert after.tolist() == [int(temporal[0]) + 5] * 3
 
 

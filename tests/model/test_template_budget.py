@@ -96,7 +96,7 @@ def test_a_template_that_takes_too_much_is_refused_at_loading(name, checkpoint_c
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MAX_BYTES
 
 
-@pytest.mark.parametrize("source", ["x" * (MAX_SOURCE + 1), "{{ a }}" * 10**7], ids=["data", "code"])
+@pytest.mark.parametrize("source", ["x" * (MAX_SOURCE + 1), "{{ a }}" * 10**6], ids=["data", "code"])
 def test_a_template_of_any_length_is_refused_before_it_is_read(checkpoint_copy, source):
     (checkpoint_copy / "chat_template.jinja").write_text(source, encoding="utf-8")
     started = time.monotonic()
