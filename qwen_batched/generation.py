@@ -173,8 +173,8 @@ class Decoding:
         return apply_linear(self._head, hidden_BD).float()
 
     def _append(self, logits_BW: Tensor) -> None:
-        lowest_B, highest_B = logits_BW.aminmax(dim=-1)
-        is_finite_B = (lowest_B > -torch.inf) & (highest_B < torch.inf)  # both are NaN where any logit is
+        # One pass: a sum is finite where every logit is. In float64, so that large logits do not overflow it.
+        is_finite_B = logits_BW.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
         if self._seen_BW is not None:
             logits_BW = _penalise(logits_BW, self._seen_BW, self._penalty)
         uniform_B = None if self._uniforms_BN is None else self._uniforms_BN.index_select(1, self._column)[:, 0]

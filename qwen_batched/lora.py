@@ -64,7 +64,9 @@ def load_adapter(
     layers = _layers(stored)
     unknown = {published_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
     if unknown or not layers:
-        raise ValueError(f"adapter {folder} must be for layers of the model, got {shown(sorted(unknown) or 'none')}")
+        raise ValueError(
+            f"adapter {folder} must be for layers of the model, got {shown(sorted(unknown)) if unknown else 'none'}"
+        )
     weights = {PREFIX + published_name(key): tensor for key, tensor in stored.items()}
     try:
         config = _config_for(model, settings, stored)

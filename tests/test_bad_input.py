@@ -602,9 +602,9 @@ def test_fuzz_any_input_works_or_raises_value_error_or_type_error(model, good, d
 
 def test_hidden_states_of_another_width_are_refused(model):
     width = model.config.text.hidden_size
-    mask, positions = torch.ones(1, 1).bool(), torch.zeros(3, 1, 1).long()
+    mask, positions = (x.to(model.device) for x in (torch.ones(1, 1).bool(), torch.zeros(3, 1, 1).long()))
     for other in (width - 2, width + 2):
         with pytest.raises(ValueError, match=rf"{width}.*{other}"):
-            model.logits(torch.zeros(1, other))
+            model.logits(torch.zeros(1, other, device=model.device))
         with pytest.raises(ValueError, match=rf"{width}.*{other}"):
-            model.model(torch.zeros(1, 1, other), positions, mask)
+            model.model(torch.zeros(1, 1, other, device=model.device), positions, mask)
