@@ -117,7 +117,7 @@ class QwenBatchedVL(ImageEncoder):
                 a CPU equal (neither library is used); None for the one that transformers would use on this machine.
                 `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
             added_tokens: Which tokens that were added to the published vocabulary are read in texts, targets and
-                templates: tokens or patterns ("<action_*>"), () for none; None for all.
+                `system`: tokens or patterns ("<action_*>"), () for none; None for all. Templates may use them all.
             **options: `revision`, `cache_dir`, `token` and `local_files_only` go to huggingface_hub. `torch_dtype`,
                 `device_map` (one device), `attn_implementation`, `low_cpu_mem_usage` and `trust_remote_code` (False)
                 are there for calls written for transformers, see `ModelOptions`.

@@ -150,8 +150,8 @@ def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> N
         outside = outside[outside.isfinite()]
         if outside.numel():
             raise ValueError(
-                f"floating images must be in 0..1, got {float(outside[0]):g}: frames in 0..255 are to be uint8, or "
-                "divided by 255"
+                f"floating images must be in 0..1, got {float(outside[0]):g}: divide frames in 0..255 by 255, or give "
+                "them as uint8; undo a normalisation"
             )
 
 

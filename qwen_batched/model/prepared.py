@@ -125,8 +125,8 @@ def check_prepared_alone(
             raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
         if EARLIER_NAMES & batch:
             raise ValueError(
-                f"a batch must be prepared by processor(images, texts) of this release, got one without {MARKER!r}: "
-                "an earlier release made it, or a loader dropped what is no tensor"
+                f"a prepared batch must hold {MARKER!r}, got one without: keep every entry that the processor returned, "
+                "not only tensors, or prepare it again if an earlier release made it"
             )
         raise ValueError(
             f"a batch must be prepared by this model's processor(images, texts), got {sorted(batch)}, which looks like "
