@@ -125,7 +125,7 @@ def check_prepared_alone(
             raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
         if EARLIER_NAMES & batch:
             raise ValueError(
-                f"a prepared batch must hold {MARKER!r}, got one without: keep every entry that the processor returned, "
+                f"a prepared batch must hold {MARKER!r}, got one without: keep every entry of the processor's batch, "
                 "not only tensors, or prepare it again if an earlier release made it"
             )
         raise ValueError(
