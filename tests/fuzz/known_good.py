@@ -119,7 +119,7 @@ class KnownGood:
 
     def inject(self, prompts: int) -> str:
         """Encodes hostile prompts."""
-        (self.root / "tokenizer").mkdir()
+        (self.root / "tokenizer").mkdir(exist_ok=True)
         injection = Injection(self.folder, self.root / "tokenizer", self.seed)
         before = len(self.faults)
         for index in range(prompts):
