@@ -82,12 +82,16 @@ class LRUCache:
         return value
 
     def _keep(self, key: Hashable, value: object, size: int) -> None:
-        _, replaced = self._values.pop(key, (None, 0))  # another thread may have made it meanwhile
-        self._values[key] = value, size
-        self._bytes += size - replaced
-        while len(self._values) > self.max_size or (self.max_bytes is not None and self._bytes > self.max_bytes):
-            _, (_, evicted) = self._values.popitem(last=False)
-            self._bytes -= evicted
+        try:
+            _, replaced = self._values.pop(key, (None, 0))  # another thread may have made it meanwhile
+            self._values[key] = value, size
+            self._bytes += size - replaced
+            while len(self._values) > self.max_size or (self.max_bytes is not None and self._bytes > self.max_bytes):
+                _, (_, evicted) = self._values.popitem(last=False)
+                self._bytes -= evicted
+        except BaseException:  # Ctrl-C between two of these lines: the count must not drift from what is kept
+            self._bytes = sum(size for _, size in self._values.values())
+            raise
 
     def __len__(self) -> int:
         return len(self._values)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import threading
 
 import pytest
@@ -126,3 +127,35 @@ def test_threads_share_a_cache():
         thread.join()
     assert not wrong
     assert len(cache) <= 8
+
+
+def test_an_interrupt_at_any_point_leaves_the_count_of_bytes_right():
+    def interrupt_at(point, cache):
+        seen = 0
+
+        def see(frame, event, _):
+            nonlocal seen
+            if event in ("call", "c_return") and frame.f_code is LRUCache._keep.__code__:
+                seen += 1
+                if seen == point:
+                    raise KeyboardInterrupt
+
+        sys.setprofile(see)
+        try:
+            cache.get("new", lambda: "value")
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    point, interrupted = 0, True
+    while interrupted:
+        cache = LRUCache(2, max_bytes=64, bytes_of=len_of_value)
+        cache.get("a", lambda: "first")
+        cache.get("b", lambda: "second")
+        point += 1
+        interrupted = interrupt_at(point, cache)
+        assert cache._bytes == sum(size for _, size in cache._values.values())
+        assert not cache._lock.locked()
+    assert point > 3

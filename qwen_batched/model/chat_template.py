@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -42,6 +41,7 @@ class ChatTemplate:
         self.source = source
         self.timed = "strftime_now" in source
         self._special_tokens = special_tokens
+        self._compiled: jinja2.Template | None = None
 
     def check(self) -> None:
         """Raises `ValueError` where compiling or rendering the template takes more than any chat template has to."""
@@ -79,10 +79,14 @@ class ChatTemplate:
             )
         return Rendering(rendered, run.looked)
 
-    @cached_property
+    @property
     def _template(self) -> jinja2.Template:
-        with bounded():
-            return TemplateEnvironment().template(self.source)
+        # No `cached_property`: before Python 3.12 it holds a lock meanwhile, on which a forked process would wait for
+        # ever. Threads that come at once may each compile the template.
+        if self._compiled is None:
+            with bounded():
+                self._compiled = TemplateEnvironment().template(self.source)
+        return self._compiled
 
     def __reduce__(self) -> tuple[type[ChatTemplate], tuple[str, Mapping[str, Any]]]:
         return ChatTemplate, (self.source, self._special_tokens)  # what Jinja has compiled cannot be copied

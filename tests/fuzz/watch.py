@@ -42,7 +42,7 @@ class TooSlow(BaseException):
 
 def run(call: Callable[[], object], model: nn.Module, draws: bool = False) -> Outcome:
     """Runs `call` under the limits of time and memory; `draws` says that it may use the global generator."""
-    outcome, before = Outcome(), _state(model)
+    outcome, before = Outcome(), state(model)
     started = time.process_time()
     with _limits():
         try:
@@ -53,10 +53,10 @@ def run(call: Callable[[], object], model: nn.Module, draws: bool = False) -> Ou
             outcome.error = error
     if (seconds := time.process_time() - started) > SECONDS:
         outcome.faults.append(f"took {seconds:.0f} s")
-    after = _state(model)
+    after = state(model)
     if draws:
         after["PyTorch's generator"] = before["PyTorch's generator"]
-    outcome.faults += [f"changed the state: {name}" for name in before if not _equal(before[name], after[name])]
+    outcome.faults += [f"changed the state: {name}" for name in before if not equal(before[name], after[name])]
     if outcome.error is not None:
         try:
             text = str(outcome.error)
@@ -107,7 +107,7 @@ def _too_slow(*_: object) -> None:
     raise TooSlow
 
 
-def _state(model: nn.Module) -> dict[str, object]:
+def state(model: nn.Module) -> dict[str, object]:
     """What a call must leave as it is."""
     return {
         "PyTorch's generator": torch.get_rng_state(),
@@ -129,5 +129,6 @@ def _state(model: nn.Module) -> dict[str, object]:
     }
 
 
-def _equal(a: object, b: object) -> bool:
+def equal(a: object, b: object) -> bool:
+    """Of two values of `state`."""
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b

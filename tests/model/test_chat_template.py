@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import signal
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from qwen_batched import TensorProcessor
 from qwen_batched.model.chat_template import ChatTemplate
 from qwen_batched.model.prompt import IMAGE
+from qwen_batched.model.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -411,3 +415,28 @@ def test_texts_that_normalise_differently_are_texts_of_their_own(prompts):
     for form in ("NFC", "NFD"):
         text = unicodedata.normalize(form, "é")
         assert prompts.encode(text, "chat", 0) == their_ids(prompts, text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_while_a_thread_compiles_the_template_does_not_hang(monkeypatch):
+    compiling, forked, parent = threading.Event(), threading.Event(), os.getpid()
+    compile_template = TemplateEnvironment.template
+
+    def slow(self, source):
+        if os.getpid() == parent:
+            compiling.set()
+            forked.wait(timeout=60)
+        return compile_template(self, source)
+
+    monkeypatch.setattr(TemplateEnvironment, "template", slow)
+    chat = ChatTemplate("{{ messages[0].content[0].text }}", {})
+    thread = threading.Thread(target=chat.render, args=(0, "a"))
+    thread.start()
+    assert compiling.wait(timeout=60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends the process should it wait for the thread
+        os._exit(0 if chat.render(0, "b").text == "b" else 1)
+    forked.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
