@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
+from markupsafe import Markup
 
 from qwen_batched.model.template_budget import (
     MAX_SOURCE,
@@ -38,8 +39,8 @@ REFUSED_METHODS = frozenset({"translate", "maketrans"})
 # Of these the result hangs on a value's type, or not on the strings within a list or dict.
 TYPE_TESTS = frozenset(
     (
-        *("boolean", "callable", "defined", "false", "filter", "float", "integer", "iterable", "mapping", "none"),
-        *("number", "sequence", "string", "test", "true", "undefined"),
+        *("boolean", "callable", "defined", "false", "float", "integer", "iterable", "mapping", "none"),
+        *("number", "sequence", "string", "true", "undefined"),
     )
 )
 SHALLOW = frozenset({"count", "first", "get", "items", "keys", "last", "length", "list", "reverse", "values"})
@@ -125,7 +126,9 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         run = current()
         run.step()
         size, marked = run.measure((left, right))
-        run.looked = run.looked or (marked and operator != "+")
+        # `+` joins strings, but it escapes one that is added to what `safe` gives.
+        joins = operator == "+" and not isinstance(left, Markup) and not isinstance(right, Markup)
+        run.looked = run.looked or (marked and not joins)
         if operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(times, int) and not isinstance(value, (int, float)):
