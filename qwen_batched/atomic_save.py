@@ -23,6 +23,7 @@ from typing import Any
 
 STAGING = ".qwen_batched_saving"
 LOCK, NEW, OLD, JOURNAL, DRAFT = "lock", "new", "old", "journal.json", "journal.draft"
+MAX_NAME = 255  # bytes of a file's name, in any file system
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # by the file system: locks, or syncing a folder
 MAX_JOURNAL = 2**20  # bytes; a line for each file has about a hundred
 
@@ -256,7 +257,12 @@ def _read_journal(staging: Path) -> list[Line] | None:
 def _is_line(line: Any) -> bool:
     if not isinstance(line, list) or len(line) != 3 or not isinstance(line[0], str):
         return False
-    return line[0] not in ("", ".", "..", STAGING) and "\0" not in line[0] and os.path.basename(line[0]) == line[0]
+    try:
+        size = len(os.fsencode(line[0]))
+    except UnicodeEncodeError:
+        return False
+    plain = line[0] not in ("", ".", "..", STAGING) and "\0" not in line[0] and os.path.basename(line[0]) == line[0]
+    return plain and size <= MAX_NAME
 
 
 def _complete(target: Path) -> None:

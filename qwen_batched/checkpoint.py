@@ -257,7 +257,7 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
         raise TypeError(f"a checkpoint is named by a folder or a hub id, got {type(name).__name__}")
     is_folder = False
     with contextlib.suppress(OSError, ValueError):  # a name that no path can have: too long, or with a null character
-        is_folder = Path(name).is_dir()
+        is_folder = name != "" and Path(name).is_dir()
     if is_folder:
         recover(Path(name))
         return Path(name)

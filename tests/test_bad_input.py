@@ -155,6 +155,7 @@ def test_neither_images_nor_texts_is_refused(refuses):
 def test_texts_that_cannot_be_encoded_are_refused(refuses):
     """A lone surrogate, as Python makes of undecodable file names, is a str without UTF-8 form."""
     refuses(lambda model: model(FRAMES, ["Go.", "\ud800"]))
+    refuses(lambda model: model(FRAMES, TEXTS, template="\ud800{images}{text}"), "template", "surrogate")
     refuses(lambda model: model.generate(FRAMES, ["Go.", "\udcff x"]))
 
 

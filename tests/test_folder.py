@@ -710,3 +710,9 @@ def test_damaged_end_tokens_and_penalties_are_refused_at_loading_with_the_file(f
     with pytest.raises(ValueError, match=next(iter(fields))) as raised:
         load(folder)
     assert str(folder) in str(raised.value)
+
+
+def test_an_empty_name_is_no_folder(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    with pytest.raises(ValueError, match="does not exist"):
+        QwenBatchedVL.from_pretrained("")

@@ -442,7 +442,11 @@ def test_a_journal_reaches_no_file_outside_of_the_folder(old, name):
     assert files(old) == before and (old.parent / "outside").read_text() == "mine"
 
 
-@pytest.mark.parametrize("journal", ["", "{", "[" * 100000, "{}", "[1]", "[[]]", '"x"', '[["a", 1]]'])
+LONG = json.dumps([["a" * 5000, None, None]])  # no file system has such names
+HALF = '[["\\ud800", null, null]]'
+
+
+@pytest.mark.parametrize("journal", ["", "{", "[" * 100000, "{}", "[1]", "[[]]", '"x"', '[["a", 1]]', LONG, HALF])
 def test_a_journal_that_is_none_is_refused_by_name_and_the_next_save_clears_it_away(models, old, journal):
     staged(old, [], journal=journal)
     with pytest.raises(ValueError, match=JOURNAL):

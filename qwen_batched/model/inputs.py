@@ -112,17 +112,18 @@ def check_system(system: str | None, texts: Sequence[str] | None, template: str)
         raise TypeError(f"system must be None or a str, got {_describe(system)}")
     if template != "chat":
         raise ValueError(f"system is the chat template's system text and needs template='chat', got {template!r:.200}")
-    _check_unicode("system", system)
+    check_unicode("system", system)
 
 
 def _check_strings(name: str, strings: Sequence[str]) -> None:
     if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
         raise TypeError(f"{name} must be a list of str, got {_describe(strings)}")
     for index, string in enumerate(strings):
-        _check_unicode(f"{name}[{index}]", string)
+        check_unicode(f"{name}[{index}]", string)
 
 
-def _check_unicode(name: str, string: str) -> None:
+def check_unicode(name: str, string: str) -> None:
+    """Raises `ValueError` where `string` holds half of a surrogate pair, which no tokenizer takes."""
     if not string.isascii() and _SURROGATES.search(string):
         raise ValueError(f"{name} must be Unicode text, got half of a surrogate pair in {shown(string)}")
 

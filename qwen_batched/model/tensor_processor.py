@@ -33,6 +33,7 @@ from qwen_batched.model.inputs import (
     check_system,
     check_targets,
     check_texts,
+    check_unicode,
 )
 from qwen_batched.model.prepared import HostFacts, prepare
 from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
@@ -205,6 +206,7 @@ class TensorProcessor:
         if texts is not None:
             texts = check_texts(texts, groups[0].shape[0] if groups else None)
             self.prompts.check_template(template, sum(group.shape[1] for group in groups or ()))
+            check_unicode("template", template)
         if targets is not None:
             targets = check_targets(targets, texts)
             self.prompts.end_token(template)
