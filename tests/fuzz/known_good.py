@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -180,18 +181,22 @@ class KnownGood:
             index, cold, by_signal = rng.randrange(len(self.calls)), rng.random() < 0.5, rng.random() < 0.5
             model = copy.deepcopy(self.model) if cold else self.model
             call = functools.partial(self._run, index, model)
-            what = f"interrupt {number} of call {index}, {'cold' if cold else 'warm'}, {'by a signal' if by_signal else 'by count'}"
+            how = f"{'cold' if cold else 'warm'}, {'by a signal' if by_signal else 'by count'}"
+            what = f"interrupt {number} of call {index}, {how}"
+            where: list[str] = []
             before = watch.state(model)
             points, seconds = measure(functools.partial(self._run, index, copy.deepcopy(model) if cold else model))
             if by_signal:
-                result = interrupted_by_a_signal(call, rng.uniform(1e-5, seconds))
+                result = interrupted_by_a_signal(call, rng.uniform(1e-5, seconds), where)
             else:
                 result = interrupted_at(call, rng.randint(1, points))
             counts["came" if result is None else "came too late"] += 1
             if result is not None and not same(result, self.results[index]):
                 self.faults.append(f"{what}: another result")
             after = watch.state(model)
-            self.faults += [f"{what}: {name} changed" for name in before if not watch.equal(before[name], after[name])]
+            changed = [name for name in before if not watch.equal(before[name], after[name])]
+            self.faults += [f"{what}: {name} changed {''.join(where)}" for name in changed]
+            torch.set_grad_enabled(before["grad mode"])  # else each later interrupt would be told of it again
             self.faults += [f"{what}: {fault}" for fault in cache_faults()]
             self._differs(index, what, model)
             self._differs(rng.randrange(len(self.calls)), what, model)
@@ -273,18 +278,19 @@ def interrupted_at(work: Callable[[], object], point: int) -> object | None:
     return [] if result is None else result
 
 
-def interrupted_by_a_signal(work: Callable[[], object], seconds: float) -> object | None:
-    """The same by a timer, as by Ctrl-C: anywhere, PyTorch's own functions included."""
+def interrupted_by_a_signal(work: Callable[[], object], seconds: float, where: list[str]) -> object | None:
+    """The same by a timer, as by Ctrl-C: anywhere, PyTorch's own functions included. Notes where it came."""
 
-    def interrupt(*_: object) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    handler = signal.signal(signal.SIGALRM, interrupt)
+    handler = signal.signal(signal.SIGALRM, stop)
     try:
         signal.setitimer(signal.ITIMER_REAL, seconds)
         result = work()
         signal.setitimer(signal.ITIMER_REAL, 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        where.extend(traceback.format_tb(interrupt.__traceback__)[-4:])
         return None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
