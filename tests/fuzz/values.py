@@ -143,7 +143,7 @@ def change(tensor: Tensor, rng: Random) -> tuple[str, object]:
         name, function = rng.choice(tuple(CHANGES[kind].items()))
         try:
             return f"{kind}: {name}", function(tensor, rng)
-        except (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError, AttributeError):
+        except (RuntimeError, NotImplementedError, IndexError, ValueError, TypeError, AttributeError, AssertionError):
             continue  # PyTorch cannot make such a tensor of this one
 
 
