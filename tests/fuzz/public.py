@@ -287,7 +287,7 @@ def _read_processor(
             raise Refused("a dtype that is not floating")
         doubts.add("a dtype by name")
     device = arguments.get("device")
-    if device is not None and str(device) != "cpu":
+    if device is not None and (isinstance(device, int) or str(device) != "cpu"):
         raise Refused("a device without memory, or none of this machine")
     limit = model.config.text.max_position_embeddings // 2
     if reading.read_int(arguments.get("max_new_tokens", 0), doubts, least=0) > limit:
