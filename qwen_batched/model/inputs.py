@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_batched.arguments import as_int, integer, shown
+from qwen_batched.config import MAX_FRAME_PIXELS
 from qwen_batched.model.geometry import MAX_ASPECT_RATIO
 
 TEXT_NAMES = ("input_ids", "attention_mask", "rope_positions", "camera_ids", "feature_index")
 IMAGE_NAMES = ("pixel_values", "raster_order")
 Resize = str | tuple[int, int] | None
-MAX_PIXELS = 2**31  # of a frame: resizing needs 12 bytes for each
 # Bicubic resizing overshoots by less, so frames that were resized before pass; frames in 0..255 do not.
 FLOAT_RANGE = (-0.5, 1.5)
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -210,7 +210,7 @@ def check_resize(resize: Resize, factor: int) -> Resize:
 
     Raises:
         TypeError: It is not "hf", None or a pair of ints.
-        ValueError: The size is not in multiples of `factor`, or above `MAX_PIXELS`.
+        ValueError: The size is not in multiples of `factor`, or above `MAX_FRAME_PIXELS`.
     """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
@@ -220,8 +220,8 @@ def check_resize(resize: Resize, factor: int) -> Resize:
     height, width = sides
     if any(side < factor or side % factor for side in (height, width)):
         raise ValueError(f"resize must be multiples of {factor} pixels, got {shown((height, width))}")
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"resize must ask for at most 2**31 pixels a frame, got {shown((height, width))}")
+    if height * width > MAX_FRAME_PIXELS:
+        raise ValueError(f"resize must ask for fewer than 2**31 pixels a frame, got {shown((height, width))}")
     return height, width
 
 
