@@ -41,12 +41,11 @@ class Run:
 
     Attributes:
         looked: Whether something else than printing was done with a marked text.
-        timed: Whether the clock was read.
     """
 
     def __init__(self) -> None:
         self.steps, self.bytes = MAX_STEPS, MAX_BYTES
-        self.looked = self.timed = False
+        self.looked = False
 
     def step(self, steps: int = 1) -> None:
         self.steps -= steps

@@ -287,5 +287,4 @@ def _tojson(
 
 
 def _strftime_now(format: str) -> str:
-    current().timed = True
     return datetime.now().strftime(format)
