@@ -170,10 +170,9 @@ class BatchedVisionTransformer(GradientCheckpointing):
             if type(block) is VisionBlock and runs_own_code(block) and not is_watched:
                 update, residual = block.advance(update, residual, groups, whole_image)
             else:
-                stream_TC = update if residual is None else residual + update
-                update, residual = block(stream_TC, groups, whole_image), None
+                update, residual = block(_stream(update, residual), groups, whole_image), None
             if wanted is not None and index in wanted:
-                outputs[index] = update if residual is None else residual + update
+                outputs[index] = _stream(update, residual)
         return (update, residual) if wanted is None else [outputs[index] for index in wanted]
 
     def _in_raster_order(self, x: Tensor, groups: tuple[ImageGroup, ...], patch_rows: int) -> list[Tensor]:
@@ -347,10 +346,10 @@ class BatchedDecoder(GradientCheckpointing):
             if type(block) is DecoderBlock and runs_own_code(block) and not is_watched:
                 update, residual = block.advance(update, residual, context)
             else:
-                stream_TD = update if residual is None else residual + update
+                stream_TD = _stream(update, residual)
                 update, residual = context.take(block(context.place(stream_TD), context)), None
             if index in wanted and index < last:
-                outputs[index] = update if residual is None else residual + update
+                outputs[index] = _stream(update, residual)
         if last in wanted:
             normed, stream = self.norm(update, residual)
             outputs[last] = normed if norm == "post" else stream
@@ -420,3 +419,8 @@ class DecoderAttention(PackingModule):
     def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
         weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
         return [(self._qkv, weights), (self._qkv_bias, biases)]
+
+
+def _stream(update: Tensor, residual: Tensor | None) -> Tensor:
+    """The residual stream, with the addition done that the blocks leave to the next norm."""
+    return update if residual is None else residual + update
