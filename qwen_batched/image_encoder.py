@@ -97,9 +97,9 @@ class ImageEncoder(Trainable):
         def run(*tensors: Tensor) -> Features | list[Features]:
             batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
             inputs = batch["pixel_values"], batch["raster_order"], batch.get("camera_present")
-            if layers is None and chunk_size is None:  # as `embed` calls it: hooks see the same arguments
-                return as_given(self.visual(*inputs), request.as_list)
-            features = self.visual(*inputs, layers=layers, chunk_size=chunk_size)
+            # Without either it is called as `embed` calls it: hooks see the same arguments.
+            options = {} if layers is None and chunk_size is None else {"layers": layers, "chunk_size": chunk_size}
+            features = self.visual(*inputs, **options)
             if layers is None:
                 return as_given(features, request.as_list)
             return [as_given(output, request.as_list) for output in features]
