@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen_batched.arguments import cut, shown
+from qwen_batched.checkpoint import ADAPTER_FILE
 from qwen_batched.files import read_json
 from qwen_batched.weights import published_name
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key, before the name of a module
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MATCH_SECONDS = 0.5  # of a pattern with a name; one that backtracks without end is refused
@@ -121,10 +122,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     from peft import LoraConfig
 
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_FILE
     raw = read_json(file) if file.is_file() else None
     if raw is None:
-        raise ValueError(f"adapter folder {folder} has no {CONFIG_FILE}")
+        raise ValueError(f"adapter folder {folder} has no {ADAPTER_FILE}")
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{file}: an adapter must be LoRA, got peft_type {shown(raw.get('peft_type'))}")
     missing = [name for name in REQUIRED if name not in raw]

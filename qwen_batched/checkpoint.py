@@ -23,6 +23,11 @@ from qwen_batched.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.generation_config import GenerationConfig
 
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+VIDEO_FILE = "video_preprocessor_config.json"
+TEMPLATE_FILE, JSON_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
 # Never a pickle, never code.
 CONFIG_FILES, WEIGHT_FILES = ("*.json", "*.jinja", "merges.txt"), ("*.safetensors",)
 # Written back as they stand: those that one version of transformers writes, another may not read.
@@ -41,15 +46,15 @@ CHECKPOINT_WEIGHTS = re.compile(_WEIGHTS + r"\.(safetensors|bin|h5|msgpack)(\.in
 # processor_config.json and chat_template.json, vLLM tekken.json and the descriptions of quantised weights.
 CHECKPOINT_FILES = {
     *TOKENIZER_FILES,
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
+    CONFIG_FILE,
+    GENERATION_FILE,
+    PREPROCESSOR_FILE,
+    VIDEO_FILE,
+    PROCESSOR_FILE,
     "audio_tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
+    TEMPLATE_FILE,
+    JSON_TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
     "tokenizer.model",
     "tekken.json",
     "quantize_config.json",
@@ -59,9 +64,6 @@ CHECKPOINT_FILES = {
 ADAPTER_FILE = "adapter_config.json"
 DTYPE_NAMES = ("dtype", "torch_dtype")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
-TEMPLATE_FOLDER = "additional_chat_templates"
 # What transformers opens of a folder, whatever it is: nothing of these kinds may be other than a file.
 OPENED_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 
@@ -144,7 +146,7 @@ class Checkpoint:
             generation=read_json(folder / GENERATION_FILE),
             chat_template=_read_chat_template(folder, processor),
             tokenizer=_read_tokenizer_files(folder),
-            video=processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json"),
+            video=processor.get("video_processor") or read_json(folder / VIDEO_FILE),
             preprocessor_file=source,
             stamp=stamp,
         )
@@ -207,11 +209,11 @@ class Checkpoint:
             OSError: A file cannot be written; it is named.
         """
         files = {
-            "config.json": self.config,
+            CONFIG_FILE: self.config,
             # Newer releases of transformers prefer processor_config.json, older ones do not know it.
-            "preprocessor_config.json": self.preprocessor,
-            "video_preprocessor_config.json": self.video,
-            "generation_config.json": self.generation,
+            PREPROCESSOR_FILE: self.preprocessor,
+            VIDEO_FILE: self.video,
+            GENERATION_FILE: self.generation,
         }
         contents = {
             name: json.dumps(content, indent=2, ensure_ascii=False).encode()
@@ -220,7 +222,7 @@ class Checkpoint:
         }
         if self.chat_template is not None:
             # The tokenizer reads it from here too, the processor's chat_template.json it does not.
-            contents["chat_template.jinja"] = self.chat_template.encode()
+            contents[TEMPLATE_FILE] = self.chat_template.encode()
         for name, data in {**self.tokenizer, **contents}.items():
             write_file(folder / name, data)
 
@@ -314,13 +316,13 @@ def _read_tokenizer_files(folder: Path) -> dict[str, bytes]:
 def _read_chat_template(folder: Path, processor: dict[str, Any]) -> str | None:
     """The processor's template: of chat_template.jinja and additional_chat_templates/, else of its JSON files."""
     templates = {path.stem: read_text(path) for path in _template_files(folder)}
-    jinja = read_text(folder / "chat_template.jinja")
+    jinja = read_text(folder / TEMPLATE_FILE)
     if jinja is not None or "default" in templates:
         return templates["default"] if jinja is None else jinja
     json_file = folder / PROCESSOR_FILE
     template = processor.get("chat_template")
     if template is None:
-        json_file = folder / "chat_template.json"
+        json_file = folder / JSON_TEMPLATE_FILE
         template = (read_json(json_file) or {}).get("chat_template")
     if isinstance(template, list) and all(isinstance(named, dict) for named in template):
         template = {named.get("name"): named.get("template") for named in template}

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.adapter_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
+from qwen_batched.adapter_files import PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
 from qwen_batched.arguments import cut, shown
 from qwen_batched.atomic_save import naming, replacing
-from qwen_batched.checkpoint import find_folder
+from qwen_batched.checkpoint import ADAPTER_FILE, find_folder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.weights import nested_name, published_name, write_tensors
 
@@ -127,14 +127,14 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
     if front and config.trainable_token_indices is not None and model.has_tied_head:
         raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
-    weights = {PREFIX + nested_name(key.removeprefix(front)): tensor.contiguous() for key, tensor in state.items()}
+    weights = {PREFIX + nested_name(key.removeprefix(front)): tensor for key, tensor in state.items()}
     _write(folder, config, weights)
 
 
 def _write(folder: str | Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
     """All of it or nothing; what another adapter has left in the folder goes, other files stay."""
-    with replacing(folder, stale=lambda name: name.startswith("adapter_model."), last=CONFIG_FILE) as staged:
-        with naming(staged / CONFIG_FILE):
+    with replacing(folder, stale=lambda name: name.startswith("adapter_model."), last=ADAPTER_FILE) as staged:
+        with naming(staged / ADAPTER_FILE):
             config.save_pretrained(str(staged))
         write_tensors(staged / WEIGHTS_FILE, weights)
 
@@ -200,12 +200,12 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
             setattr(config, field, {theirs(name) for name in names if matches(pattern, theirs(name))})
     meant, there = {name for name in names if check_target_module_exists(config, theirs(name))}, set(layers.values())
     if meant - there:
-        raise ValueError(f"{WEIGHTS_FILE} misses layers that {CONFIG_FILE} names: {shown(sorted(meant - there))}")
+        raise ValueError(f"{WEIGHTS_FILE} misses layers that {ADAPTER_FILE} names: {shown(sorted(meant - there))}")
     extra = there - meant
     if settings.get("ensure_weight_tying"):
         extra.discard("lm_head")  # it has the embedding's adapter
     if extra:
-        raise ValueError(f"{WEIGHTS_FILE} has layers that {CONFIG_FILE} does not name: {shown(sorted(extra))}")
+        raise ValueError(f"{WEIGHTS_FILE} has layers that {ADAPTER_FILE} does not name: {shown(sorted(extra))}")
 
     def modules(entry: str) -> list[str]:
         return [name for name in names if theirs(name).endswith(entry)]
@@ -219,7 +219,7 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
     rows = model.config.text.vocab_size
     lists = indices.values() if isinstance(indices, dict) else [indices or []]
     if any(index >= rows for ids in lists for index in ids):
-        raise ValueError(f"{CONFIG_FILE}: trainable_token_indices must be below the vocabulary's {rows}")
+        raise ValueError(f"{ADAPTER_FILE}: trainable_token_indices must be below the vocabulary's {rows}")
     return config
 
 

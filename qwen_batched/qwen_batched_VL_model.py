@@ -186,7 +186,7 @@ class QwenBatchedVL(ImageEncoder):
             min_pixels=image.min_pixels,
             max_pixels=image.max_pixels,
         )
-        with replacing(folder, stale=is_checkpoint_file, last="config.json") as staged:
+        with replacing(folder, stale=is_checkpoint_file, last=CONFIG_FILE) as staged:
             checkpoint.write(staged)
             save_weights(tensors, staged)
         warn_of_adapter(Path(folder))
