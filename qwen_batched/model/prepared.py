@@ -121,7 +121,7 @@ def check_prepared_alone(
     if unknown:
         raise TypeError(f"forward() got unexpected arguments {unknown}")
     if MARKER not in batch:
-        if IMAGE_NAMES[1] in batch and "input_ids" not in batch:
+        if "raster_order" in batch and "input_ids" not in batch:
             raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
         if EARLIER_NAMES & batch:
             raise ValueError(
