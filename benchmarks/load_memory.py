@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from qwen_batched import BatchedVisionTransformer, QwenBatchedVL, weights
+from qwen_batched import BatchedVisionTransformer, QwenBatchedVL
+from qwen_batched.checkpoint import weights
 from qwen_batched.testing import PRESETS, write_checkpoint
 
 GB = 10**9

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
-from qwen_batched.config import VisionConfig
+from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.model.geometry import split_into_passes
 from qwen_batched.transformers_reference import TransformersReference
 

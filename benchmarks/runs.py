@@ -22,7 +22,7 @@ from measure import Goal, note, print_table
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.model.prompt import PromptEncoder
+from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.testing import write_checkpoint
 
 SENTENCE = "pick up the red cube and put it into the box on the left, then open the drawer and move the arm to the sink"

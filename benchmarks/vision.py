@@ -37,7 +37,7 @@ from peers import TowerInputs
 from torch import Tensor, nn
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.config import VisionConfig
+from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.model.geometry import smart_resize
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference

@@ -19,7 +19,7 @@ from peers import COMPILED_WARM_UP, TowerInputs, compiled_tower, precomputed_geo
 from torch import Tensor, nn
 from transformers.utils import is_torchvision_available
 
-from qwen_batched.config import TextConfig, VisionConfig
+from qwen_batched.checkpoint.config import TextConfig, VisionConfig
 from qwen_batched.transformers_reference import TransformersReference
 
 

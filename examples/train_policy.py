@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.adapters.lerobot import from_lerobot
+from qwen_batched.integrations.lerobot import from_lerobot
 from qwen_batched.testing import write_checkpoint
 
 SAMPLES_PER_BATCH = 48  # when measuring

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_batched.arguments import shown
-from qwen_batched.head import last_tokens
-from qwen_batched.model.kv_cache import KVCache
-from qwen_batched.model.layers import apply_linear
+from qwen_batched.inputs.prompt import PromptEncoder
+from qwen_batched.linear.apply import apply_linear
+from qwen_batched.model.attention import KVCache
+from qwen_batched.model.head import last_tokens
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
-from qwen_batched.model.prompt import PromptEncoder
 from qwen_batched.outputs import GenerateOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 

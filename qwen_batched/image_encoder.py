@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.inputs.checks import Resize, check_chunk_size, check_given, resolve_layers
+from qwen_batched.inputs.request import Request
 from qwen_batched.model.embedding import Features, as_given
-from qwen_batched.model.inputs import Resize, check_chunk_size, check_given, resolve_layers
-from qwen_batched.model.request import Request
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.training import Trainable
+from qwen_batched.training.api import Trainable
 
 
 class ImageEncoder(Trainable):

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.adapter_files import PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
 from qwen_batched.arguments import cut, shown
-from qwen_batched.atomic_save import naming, replacing
-from qwen_batched.checkpoint import ADAPTER_FILE, find_folder
+from qwen_batched.checkpoint.atomic_save import naming, replacing
+from qwen_batched.checkpoint.folder import ADAPTER_FILE, find_folder
+from qwen_batched.checkpoint.weights import nested_name, published_name, write_tensors
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
-from qwen_batched.weights import nested_name, published_name, write_tensors
+from qwen_batched.training.adapter_files import PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from qwen_batched.config import QwenVLConfig
-from qwen_batched.model.inputs import Resize
-from qwen_batched.model.prompt import PromptEncoder
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.checkpoint.weights import resolve_device
+from qwen_batched.inputs.checks import Resize
+from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.testing import default_checkpoint
-from qwen_batched.weights import resolve_device
 
 STAGES = ("resize, patches", "vision tower", "prompt layout, placing features", "decoder")
 PIXELS, VISION, PLACING, DECODER = STAGES

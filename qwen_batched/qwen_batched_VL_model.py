@@ -11,31 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
-from qwen_batched.atomic_save import replacing
-from qwen_batched.checkpoint import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
-from qwen_batched.config import QwenVLConfig
-from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.head import answer_loss, last_tokens
-from qwen_batched.image_encoder import ImageEncoder
-from qwen_batched.loading import Device, ModelOptions, read_options
-from qwen_batched.model.embedding import embed
-from qwen_batched.model.inputs import (
-    Resize,
-    check_given,
-    check_hidden_states,
-    check_logits,
-    check_norm,
-    resolve_layers,
-)
-from qwen_batched.model.layers import apply_linear
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
-from qwen_batched.model.packed import pack
-from qwen_batched.model.prepared import HostFacts, check_prepared_alone, restore
-from qwen_batched.model.tensor_processor import TensorProcessor
-from qwen_batched.outputs import GenerateOutput, VLOutput
-from qwen_batched.plain_modules import check_placement
-from qwen_batched.runtime.cuda_graphs import CudaGraphs
-from qwen_batched.weights import (
+from qwen_batched.checkpoint.atomic_save import replacing
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
+from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
+from qwen_batched.checkpoint.weights import (
     EMBEDDING_NAME,
     HEAD_NAME,
     build_on_meta,
@@ -44,6 +24,26 @@ from qwen_batched.weights import (
     unread_layers,
     whole_tensors,
 )
+from qwen_batched.generation import Decoding, Sampling, generate_texts
+from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.inputs.checks import (
+    Resize,
+    check_given,
+    check_hidden_states,
+    check_logits,
+    check_norm,
+    resolve_layers,
+)
+from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
+from qwen_batched.linear.apply import apply_linear
+from qwen_batched.linear.packed import pack
+from qwen_batched.model.embedding import embed
+from qwen_batched.model.head import answer_loss, last_tokens
+from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
+from qwen_batched.runtime.fast_path import check_placement
 
 
 class QwenBatchedVL(ImageEncoder):

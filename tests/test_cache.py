@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qwen_batched.cache import LRUCache, hold_values
+from qwen_batched.runtime.lru_cache import LRUCache, hold_values
 
 
 def table():

@@ -15,8 +15,8 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.deviation import __main__ as tool
 from qwen_batched.deviation import batch_effect, bounds, cases, comparison, memory
 from qwen_batched.deviation.measures import Continuation, Distance, Equality
-from qwen_batched.kernels.segments import Run
-from qwen_batched.model import geometry, modeling_qwen2_5_vl_batched, tensor_processor
+from qwen_batched.model import decoder, geometry, tensor_processor
+from qwen_batched.ops.segments import Run
 from qwen_batched.transformers_reference import TransformersReference
 
 SIZE = (140, 252)  # full windows side by side, and windows cut off at both edges
@@ -332,7 +332,7 @@ def vision_frequencies_off_by_one(monkeypatch):
 def decoder_frequencies_off_by_one(monkeypatch):
     right = geometry.decoder_frequencies
     monkeypatch.setattr(
-        modeling_qwen2_5_vl_batched,
+        decoder,
         "decoder_frequencies",
         lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim),
     )

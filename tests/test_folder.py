@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, TensorProcessor
-from qwen_batched.checkpoint import Checkpoint
-from qwen_batched.config import MAX_FRAME_PIXELS, QwenVLConfig
-from qwen_batched.generation_config import HARMLESS, NEUTRAL, GenerationConfig
+from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS, QwenVLConfig
+from qwen_batched.checkpoint.folder import Checkpoint
+from qwen_batched.checkpoint.generation_config import HARMLESS, NEUTRAL, GenerationConfig
 from qwen_batched.model.geometry import decoder_frequencies, smart_resize
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference

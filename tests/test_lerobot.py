@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen_batched.adapters.lerobot import from_lerobot
+from qwen_batched.integrations.lerobot import from_lerobot
 from tests.support import photos
 
 CAMERAS = ["front", "wrist"]

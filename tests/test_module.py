@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.cache import LRUCache
+from qwen_batched.runtime.lru_cache import LRUCache
 from tests.support import assert_equal_to, noise, photos, relative_error
 
 FRAMES = photos(2, 2, 56, 84)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.kernels import ops
+from qwen_batched import QwenBatchedVL, TensorProcessor, ops
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 

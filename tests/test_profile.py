@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from qwen_batched import ops
 from qwen_batched import profile as tool
-from qwen_batched.kernels import ops
 from tests.support import noise
 
 QUICK = ("--device", "cpu", "--calls", "4", "--hz", "1000", "--tflops", "2", "--gbps", "50", "--size", "56")

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.atomic_save import JOURNAL, LOCK, NEW, OLD, STAGING, recover, replacing, write_file
-from qwen_batched.checkpoint import is_checkpoint_file
+from qwen_batched.checkpoint.atomic_save import JOURNAL, LOCK, NEW, OLD, STAGING, recover, replacing, write_file
+from qwen_batched.checkpoint.folder import is_checkpoint_file
 from qwen_batched.testing import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,7 +272,7 @@ def test_an_exception_in_the_middle_leaves_the_old_checkpoint_and_nothing_else(m
     if part == "weights":
         monkeypatch.setattr("qwen_batched.qwen_batched_VL_model.save_weights", stop)
     else:
-        monkeypatch.setattr("qwen_batched.checkpoint.write_file", stop)
+        monkeypatch.setattr("qwen_batched.checkpoint.folder.write_file", stop)
     with pytest.raises(error):
         models["A"].save_pretrained(old)
     assert stop.called and files(old) == before
@@ -566,7 +566,8 @@ def test_a_folder_is_read_as_it_was_while_a_save_is_under_way(models, old, monke
 
 @pytest.mark.parametrize("part", ["model", "visual", "decoder"])
 def test_a_folder_saved_over_while_it_is_loaded_is_never_a_mixture(models, old, monkeypatch, part):
-    from qwen_batched import BatchedDecoder, BatchedVisionTransformer, weights
+    from qwen_batched import BatchedDecoder, BatchedVisionTransformer
+    from qwen_batched.checkpoint import weights
 
     reader = {"model": QwenBatchedVL, "visual": BatchedVisionTransformer, "decoder": BatchedDecoder}[part]
     read, saved = weights._read, []

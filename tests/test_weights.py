@@ -15,9 +15,10 @@ from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, TensorProcessor, testing, weights
-from qwen_batched.checkpoint import Checkpoint
-from qwen_batched.config import QwenVLConfig
+from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, TensorProcessor, testing
+from qwen_batched.checkpoint import weights
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.checkpoint.folder import Checkpoint
 from qwen_batched.testing import random_tensor, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
@@ -660,18 +661,18 @@ def test_a_preprocessor_that_is_not_implemented_is_refused(folder, name):
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "depth"])
 def test_an_absurd_depth_is_refused_before_its_blocks_are_built(folder, monkeypatch, field):
-    from qwen_batched.model import modeling_qwen2_5_vl_batched as modeling
+    from qwen_batched.model import decoder, vision
 
-    for name in ("VisionBlock", "DecoderBlock"):
+    for module, name in ((vision, "VisionBlock"), (decoder, "DecoderBlock")):
         built = Counter()
-        block = getattr(modeling, name)
+        block = getattr(module, name)
 
         def count(*args, block=block, built=built):
             built["blocks"] += 1
             assert built["blocks"] < 1000, "a thousand blocks were built of a checkpoint that has a handful"
             return block(*args)
 
-        monkeypatch.setattr(modeling, name, count)
+        monkeypatch.setattr(module, name, count)
     edit_json(
         folder / "config.json",
         lambda config: (config if field in config else config["vision_config"]).update({field: 10**5}),

@@ -18,7 +18,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from qwen_batched.checkpoint import find_folder
+from qwen_batched.checkpoint.folder import find_folder
+from qwen_batched.checkpoint.weights import resolve_device
 from qwen_batched.deviation import batch_effect, cases, report
 from qwen_batched.deviation.bounds import misses
 from qwen_batched.deviation.cases import Case, Size
@@ -26,11 +27,10 @@ from qwen_batched.deviation.comparison import Plan, compare
 from qwen_batched.deviation.memory import Needs, check_frames
 from qwen_batched.deviation.plot import draw
 from qwen_batched.deviation.stages import Stages
-from qwen_batched.kernels.ops import PILLOW, TORCHVISION
 from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.ops import PILLOW, TORCHVISION
 from qwen_batched.testing import PRESETS, WEIGHTS, default_checkpoint, write_checkpoint
 from qwen_batched.transformers_reference import check_reference_version
-from qwen_batched.weights import resolve_device
 
 SIZES = ((224, 224), (252, 252), (252, 308), (476, 644))
 CAMERAS = BATCH = 2

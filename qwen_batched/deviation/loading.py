@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from qwen_batched.kernels.ops import TORCHVISION
+from qwen_batched.ops import TORCHVISION
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.transformers_reference import TransformersReference
 

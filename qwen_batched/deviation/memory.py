@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from qwen_batched.config import QwenVLConfig
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.deviation.cases import Case
 from qwen_batched.deviation.stages import Stages
 from qwen_batched.model.tensor_processor import TensorProcessor
-from qwen_batched.weights import find_tensors
 
 # Kernels, cuBLAS and the allocator's rounding; over a case's stages, what exists besides them for a while.
 WORKSPACE = {"cuda": 2e9, "cpu": 0.2e9}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen_batched.config import QwenVLConfig
-from qwen_batched.model.inputs import resolve_layers
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs.checks import resolve_layers
 
 PIXELS, PATCHES, FEATURES = "pixels", "patch embedding", "merger"
 TOKENS, POSITIONS, EMBEDDINGS = "token ids", "rope positions", "embeddings"

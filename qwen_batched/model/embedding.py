@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.inputs.sequence import place_features
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
-from qwen_batched.model.sequence import place_features
-from qwen_batched.process_group import is_waited_for
+from qwen_batched.training.process_groups import is_waited_for
 
 Features = Tensor | list[Tensor]
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from qwen_batched.config import MAX_FRAME_PIXELS, TextConfig, VisionConfig, Yarn
-from qwen_batched.kernels.segments import Run, Segments
+from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS, TextConfig, VisionConfig, Yarn
+from qwen_batched.ops.segments import Run, Segments
 
 MAX_ASPECT_RATIO = 200
 MAX_REDUCTION_ON_GPU = 64

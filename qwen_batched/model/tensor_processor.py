@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched import ops
 from qwen_batched.arguments import as_int, shown
-from qwen_batched.cache import LRUCache
-from qwen_batched.checkpoint import Checkpoint, naming
-from qwen_batched.config import ImageConfig, QwenVLConfig
-from qwen_batched.kernels import ops
-from qwen_batched.loading import ProcessorOptions, read_options
-from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
-from qwen_batched.model.host_copies import copied, copy_to
-from qwen_batched.model.inputs import (
+from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
+from qwen_batched.checkpoint.folder import Checkpoint, naming
+from qwen_batched.checkpoint.options import ProcessorOptions, read_options
+from qwen_batched.checkpoint.weights import resolve_device
+from qwen_batched.inputs.checks import (
     Resize,
     check_camera_mask,
     check_device,
@@ -35,13 +33,15 @@ from qwen_batched.model.inputs import (
     check_texts,
     check_unicode,
 )
-from qwen_batched.model.prepared import HostFacts, prepare
-from qwen_batched.model.prompt import PromptEncoder, load_tokenizer
-from qwen_batched.model.prompt_rows import PromptRows, TextCall
-from qwen_batched.model.request import Grid, Request
-from qwen_batched.model.resample_backend import resolve_resample_backend
-from qwen_batched.model.sequence import Sequences, expand_prompts, label_answers
-from qwen_batched.weights import resolve_device
+from qwen_batched.inputs.prepared import HostFacts, prepare
+from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
+from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
+from qwen_batched.inputs.request import Grid, Request
+from qwen_batched.inputs.resample_backend import resolve_resample_backend
+from qwen_batched.inputs.sequence import Sequences, expand_prompts, label_answers
+from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
+from qwen_batched.runtime.host_copies import copied, copy_to
+from qwen_batched.runtime.lru_cache import LRUCache
 
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 

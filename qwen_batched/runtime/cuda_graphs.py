@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from qwen_batched.cache import hold_values
-from qwen_batched.kernels import ops
+from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import Uses
+from qwen_batched.runtime.lru_cache import hold_values
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
 Outputs = Tensor | list["Outputs"] | None
@@ -201,7 +201,7 @@ class CapturedCall:
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
-            with hold_values() as self.tables, arena.capture() as self.graph, ops.reading_ahead():
+            with hold_values() as self.tables, arena.capture() as self.graph, backend.reading_ahead():
                 self.outputs = function(*self.inputs)
 
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:
@@ -312,7 +312,7 @@ def _numerics() -> tuple[Hashable, ...]:
     """Settings outside a call's arguments that choose its kernels."""
     matmul = torch.backends.cuda.matmul
     return (
-        ops.backend(),
+        backend.backend(),
         (torch.backends.fp32_precision, matmul.fp32_precision) if NAMED_PRECISIONS else matmul.allow_tf32,
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,

@@ -7,7 +7,7 @@ from operator import is_
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from qwen_batched.plain_modules import has_lent_parameters, hooks_of, is_plain
+from qwen_batched.runtime.fast_path import has_lent_parameters, hooks_of, is_plain
 
 OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
 

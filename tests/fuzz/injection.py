@@ -15,8 +15,8 @@ from random import Random
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from qwen_batched.model.chat_template import ANSWER_MARK, SYSTEM_MARK, TEXT_MARK
-from qwen_batched.model.prompt import IMAGE, PromptEncoder
+from qwen_batched.inputs.chat_template import ANSWER_MARK, SYSTEM_MARK, TEXT_MARK
+from qwen_batched.inputs.prompt import IMAGE, PromptEncoder
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
 # A chat template that looks at its text takes another way through the encoder.

@@ -35,8 +35,8 @@ from torch import Tensor
 
 import qwen_batched
 from qwen_batched import QwenBatchedVL
-from qwen_batched.atomic_save import STAGING
-from qwen_batched.cache import LRUCache
+from qwen_batched.checkpoint.atomic_save import STAGING
+from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.testing import write_checkpoint
 from tests.fuzz import watch
 from tests.fuzz.injection import Injection

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.model.prepared import HostFacts
+from qwen_batched.inputs.prepared import HostFacts
 from tests.fuzz import reading
 from tests.fuzz.comparison import Wrong, compare_values
 from tests.fuzz.mutation import mutate, odd_version

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.config import QwenVLConfig, VisionConfig
-from qwen_batched.model.prepared import HostFacts
+from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
+from qwen_batched.inputs.prepared import HostFacts
 from tests.fuzz.reading import Doubts, Refused, read_tensor
 
 NO_LABEL = -100

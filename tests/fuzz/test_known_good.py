@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.cache import LRUCache
-from qwen_batched.model.vocabulary import Vocabulary
+from qwen_batched.inputs.vocabulary import Vocabulary
+from qwen_batched.runtime.lru_cache import LRUCache
 from tests.fuzz.known_good import KnownGood
 
 FORWARD = QwenBatchedVL.forward

@@ -19,11 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import qwen_batched.kernels.triton as package
-from qwen_batched.kernels.segments import Run
-from qwen_batched.kernels.triton import launch, launchers
-from qwen_batched.kernels.triton.rotary import rotary
+import qwen_batched.ops.triton as package
 from qwen_batched.model.geometry import resize_axis
+from qwen_batched.ops.segments import Run
+from qwen_batched.ops.triton import launch, launchers
+from qwen_batched.ops.triton.rotary import rotary
 
 # Name, compute capability, dtypes, and whether kernels start early where the GPU can (see `launch.launch_options`). No
 # dtype on every target: an attention kernel compiles for a second or two.

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.kernels import adapted_linear, ops, reference
-from qwen_batched.kernels.low_rank import LowRankUpdate
+from qwen_batched import ops
+from qwen_batched.ops import adapted_linear, reference
+from qwen_batched.ops.low_rank import LowRankUpdate
 from tests.support import assert_equal_to, relative_error
 
 BFLOAT16_STEP = 2**-8

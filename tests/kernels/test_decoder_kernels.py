@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from qwen_batched.kernels import ops, reference
+from qwen_batched import ops
+from qwen_batched.ops import reference
 from tests.kernels.support import assert_kernel_is_right, normal, rope_tables
 
-launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
-module = pytest.importorskip("qwen_batched.kernels.triton.decode_attention")
+launchers = pytest.importorskip("qwen_batched.ops.triton.launchers", reason="needs Triton")
+module = pytest.importorskip("qwen_batched.ops.triton.decode_attention")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.kernels import reference
-from qwen_batched.kernels.reference import NO_TOKEN
+from qwen_batched.ops import reference
+from qwen_batched.ops.reference import NO_TOKEN
 
-launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
+launchers = pytest.importorskip("qwen_batched.ops.triton.launchers", reason="needs Triton")
 
 IMAGE, PAD = 151655, 3
 FIELDS = "input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"

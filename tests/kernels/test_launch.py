@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from qwen_batched.kernels import reference
+from qwen_batched.ops import reference
 from tests.kernels.support import normal
 from tests.support import relative_error
 
-launch = pytest.importorskip("qwen_batched.kernels.triton.launch", reason="needs Triton")
-launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
+launch = pytest.importorskip("qwen_batched.ops.triton.launch", reason="needs Triton")
+launchers = pytest.importorskip("qwen_batched.ops.triton.launchers", reason="needs Triton")
 
 
 class Kernel:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from qwen_batched.kernels import ops, reference
-from qwen_batched.kernels.segments import Run, Segments
+from qwen_batched import ops
+from qwen_batched.ops import reference
+from qwen_batched.ops.segments import Run, Segments
 from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise, photo, relative_error
 
 # Float64 sums of a few thousand terms in another order.

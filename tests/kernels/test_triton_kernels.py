@@ -16,15 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qwen_batched.config import VisionConfig
-from qwen_batched.kernels import backend, ops, reference
-from qwen_batched.kernels.segments import Run, Segments
+from qwen_batched import ops
+from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.model.geometry import make_vision_plan, resize_axis
+from qwen_batched.ops import reference
+from qwen_batched.ops.segments import Run, Segments
+from qwen_batched.runtime import backend
 from tests.kernels.support import assert_kernel_is_right, normal, rope_tables
 from tests.support import FLOAT32_TOLERANCE, assert_equal_to, noise, relative_error
 
-launchers = pytest.importorskip("qwen_batched.kernels.triton.launchers", reason="needs Triton")
-rotary = pytest.importorskip("qwen_batched.kernels.triton.rotary").rotary
+launchers = pytest.importorskip("qwen_batched.ops.triton.launchers", reason="needs Triton")
+rotary = pytest.importorskip("qwen_batched.ops.triton.rotary").rotary
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 
 # Sums of the same products in another order: values within about 1e-6 of a half may round to the other side. A small
@@ -102,7 +104,7 @@ def test_the_gradient_of_add_rms_norm_equals_autograds_at_real_shapes(shape, dty
 
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_the_gradient_of_add_rms_norm_is_right_where_programs_have_several_rows(rows, where, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("qwen_batched.kernels.triton.add_rms_norm"), "PROGRAMS", 3)
+    monkeypatch.setattr(importlib.import_module("qwen_batched.ops.triton.add_rms_norm"), "PROGRAMS", 3)
     check_add_rms_norm_backward((rows, 16), True, where)
 
 
@@ -540,7 +542,7 @@ def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
 @pytest.mark.parametrize(("before", "after"), [((34, 3), (2, 4)), ((6, 34), (8, 2))], ids=str)
 def test_many_taps_are_right_in_a_loop_and_unrolled(before, after, frame_dtype, limit, where, monkeypatch):
     """A side of 34 shrunk to 2 takes 34 taps, more than are unrolled; the other side takes few."""
-    module = importlib.import_module("qwen_batched.kernels.triton.frames_to_patches")
+    module = importlib.import_module("qwen_batched.ops.triton.frames_to_patches")
     few, many = sorted(resize_axis(*side, torch.device("cpu"))[1].shape[0] for side in zip(before, after, strict=True))
     assert few <= module.MAX_UNROLLED_TAPS < many
     if limit is not None:
@@ -1262,7 +1264,7 @@ class Recorder:
 
 @pytest.mark.parametrize("name", LARGE_LAUNCHES)
 def test_what_grows_with_the_input_is_the_first_side_of_a_grid(name, monkeypatch):
-    module = importlib.import_module(f"qwen_batched.kernels.triton.{name}")
+    module = importlib.import_module(f"qwen_batched.ops.triton.{name}")
     kernels = [key for key, value in vars(module).items() if isinstance(value, KernelInterface)]
     recorder = Recorder()
     for kernel in kernels:

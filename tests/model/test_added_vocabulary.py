@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.model.prompt import IMAGE, PromptEncoder
-from qwen_batched.model.vocabulary import CONTROL_TOKENS
+from qwen_batched.inputs.prompt import IMAGE, PromptEncoder
+from qwen_batched.inputs.vocabulary import CONTROL_TOKENS
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE, write_checkpoint
 
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")

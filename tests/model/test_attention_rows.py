@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.model.attention_rows import AttentionRows, back_to_back
+from qwen_batched.model.attention import AttentionRows, back_to_back
 from tests.support import assert_equal_to, own_tokens, photos
 
 TEXTS = ["Pick up the red block.", "a", "open the top drawer\n" * 6]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.cache import LRUCache
+from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.testing import write_checkpoint
 from tests.support import assert_equal_to, noise, own_tokens, photos
 

@@ -17,9 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import TensorProcessor
-from qwen_batched.model.chat_template import ChatTemplate
-from qwen_batched.model.prompt import IMAGE
-from qwen_batched.model.template_sandbox import TemplateEnvironment
+from qwen_batched.inputs.chat_template import ChatTemplate
+from qwen_batched.inputs.prompt import IMAGE
+from qwen_batched.inputs.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -304,7 +304,7 @@ def test_too_many_slots_for_a_mask_on_the_device_are_refused(model, monkeypatch)
 
 
 def call_of(processor, template, cameras):
-    from qwen_batched.model.prompt_rows import TextCall
+    from qwen_batched.inputs.prompt_rows import TextCall
 
     grids, text = ((1, 1),) * cameras, processor.config.text
     return TextCall(processor.prompts, text, ["a"], None, template, None, grids, 0, torch.device("cpu"))
@@ -383,7 +383,7 @@ def test_a_template_that_prints_the_time_is_not_taken_from_the_cache(model, monk
     processor.prompts.chat_template = "{{ strftime_now('%Y') }}" + CHAT_TEMPLATE
     now = {"year": "2025"}
     clock = type("Clock", (), {"now": staticmethod(lambda: type("Now", (), {"strftime": lambda _, f: now["year"]})())})
-    monkeypatch.setattr("qwen_batched.model.template_sandbox.datetime", clock)
+    monkeypatch.setattr("qwen_batched.inputs.template_sandbox.datetime", clock)
     decode = lambda: processor.prompts.tokenizer.decode(processor(None, ["a"])["input_ids"][0])  # noqa: E731
     assert decode().startswith("2025")
     now["year"] = "2026"

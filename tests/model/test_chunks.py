@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qwen_batched.model import geometry
-from qwen_batched.model import modeling_qwen2_5_vl_batched as modeling
+from qwen_batched.model import vision as modeling
 from tests.support import assert_equal_to, photos
 
 # Products over fewer rows may sum in another order.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from qwen_batched.config import VisionConfig
+from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.model import geometry
 from qwen_batched.model.geometry import make_vision_plan, resize_axis, smart_resize, split_into_passes
 from tests.support import assert_equal_to

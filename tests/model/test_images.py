@@ -15,8 +15,8 @@ from packaging.version import Version
 from PIL import Image
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.cache import LRUCache
-from qwen_batched.model import host_copies
+from qwen_batched.runtime import host_copies
+from qwen_batched.runtime.lru_cache import LRUCache
 from tests.support import SIZES, assert_equal_to, noise, photo, photos
 
 RELEASE = Version(transformers.__version__).release

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_batched.model.layers import apply_linear
-from qwen_batched.model.lora_layers import take_apart
+from qwen_batched.linear.apply import apply_linear
+from qwen_batched.linear.lora import take_apart
 from tests.support import assert_equal_to, photos, relative_error
 
 peft = pytest.importorskip("peft")

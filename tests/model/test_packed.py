@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.config import TextConfig
-from qwen_batched.model.layers import SwiGLU
-from qwen_batched.model.modeling_qwen2_5_vl_batched import DecoderAttention
-from qwen_batched.model.packed import PackedParameters, PackingModule, pack, unpack
+from qwen_batched.checkpoint.config import TextConfig
+from qwen_batched.linear.packed import PackedParameters, PackingModule, pack, unpack
+from qwen_batched.model.decoder import DecoderAttention
+from qwen_batched.model.parts.mlps import SwiGLU
 from tests.support import Scaled, assert_equal_to, photos
 
 # The packed product sums the same terms in another order.

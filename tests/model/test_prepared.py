@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from qwen_batched.model import inputs, prepared
-from qwen_batched.model.prepared import HostFacts
+from qwen_batched.inputs import checks as inputs
+from qwen_batched.inputs import prepared
+from qwen_batched.inputs.prepared import HostFacts
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
 SETTINGS = settings(max_examples=20, deadline=None)

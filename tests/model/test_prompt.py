@@ -10,8 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qwen_batched import QwenBatchedVL
-from qwen_batched.kernels import ops
+from qwen_batched import QwenBatchedVL, ops
 from qwen_batched.testing import ADDED_TOKENS, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 from tests.support import assert_equal_to, own_tokens, photos, relative_error

@@ -18,8 +18,8 @@ from packaging.version import Version
 from transformers import AutoImageProcessor
 
 from qwen_batched import QwenBatchedVL, TensorProcessor, transformers_reference
-from qwen_batched.model import resample_backend
-from qwen_batched.model.resample_backend import resolve_resample_backend
+from qwen_batched.inputs import resample_backend
+from qwen_batched.inputs.resample_backend import resolve_resample_backend
 from tests.support import noise
 
 # Where the two libraries round most values of these frames differently.

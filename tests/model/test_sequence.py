@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.kernels.ops import NO_TOKEN
-from qwen_batched.model.prompt_rows import TextCall
-from qwen_batched.model.request import Request
-from qwen_batched.model.sequence import expand_prompts
+from qwen_batched.inputs.prompt_rows import TextCall
+from qwen_batched.inputs.request import Request
+from qwen_batched.inputs.sequence import expand_prompts
+from qwen_batched.ops import NO_TOKEN
 from tests.support import assert_equal_to, photos
 
 SETTINGS = settings(max_examples=60, deadline=None)

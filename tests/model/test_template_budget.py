@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen_batched import TensorProcessor
-from qwen_batched.model.template_budget import MAX_SOURCE, TemplateBudgetError, bounded
-from qwen_batched.model.template_sandbox import TemplateEnvironment
+from qwen_batched.inputs.template_budget import MAX_SOURCE, TemplateBudgetError, bounded
+from qwen_batched.inputs.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import CHAT_TEMPLATE
 
 MAX_SECONDS, MAX_BYTES = 20, 2 << 30

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.kernels import reference as reference_ops
+from qwen_batched.ops import reference as reference_ops
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import SIZES, assert_equal_to, noise, own_tokens, photos

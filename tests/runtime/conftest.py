@@ -64,7 +64,7 @@ def fake(monkeypatch):
             def on_zeros(*buffers):
                 """A capture runs nothing. Here outputs must be made, from something harmless; without them, nothing."""
                 with monkeypatch.context() as patch:  # nor can anything be read
-                    patch.setattr("qwen_batched.model.inputs.can_read", lambda *tensors: False)
+                    patch.setattr("qwen_batched.inputs.checks.can_read", lambda *tensors: False)
                     return function(*(buffer.zero_() for buffer in buffers)) if buffers else None
 
             super().__init__(on_zeros, inputs, arena)

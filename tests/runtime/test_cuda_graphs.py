@@ -12,7 +12,8 @@ import warnings
 import pytest
 import torch
 
-from qwen_batched.kernels import backend, ops
+from qwen_batched import ops
+from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import USES_THAT_REPAY
 from qwen_batched.runtime.cuda_graphs import Arena
 from tests.support import Scaled, assert_equal_to, photos

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding
-from qwen_batched.generation_config import GenerationConfig
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 

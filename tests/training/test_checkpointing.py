@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL
-from qwen_batched.kernels import ops
+from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, ops
 from tests.support import assert_equal_to, photos
 from tests.training.gradients import gradients, photos_as_floats, probe_loss
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qwen_batched.head
+import qwen_batched.model.head
 from qwen_batched import QwenBatchedVL
-from qwen_batched.model.prepared import prepare
-from qwen_batched.model.prompt_rows import TextCall
-from qwen_batched.model.request import Request
-from qwen_batched.model.sequence import NO_LABEL
+from qwen_batched.inputs.prepared import prepare
+from qwen_batched.inputs.prompt_rows import TextCall
+from qwen_batched.inputs.request import Request
+from qwen_batched.inputs.sequence import NO_LABEL
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, own_tokens, photos
@@ -325,7 +325,7 @@ def test_the_logits_of_all_tokens_are_never_there(load, monkeypatch, frozen_deco
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     whole = model(images, TEXTS, targets=TARGETS).loss
     expected = torch.autograd.grad(whole, parameters)
-    monkeypatch.setattr(qwen_batched.head, "TOKENS_PER_CHUNK", 5)
+    monkeypatch.setattr(qwen_batched.model.head, "TOKENS_PER_CHUNK", 5)
     assert tokens > 10
     kept = []
 

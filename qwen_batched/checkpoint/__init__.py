@@ -1,0 +1,1 @@
+"""A checkpoint folder: files to dataclasses and tensors, and back."""

@@ -1,0 +1,114 @@
+"""The options of every `from_pretrained` besides its own: huggingface_hub's, and those of transformers' calls."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from qwen_batched.arguments import as_int, shown
+from qwen_batched.checkpoint.folder import HubOptions
+from qwen_batched.checkpoint.weights import resolve_device, resolve_dtype
+
+Device = torch.device | str | int | None
+O = TypeVar("O", bound=HubOptions)
+
+
+@dataclass(frozen=True)
+class ProcessorOptions(HubOptions):
+    """What `TensorProcessor.from_pretrained` takes: the hub's options, and that no code may be run.
+
+    Attributes:
+        trust_remote_code: Only False or None: a checkpoint's own code is never run.
+    """
+
+    trust_remote_code: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trust_remote_code:
+            raise ValueError(
+                "trust_remote_code must be False or left out: a checkpoint's own code is never run here, "
+                f"got {shown(self.trust_remote_code)}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelOptions(ProcessorOptions):
+    """What the models' `from_pretrained` take, so that calls written for transformers work.
+
+    Attributes:
+        torch_dtype: Another name of `dtype`.
+        device_map: Another name of `device`: one device, {"": device}, or "auto" for the default.
+        attn_implementation: Has no effect; attention has one implementation here. Logged once for each value.
+        low_cpu_mem_usage: Has no effect: weights are always read one tensor at a time.
+    """
+
+    torch_dtype: torch.dtype | str | None = None
+    device_map: Device | Mapping[str, Device] = None
+    attn_implementation: Any = None
+    low_cpu_mem_usage: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attn_implementation is not None:
+            _log_attention(shown(self.attn_implementation))
+
+    def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
+        """`dtype` and `device`, by whichever names they were given.
+
+        Raises:
+            ValueError: Two names say different things, or `device_map` is not one device.
+        """
+        if self.torch_dtype not in (None, "auto"):
+            theirs = resolve_dtype(self.torch_dtype, stored=None)
+            if dtype not in (None, "auto") and resolve_dtype(dtype, stored=None) != theirs:
+                raise ValueError(
+                    f"dtype and torch_dtype must be the same, got {shown(dtype)} and {shown(self.torch_dtype)}"
+                )
+            dtype = theirs
+        mapped = _one_device(self.device_map)
+        if mapped is None:
+            return dtype, device
+        if device is not None and resolve_device(device) != resolve_device(mapped):
+            raise ValueError(
+                f"device and device_map must be the same, got {shown(device)} and {shown(self.device_map)}"
+            )
+        return dtype, mapped
+
+
+def read_options(kind: type[O], given: Mapping[str, Any]) -> O:
+    """The options `given` to a `from_pretrained` as `kind`. Raises `TypeError` for one that is unknown."""
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise TypeError(
+            f"from_pretrained got unknown arguments: {', '.join(unknown)}; it also takes {', '.join(known)}"
+        )
+    return kind(**given)
+
+
+def _one_device(device_map: Device | Mapping[str, Device]) -> Device:
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(
+                'device_map must be one device or {"": device}; a model is not spread over several, '
+                f"got {shown(dict(device_map))}"
+            )
+        device_map = device_map[""]
+    if device_map is None or (isinstance(device_map, str) and device_map == "auto"):
+        return None
+    if isinstance(device_map, (str, torch.device)):
+        return device_map
+    return as_int("device_map", device_map, 0)
+
+
+@functools.cache
+def _log_attention(value: str) -> None:
+    logging.getLogger(__name__).warning(
+        "attn_implementation=%s has no effect: attention has one implementation here", value
+    )

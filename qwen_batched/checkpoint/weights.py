@@ -1,0 +1,295 @@
+"""Safetensors files -> parameters: streamed one tensor at a time, strictly checked, in either key layout; and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qwen_batched.arguments import as_int, cut, shown
+from qwen_batched.checkpoint.atomic_save import write_file
+from qwen_batched.checkpoint.config import DTYPES
+from qwen_batched.checkpoint.files import is_file, read_json
+from qwen_batched.checkpoint.folder import Checkpoint
+
+VISION_PREFIX = "visual."
+TEXT_PREFIX = "model."
+HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
+# Prefixes in files saved by transformers 4.52 and later, and their published names.
+NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
+# Of one saved from `Qwen2_5_VLModel`, which has no head; its "visual." is the published one.
+HEADLESS_PREFIX = "language_model."
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and what it is, before it is read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> M:
+    """A module without storage, as the file `config` describes it: nothing is allocated that loading would overwrite.
+
+    Raises:
+        ValueError: A tensor would have more elements than PyTorch can count.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except RuntimeError as error:
+        raise ValueError(f"{config} describes a model that cannot be built: {cut(error)}") from error
+
+
+def load_weights(
+    module: M,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    prefix: str = "",
+    skip: Callable[[str], bool] = lambda name: False,
+    tied_head: bool = False,
+) -> M:
+    """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
+
+    Args:
+        module: Its parameters' names, after `prefix`, are the published ones.
+        checkpoint: Its folder has the files.
+        dtype: Of the parameters; None or "auto" for the stored one.
+        device: Of the parameters; None for CUDA where there is any, else the CPU.
+        prefix: The part of the checkpoint that the module is.
+        skip: Says of a published name that the module lacks whether it may be left unread.
+        tied_head: The module's output projection is its embedding; one that is stored all the same must be equal.
+
+    Raises:
+        ValueError: A file is missing or corrupt; a key is unknown, missing or there twice; a shape or
+                the tied head differs; the folder is saved over meanwhile.
+    """
+    folder = checkpoint.folder
+    stored = find_tensors(folder)
+    wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
+    _check_names(folder, wanted, stored, skip)
+    for name, parameter in wanted.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{stored[name].file}: {stored[name].key} must have shape {tuple(parameter.shape)}, "
+                f"got {stored[name].shape}"
+            )
+    if tied_head:
+        _check_tied_head(folder, stored)
+    dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
+    device = resolve_device(device)
+    if device.type == "meta":
+        raise ValueError("weights must be loaded to a device with memory, got 'meta'")
+    for name, parameter in wanted.items():
+        owner_name, _, leaf = name.removeprefix(prefix).rpartition(".")
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value.copy_(_read(stored[name]))
+        setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
+    checkpoint.check_unchanged()
+    return module
+
+
+def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
+    """Says of a published name whether it belongs to a decoder block above those kept.
+
+    Args:
+        names: Those of the parameters wanted, of which block 0's stand for every block's.
+        kept: How many decoder blocks are wanted.
+        stored: How many the checkpoint has.
+    """
+
+    def unread(name: str) -> bool:
+        match = BLOCK_NAME.fullmatch(name)
+        return bool(match) and kept <= int(match[1]) < stored and f"{TEXT_PREFIX}layers.0.{match[2]}" in names
+
+    return unread
+
+
+def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    """What there is to save: `state_dict`, where it is that of what `build` makes.
+
+    Raises:
+        ValueError: It has other tensors, or what is no tensor, or they are sharded or quantised.
+    """
+    tensors = dict(state_dict)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"a state_dict must hold tensors, got {value!r} for {name}")
+        if value.is_meta or not value.is_floating_point():
+            kind = "one without values" if value.is_meta else str(value.dtype)
+            raise ValueError(f"a state_dict must hold tensors of floating dtypes, got {kind} for {name}")
+    fresh = build_on_meta(build).state_dict()
+    shapes, expected = ({name: tuple(x.shape) for name, x in each.items()} for each in (tensors, fresh))
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(
+            f"a checkpoint must hold the model's own tensors, got others for {wrong[:5]} ({len(wrong)} in all): an "
+            "adapter has to be merged or unloaded first"
+        )
+    parts = [name for name, tensor in tensors.items() if type(tensor) not in (Tensor, nn.Parameter)]
+    if parts:
+        kind = type(tensors[parts[0]]).__name__
+        raise ValueError(f"tensors to save must be whole, got a {kind} for {parts[0]}: give a gathered state_dict")
+    return tensors
+
+
+def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes tensors under their names into `folder`, in shards of at most 5 GB.
+
+    Raises:
+        OSError: A file cannot be written; it is named.
+    """
+    split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
+    for file, names in split.filename_to_tensors.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_file(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file. Raises an `OSError` that names it where it cannot be written."""
+    try:
+        save_file(_savable(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error), str(file)) from error
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's safetensors files, by its published name. Reads the files' headers only."""
+    found: dict[str, StoredTensor] = {}
+    for file in _files(folder):
+        for tensor in _read_header(file):
+            name = published_name(tensor.key)
+            if name in found:
+                raise ValueError(
+                    f"{cut(tensor.key)} is in {file} and, as {cut(found[name].key)}, in {found[name].file}"
+                )
+            found[name] = tensor
+    return found
+
+
+def published_name(key: str) -> str:
+    """The key that the published checkpoints use."""
+    for nested, published in NESTED_PREFIXES:
+        if key.startswith(nested):
+            return published + key.removeprefix(nested)
+    if key.startswith(HEADLESS_PREFIX):
+        return TEXT_PREFIX + key.removeprefix(HEADLESS_PREFIX)
+    return key
+
+
+def nested_name(name: str) -> str:
+    """The key that transformers 4.52 and later use, of a published one."""
+    for nested, published in NESTED_PREFIXES:
+        if name.startswith(published):
+            return nested + name.removeprefix(published)
+    return name
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None) -> torch.dtype | None:
+    """`dtype`, which may be given by its name, or `stored` for None and "auto"."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return stored
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
+        raise ValueError(
+            f"dtype must be 'auto', a torch.dtype or the name of one ({', '.join(DTYPES)}), got {shown(dtype)}"
+        )
+    return found
+
+
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """`device`, or CUDA where there is any, else the CPU. Raises `ValueError` where it cannot be used."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, (str, torch.device)):
+        device = as_int("device", device, 0)
+    try:
+        # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
+        raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
+
+
+def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: rows next to each other, and none in the memory of another."""
+    # Where weights are packed, a tensor's rows may lie further apart than they are long.
+    savable = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    first = {tensor.data_ptr(): name for name, tensor in reversed(savable.items())}
+    return {name: x if first[x.data_ptr()] == name else x.clone() for name, x in savable.items()}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files to read: the single one, or those that the index names."""
+    if is_file(folder / SINGLE_FILE):
+        return [folder / SINGLE_FILE]
+    index = read_json(folder / INDEX_FILE)
+    if index is None:
+        raise ValueError(
+            f"checkpoint folder {folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
+        )
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
+    names = sorted({name if isinstance(name, str) else shown(name) for name in weight_map.values()})
+    for name in names:
+        if not name or Path(name).name != name or "\0" in name or not is_file(folder / name):
+            raise ValueError(f"{folder / INDEX_FILE} names {shown(name)}, which is not a file of the folder")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 (not a mapping)
+            entries = [(key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {cut(error)}") from error
+    for key, _, dtype in entries:
+        if dtype not in STORED_DTYPES:
+            raise ValueError(f"{file}: {cut(key)} must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
+    return [StoredTensor(file, key, shape, STORED_DTYPES[dtype]) for key, shape, dtype in entries]
+
+
+def _read(tensor: StoredTensor) -> Tensor:
+    # The file is mapped anew for each tensor: pages of one mapping would stay in memory until its end.
+    with safe_open(tensor.file, framework="pt") as tensors:
+        return tensors.get_tensor(tensor.key)
+
+
+def _check_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
+    # transformers has used either of the two over time; a checkpoint that says both things is not read.
+    if HEAD_NAME in stored and not torch.equal(_read(stored[HEAD_NAME]), _read(stored[EMBEDDING_NAME])):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
+
+
+def _check_names(
+    folder: Path, wanted: dict[str, nn.Parameter], stored: dict[str, StoredTensor], skip: Callable[[str], bool]
+) -> None:
+    missing = [name for name in wanted if name not in stored]
+    unknown = [tensor.key for name, tensor in stored.items() if name not in wanted and not skip(name)]
+    for what, names in (("misses", missing), ("has unknown", unknown)):
+        if names:
+            keys = ", ".join(cut(name) for name in names[:5])
+            raise ValueError(f"checkpoint {folder} {what} keys: {keys} ({len(names)} in all)")

@@ -1,0 +1,1 @@
+"""A call's arguments, checked and prepared: frames and texts to tensors."""

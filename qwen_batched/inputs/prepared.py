@@ -1,0 +1,307 @@
+"""A batch as `TensorProcessor` gives it to data loaders, and back to what the model runs on.
+
+Every tensor of it has B first and memory of its own, so that whoever moves, pins, cuts, joins or stores batches cannot
+break one. What only the host knows travels beside them, as numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs.checks import (
+    IMAGE_NAMES,
+    TEXT_NAMES,
+    Resize,
+    can_read,
+    check_device,
+    check_pixels,
+    check_plain,
+    describe_tensor,
+)
+from qwen_batched.inputs.sequence import NO_LABEL
+
+MARKER = "prepared"
+NAMES = {*TEXT_NAMES, *IMAGE_NAMES, "camera_present", "labels", MARKER}
+# Of batches that earlier releases made, and of transformers' own: told apart from ours by the missing marker.
+EARLIER_NAMES = {"token_index", "answer_index", "raster_order", "feature_index", "camera_ids", "camera_present"}
+TRANSFORMERS_NAMES = {
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "mm_token_type_ids",
+    "position_ids",
+    "labels",
+    "inputs_embeds",
+}
+
+
+class HostFacts(dict):
+    """What the host knows of a batch, and the mark of a batch that `TensorProcessor` prepared.
+
+    A mapping without items. Libraries that cut or join the tensors of a batch build each mapping in it anew from its
+    items, and so forget what is no longer true: then the host counts again, or the device does without.
+
+    Attributes:
+        tokens: How many tokens of the batch are not padding; None where only the device knows.
+        answer_tokens: How many labels there are, or the most there can be; None where only the device knows.
+    """
+
+    def __init__(
+        self, items: Collection[Any] = (), tokens: int | None = None, answer_tokens: int | None = None
+    ) -> None:
+        super().__init__()
+        if len(items):
+            raise ValueError(f"HostFacts holds no items, got {len(items)}")
+        self.tokens, self.answer_tokens = tokens, answer_tokens
+
+    def to(self, *arguments: Any, **keywords: Any) -> HostFacts:
+        """Itself: `{name: value.to(device) for ...}` moves a batch."""
+        return self
+
+    def __getitem__(self, rows: object) -> HostFacts:
+        """Of some of the batch's rows: `{name: value[:2] for ...}` cuts a batch."""
+        return HostFacts()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HostFacts) and vars(self) == vars(other)
+
+    def __reduce__(self) -> tuple[type[HostFacts], tuple[tuple[()], int | None, int | None]]:
+        return HostFacts, ((), self.tokens, self.answer_tokens)
+
+    def __repr__(self) -> str:
+        return f"HostFacts(tokens={self.tokens}, answer_tokens={self.answer_tokens})"
+
+
+torch.serialization.add_safe_globals([HostFacts])  # so that torch.load reads a stored batch without pickle's dangers
+
+
+def prepare(batch: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor] | HostFacts]:
+    """The prepared form of a batch that `TensorProcessor.batch` made."""
+    prepared: dict[str, Any] = {}
+    if "input_ids" in batch:
+        prepared["input_ids"], prepared["attention_mask"] = batch["input_ids"], batch["attention_mask"]
+        prepared["rope_positions"] = batch["position_ids"].transpose(0, 1).contiguous()
+        prepared["camera_ids"], prepared["feature_index"] = batch["camera_ids"], batch["feature_index"]
+    if "labels" in batch:
+        prepared["labels"] = batch["labels"]
+    if "pixel_values" in batch:
+        pixels, orders = batch["pixel_values"], batch["raster_order"]
+        if batch["as_list"] and isinstance(pixels, Tensor):
+            pixels, orders = list(pixels.unbind(1)), [orders] * pixels.shape[1]
+        if isinstance(pixels, Tensor):
+            prepared["pixel_values"], prepared["raster_order"] = pixels.contiguous(), _copy(orders)
+        else:
+            prepared["pixel_values"] = [part.contiguous() for part in pixels]
+            prepared["raster_order"] = [_copy(order) for order in orders]
+    if "camera_present" in batch:
+        prepared["camera_present"] = _copy(batch["camera_present"])
+    if "input_ids" in batch:  # a batch of images only goes to the vision transformer, which takes nothing else
+        prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
+    return prepared
+
+
+def check_prepared_alone(
+    batch: Collection[str],
+    images: object,
+    texts: object,
+    camera_mask: object,
+    targets: object,
+    template: str,
+    resize: Resize,
+    system: object,
+) -> None:
+    """Raises `TypeError` or `ValueError` where `batch` is not ours, or comes with what shapes one when it is made."""
+    unknown = sorted(batch - NAMES - EARLIER_NAMES - TRANSFORMERS_NAMES)
+    if unknown:
+        raise TypeError(f"forward() got unexpected arguments {unknown}")
+    if MARKER not in batch:
+        if "raster_order" in batch and "input_ids" not in batch:
+            raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
+        if EARLIER_NAMES & batch:
+            raise ValueError(
+                f"a prepared batch must hold {MARKER!r}, got one without: keep every entry of the processor's batch, "
+                "not only tensors, or prepare it again if an earlier release made it"
+            )
+        raise ValueError(
+            f"a batch must be prepared by this model's processor(images, texts), got {sorted(batch)}, which looks like "
+            "a batch of transformers' processor"
+        )
+    if unknown := sorted(batch - NAMES):
+        raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
+    if images is not None or texts is not None:
+        raise ValueError("give either images and texts or a prepared batch, got both")
+    given = any(value is not None for value in (camera_mask, targets, system))
+    if given or template != "chat" or resize != "hf":
+        raise ValueError(
+            "camera_mask, targets, template, system and resize shape a batch when the processor makes it, not later"
+        )
+
+
+def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> dict[str, Any]:
+    """What the model runs on, on `device`; from pinned memory without a wait.
+
+    Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
+    `valid` (B,) is False for the samples that needed it, `labels_valid` () where these or labels did: hidden states and
+    loss shall be NaN then.
+
+    Raises:
+        TypeError, ValueError: The batch is not what a processor returned for frames and texts of this model. Raised
+            before any work.
+    """
+    grids = _check_fields(batch, config, device)
+    input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
+    facts: HostFacts = batch[MARKER]
+    tokens = _count(mask, facts.tokens, input_ids.numel())
+    answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
+    names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
+    on_host = can_read(*(batch[name] for name in names))
+
+    where = torch.device("cpu") if on_host else device
+    layout = {name: batch[name].to(where, non_blocking=True) for name in names}
+    faults = _faults(layout, grids, config, tokens)
+    label_faults = {} if labels is None else _label_faults(layout, config, answers)
+    valid = labels_valid = None
+    if on_host:
+        for what, bad_B in (faults | label_faults).items():
+            if bad_B.any():
+                raise ValueError(
+                    f"a prepared batch must hold {what}, got others for sample {int(bad_B.int().argmax())}"
+                )
+    else:
+        valid = ~torch.stack(list(faults.values())).any(dim=0)
+        labels_valid = ~torch.stack([~valid, *label_faults.values()]).any()
+        rows, cells = config.text.vocab_size, sum(h * w for h, w in grids)
+        layout["input_ids"] = layout["input_ids"].clamp(0, rows - 1)
+        layout["feature_index"] = layout["feature_index"].clamp(-1, cells - 1)
+        if labels is not None:
+            is_label = layout["labels"] != NO_LABEL
+            layout["labels"] = layout["labels"].clamp(0, rows - 1).where(is_label, NO_LABEL)
+
+    restored: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
+    restored["position_ids"] = restored.pop("rope_positions").transpose(0, 1)
+    restored |= {"tokens": tokens, "answer_tokens": answers, "valid": valid, "labels_valid": labels_valid}
+    if grids:
+        pixels, orders = batch["pixel_values"], batch["raster_order"]
+        restored["as_list"] = not isinstance(pixels, Tensor)
+        if restored["as_list"] and len(set(grids)) == 1:
+            pixels, orders = torch.stack(list(pixels), dim=1), orders[0]
+        restored["pixel_values"], restored["raster_order"] = (_to(x, device) for x in (pixels, orders))
+    return restored
+
+
+def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> list[tuple[int, int]]:
+    """Checks all that can be seen without a look at values; the grid of each camera's image."""
+    if not isinstance(batch[MARKER], HostFacts):
+        raise TypeError(f"{MARKER} must be what the processor returned, got {type(batch[MARKER]).__name__}")
+    has_images = "pixel_values" in batch
+    expected = (*TEXT_NAMES, *(IMAGE_NAMES if has_images else ()))
+    missing = [name for name in expected if name not in batch]
+    stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
+    if missing or stray:
+        raise ValueError(f"a prepared batch must hold {expected}, got {sorted(batch)}")
+    for name in batch.keys() - {MARKER}:
+        parts = batch[name] if name in IMAGE_NAMES and isinstance(batch[name], list | tuple) else [batch[name]]
+        for part in parts:
+            if isinstance(part, Tensor):
+                check_plain(name, part)
+                check_device(name, part, device)
+    input_ids = batch["input_ids"]
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be (B, S), got {describe_tensor(input_ids)}")
+    size, length = input_ids.shape
+    for name in (*TEXT_NAMES, *(("labels",) if "labels" in batch else ())):
+        shape = (size, 3, length) if name == "rope_positions" else (size, length)
+        _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
+    if not has_images:
+        return []
+    vision = config.vision
+    grids = check_pixels(batch["pixel_values"], batch["raster_order"], vision.patch_dim, vision.cell_patches, size)
+    if "camera_present" in batch:
+        _check_tensor("camera_present", batch["camera_present"], (size, len(grids)), torch.bool)
+    return grids
+
+
+def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
+
+
+def _count(marks: Tensor, known: int | None, most: int) -> int:
+    """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
+    if can_read(marks):
+        return max(1, int(marks.sum()))
+    return most if known is None else max(1, min(known, most))
+
+
+def _faults(
+    layout: Mapping[str, Tensor], grids: list[tuple[int, int]], config: QwenVLConfig, tokens: int
+) -> dict[str, Tensor]:
+    """What each sample (B,) does wrong, by what would be right.
+
+    Where image tokens stand decides everything else. So it is worked out again, by the rule of
+    `reference.expand_prompts`, and compared.
+    """
+    ids_BS, mask_BS = layout["input_ids"], layout["attention_mask"]
+    device, (size, _) = ids_BS.device, ids_BS.shape
+    present_BV = layout.get("camera_present", torch.ones(size, len(grids), dtype=torch.bool, device=device))
+    is_image_BS = mask_BS & (ids_BS == config.image_token_id)
+    is_text_BS = mask_BS & ~is_image_BS
+    images_before_BS = is_image_BS.long().cumsum(1) - is_image_BS.long()
+    position_BS = is_text_BS.long().cumsum(1) - is_text_BS.long()
+    row_BS, column_BS = torch.zeros_like(ids_BS), torch.zeros_like(ids_BS)
+    feature_BS, camera_BS = (torch.full_like(ids_BS, -1) for _ in range(2))
+    begin_B, feature = torch.zeros(size, dtype=torch.int64, device=device), 0
+    for camera, (h, w) in enumerate(grids):  # as numbers: a table of them would have to be copied to the device
+        end_B = begin_B + present_BV[:, camera] * (h * w)
+        cell_BS = images_before_BS - begin_B[:, None]
+        inside_BS = is_image_BS & (cell_BS >= 0) & (images_before_BS < end_B[:, None])
+        # What stands behind the image is max(h, w) further.
+        behind_BS = present_BV[:, camera, None] & (images_before_BS >= end_B[:, None])
+        position_BS = position_BS + behind_BS * max(h, w)
+        row_BS, column_BS = (
+            torch.where(inside_BS, x, y) for x, y in ((cell_BS // w, row_BS), (cell_BS % w, column_BS))
+        )
+        feature_BS = torch.where(inside_BS, feature + cell_BS, feature_BS)
+        camera_BS = camera_BS.masked_fill(inside_BS, camera)
+        begin_B, feature = end_B, feature + h * w
+    positions_B3S = torch.stack((position_BS, position_BS + row_BS, position_BS + column_BS), dim=1)
+    positions_B3S = positions_B3S.masked_fill(~mask_BS[:, None], 0)
+
+    rows = config.text.vocab_size
+    return {
+        "at least one token for each sample": ~mask_BS.any(dim=1),
+        f"input_ids from 0 to {rows - 1}": ((ids_BS < 0) | (ids_BS >= rows)).any(dim=1),
+        "as many image tokens in input_ids as its images have cells": is_image_BS.sum(dim=1) != begin_B,
+        "the camera_ids of its image tokens": (layout["camera_ids"] != camera_BS).any(dim=1),
+        "the feature_index of its image tokens": (layout["feature_index"] != feature_BS).any(dim=1),
+        "the rope_positions of its tokens": (layout["rope_positions"] != positions_B3S).any(dim=2).any(dim=1),
+        "no more tokens than were counted": mask_BS.sum(dim=1).cumsum(0) > tokens,
+    }
+
+
+def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: int) -> dict[str, Tensor]:
+    """The same of labels."""
+    labels_BS, rows = layout["labels"], config.text.vocab_size
+    is_label_BS = labels_BS != NO_LABEL
+    outside_BS = is_label_BS & ((labels_BS < 0) | (labels_BS >= rows))
+    return {
+        f"labels of {NO_LABEL} or from 0 to {rows - 1}": outside_BS.any(dim=1),
+        "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
+        "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
+    }
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _to(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return [part.to(device, non_blocking=True) for part in value]

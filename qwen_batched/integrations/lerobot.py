@@ -1,0 +1,146 @@
+"""A batch as LeRobot's data loader gives it -> `images`, `texts` and `camera_mask` for `QwenBatchedVL`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def from_lerobot(
+    batch: Mapping[str, Any], cameras: Sequence[str], image_masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """The model's arguments for a batch in LeRobot's form: `model(**from_lerobot(batch, ["front", "wrist"]))`.
+
+    The form is that of LeRobot's `utils/constants.py`, `datasets/dataset_reader.py` and, for cameras that are missing,
+    of `prepare_images` in `policies/smolvla/modeling_smolvla.py`:
+
+        observation.images.<camera>               (B, 3, H, W), RGB, floating in 0..1 or, with `return_uint8`, uint8 in
+                                                  0..255; or (B, 1, 3, H, W), from `delta_timestamps` of one step.
+                                                  A data set of one camera may call it `observation.image`.
+        observation.images.<camera>_is_pad        Optional bool (B,) or (B, 1), True where the frame is padding.
+        observation.images.<camera>_padding_mask  Optional bool (B,) or (B, 1), True where the camera is present:
+                                                  despite its name, the opposite of `_is_pad`.
+        task                                      A list of B strings.
+
+    Other keys (`observation.state`, `action`, ...) are left alone. Frames come as they are, before any normalisation.
+
+    Args:
+        batch: As above.
+        cameras: The model's cameras in their order. "front" stands for "observation.images.front"; a name that begins
+            with "observation." is a key as it is. A camera that the batch lacks is absent from all samples, with black
+            frames of the size of the first one that is there.
+        image_masks: As openpi's `image_masks`, for some or all of `cameras`: bool (B,) or (B, 1), True where the camera
+            is present. A camera is absent where any of its masks says so.
+
+    Returns:
+        images: (B, V, 3, H, W) when the cameras' frames have one size and dtype, else a list of V tensors
+            (B, 3, H_i, W_i).
+        texts: The B tasks.
+        camera_mask: Bool (B, V), False where a camera is absent, on the device of the masks that it is made of, or on
+            the host. None where no camera is lacking and there are no masks.
+
+    Raises:
+        TypeError: `cameras`, a frame, a mask or `task` is of another type than described.
+        ValueError: A name comes twice or fits nothing, a shape or dtype is not as described, or no camera is there.
+    """
+    keys = _keys(cameras)
+    present = {key: _one_step(key, batch[key]) for key in keys if key in batch}
+    if not present:
+        raise ValueError(f"the batch must hold at least one of {keys}, got {sorted(batch)}")
+    sizes = {key: len(frames) for key, frames in present.items()}
+    samples = len(_texts(batch))
+    if set(sizes.values()) != {samples}:
+        raise ValueError(f"every camera must have a frame for each of {samples} tasks, got {sizes}")
+
+    masks = {key: _masks_in_batch(batch, key, samples) for key in keys}
+    for name, mask in (image_masks or {}).items():
+        if _key(name) not in masks:
+            raise ValueError(f"image_masks must be of the cameras {keys}, got one of {name!r}")
+        masks[_key(name)].append(_checked_mask(f"image_masks[{name!r}]", mask, samples))
+
+    black = torch.zeros_like(next(iter(present.values())))
+    return {
+        "images": _together([present.get(key, black) for key in keys]),
+        "texts": _texts(batch),
+        "camera_mask": _camera_mask(masks, present, samples),
+    }
+
+
+def _keys(cameras: Sequence[str]) -> list[str]:
+    if isinstance(cameras, str) or not all(isinstance(camera, str) for camera in cameras):
+        raise TypeError(f"cameras must be a list of str, got {cameras!r}")
+    keys = [_key(camera) for camera in cameras]
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"cameras must be one or more different names, got {list(cameras)}")
+    return keys
+
+
+def _key(camera: str) -> str:
+    return camera if camera.startswith("observation.") else f"observation.images.{camera}"
+
+
+def _one_step(key: str, frames: object) -> Tensor:
+    if not isinstance(frames, Tensor):
+        raise TypeError(f"{key} must be a tensor, got {type(frames).__name__}")
+    if frames.ndim == 5 and frames.shape[1] == 1:
+        return frames[:, 0]
+    if frames.ndim == 5:
+        raise ValueError(
+            f"{key} must hold one step, (B, 1, 3, H, W), got {frames.shape[1]} steps {tuple(frames.shape)}: "
+            f"choose one, such as the last, frames[:, -1]"
+        )
+    if frames.ndim != 4:
+        raise ValueError(f"{key} must be (B, 3, H, W) or (B, 1, 3, H, W), got {tuple(frames.shape)}")
+    return frames
+
+
+def _texts(batch: Mapping[str, Any]) -> list[str]:
+    if "task" not in batch:
+        raise ValueError(f"the batch must hold 'task', got {sorted(batch)}")
+    tasks = batch["task"]
+    if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, str) for task in tasks):
+        raise TypeError(f"task must be a list of str, got {tasks!r}")
+    return list(tasks)
+
+
+def _masks_in_batch(batch: Mapping[str, Any], key: str, samples: int) -> list[Tensor]:
+    """True where the camera is present."""
+    masks = []
+    if (name := f"{key}_is_pad") in batch:
+        masks.append(~_checked_mask(name, batch[name], samples))
+    if (name := f"{key}_padding_mask") in batch:
+        masks.append(_checked_mask(name, batch[name], samples))
+    return masks
+
+
+def _checked_mask(name: str, mask: object, samples: int) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape not in ((samples,), (samples, 1)):
+        raise ValueError(
+            f"{name} must be bool ({samples},) or ({samples}, 1), one step, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return mask.reshape(samples)
+
+
+def _together(cameras: list[Tensor]) -> Tensor | list[Tensor]:
+    alike = len({(frames.shape, frames.dtype, frames.device) for frames in cameras}) == 1
+    return torch.stack(cameras, dim=1) if alike else cameras
+
+
+def _camera_mask(masks: Mapping[str, list[Tensor]], present: Iterable[str], samples: int) -> Tensor | None:
+    given = [mask for masks_of_camera in masks.values() for mask in masks_of_camera]
+    if not given and set(present) == set(masks):
+        return None
+    devices = {mask.device for mask in given} or {torch.device("cpu")}
+    if len(devices) > 1:
+        raise ValueError(f"all masks must be on one device, got {sorted(map(str, devices))}")
+    (device,) = devices
+    camera_mask = torch.stack([torch.full((samples,), key in present, device=device) for key in masks], dim=1)
+    for camera, masks_of_camera in enumerate(masks.values()):
+        for mask in masks_of_camera:
+            camera_mask[:, camera] &= mask
+    return camera_mask

@@ -1,1 +1,0 @@
-"""The fused operations that the model is built from."""

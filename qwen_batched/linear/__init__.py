@@ -1,0 +1,1 @@
+"""How linear layers run: packed, with LoRA updates, or as plain modules."""

@@ -1,0 +1,160 @@
+"""What the decoder's tokens attend to: prompts in rows, and single tokens behind a key-value cache.
+
+In: the packed projections (T, (N + 2K) * E) of a block. Out: (T, N * E).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_batched import ops
+
+
+class Context(Protocol):
+    """What all blocks share about the tokens that run through them."""
+
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
+        """Rotates and attends, in block `layer`."""
+        ...
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        """The tokens of (B, S, D), back to back, (T, D)."""
+        ...
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        """Tokens back to back as (B, S, D), with zeros for padding."""
+        ...
+
+
+@dataclass(frozen=True)
+class PromptContext:
+    """Prompts back to back, each attending to itself.
+
+    Attributes:
+        cos, sin: (T, E / 2), the rotation of each token.
+        places: Int64 (T,), the place b * S + s of each token.
+        rows: Where attention wants the tokens.
+        cache: Takes the keys and values; None where nothing is decoded afterwards.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+    rows: AttentionRows
+    cache: KVCache | None = None
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.flatten(0, 1).index_select(0, self.places)
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        shape = (self.rows.batch, self.rows.length, x_TD.shape[-1])
+        return x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, self.places, x_TD).view(shape)
+
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
+        rows = self.rows
+        placed = ops.mrope(qkv, self.cos, self.sin, num_kv_heads, rows.slots, rows.batch * rows.length)
+        heads_BSHE = placed.view(rows.batch, rows.length, -1, 2 * self.cos.shape[-1])
+        num_heads = heads_BSHE.shape[2] - 2 * num_kv_heads
+        q_BSNE, k_BSKE, v_BSKE = heads_BSHE.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+        if self.cache is not None:
+            self.cache.store_prompt(layer, k_BSKE, v_BSKE)
+        return rows.take(ops.causal_attention(q_BSNE, k_BSKE, v_BSKE))
+
+
+@dataclass(frozen=True)
+class NextTokenContext:
+    """One token of each sample, T = B, attending to those in the cache and itself.
+
+    Attributes:
+        cos, sin: (B, E / 2), the rotation of each token.
+        cache: What came before; takes the new keys and values.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cache: KVCache
+
+    def take(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD[:, 0]
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        return x_TD[:, None]
+
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
+        cache = self.cache
+        keys, values = cache.keys_LBCKE[layer], cache.values_LBCKE[layer]
+        return ops.decode_attention(qkv, self.cos, self.sin, keys, values, cache.lengths, cache.tickets)
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """The rows that attention works on: one of `length` places for each sample, its tokens first.
+
+    Attributes:
+        slots: Int64 (T,), the place b * length + s of each token; None where tokens fill the rows.
+    """
+
+    batch: int
+    length: int
+    slots: Tensor | None = None
+
+    def take(self, x: Tensor) -> Tensor:
+        """Rows (batch, length, ...) to tokens back to back, (T, ...)."""
+        x = x.flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+
+def back_to_back(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
+    """How `tokens` tokens of (B, S) stand back to back: all real ones, and padding where there is more room.
+
+    Returns:
+        Their places b * S + s, (T,), real ones first, and the rows that attention works on.
+    """
+    batch, length = attention_mask.shape
+    padding_BS = (~attention_mask).to(torch.uint8)
+    order_BS = torch.argsort(padding_BS, dim=1, stable=True)
+    first_B1 = torch.arange(batch, device=order_BS.device)[:, None] * length
+    if tokens == batch * length:
+        return (first_B1 + order_BS).flatten(), AttentionRows(batch, length)
+    places_T = torch.argsort(padding_BS.flatten(), stable=True)[:tokens]
+    slots_BS = first_B1 + torch.argsort(order_BS, dim=1)
+    return places_T, AttentionRows(batch, length, slots_BS.flatten().index_select(0, places_T))
+
+
+class KVCache:
+    """Holds up to C tokens for each of B samples and each decoder block.
+
+    A sample's tokens stand at 0, 1, 2, ... whatever its neighbours' lengths, so that padding is never attended to.
+    First comes the prompt, through `store_prompt` in every block and one `end_prompt`; then single tokens, each stored
+    by `ops.decode_attention` in every block and followed by one `end_token`.
+
+    Attributes:
+        keys_LBCKE: Rotated keys.
+        values_LBCKE: Values.
+        lengths: Int64 (B,), tokens that each sample holds.
+        tickets: What `ops.decode_attention` keeps between its programs.
+    """
+
+    def __init__(self, num_layers: int, batch: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
+        shape = (num_layers, batch, capacity, num_heads, head_dim)
+        # Zeros, not garbage: the reference multiplies values past a sample's end by 0, which a NaN would survive.
+        self.keys_LBCKE, self.values_LBCKE = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.tickets = torch.zeros(batch * num_heads, dtype=torch.int32, device=like.device)
+
+    def store_prompt(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values (B, S, K, E) of block `layer`, padding last."""
+        length = keys.shape[1]
+        self.keys_LBCKE[layer, :, :length], self.values_LBCKE[layer, :, :length] = keys, values
+
+    def end_prompt(self, lengths: Tensor) -> None:
+        """The prompt, of `lengths` (B,) tokens, is stored in every block."""
+        self.lengths.copy_(lengths)
+
+    def end_token(self) -> None:
+        """One more token is stored in every block."""
+        self.lengths += 1

@@ -1,0 +1,232 @@
+"""The decoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for.
+
+Shape letters: B samples, V cameras, I = B * V images, P patches of an image, M = h * w merged cells of an image,
+T patches of all images back to back, S tokens of a sequence, C vision width, D text width, N query heads,
+K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from qwen_batched import ops
+from qwen_batched.checkpoint.config import TextConfig
+from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint
+from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
+from qwen_batched.checkpoint.weights import (
+    HEAD_NAME,
+    TEXT_PREFIX,
+    VISION_PREFIX,
+    build_on_meta,
+    load_weights,
+    unread_layers,
+)
+from qwen_batched.inputs.checks import (
+    check_decoder_inputs,
+    check_norm,
+    resolve_layers,
+)
+from qwen_batched.linear.apply import apply_linear
+from qwen_batched.linear.packed import PackedParameters, PackingModule
+from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, back_to_back
+from qwen_batched.model.geometry import decoder_frequencies
+from qwen_batched.model.parts.mlps import SwiGLU
+from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
+from qwen_batched.runtime.fast_path import check_has_values, has_lent_parameters, runs_own_code
+from qwen_batched.runtime.lru_cache import LRUCache
+from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
+
+MAX_DEVICES = 8
+
+
+class BatchedDecoder(GradientCheckpointing):
+    """The language model: causal grouped-query attention with multimodal rope.
+
+    Inside, the tokens of all samples stand back to back, so that padding costs nothing. For attention alone each
+    sample gets a row, its tokens first and padding last: causal attention then never sees padding, and needs no mask;
+    whichever side the caller pads on, the same numbers come out.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._inv_freq = LRUCache(MAX_DEVICES)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: Device = None,
+        num_layers: int | None = None,
+        **options: Any,
+    ) -> BatchedDecoder:
+        """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        chosen = read_options(ModelOptions, options)
+        dtype, device = chosen.placement(dtype, device)
+        checkpoint = Checkpoint.open(name, hub=chosen)
+        stored = checkpoint.model_config()
+        config = stored if num_layers is None else stored.truncated(num_layers)
+        model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
+        names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
+        unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
+        return load_weights(
+            model,
+            checkpoint,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            device=device,
+            prefix=TEXT_PREFIX,
+            skip=lambda name: unread(name) or name.startswith((VISION_PREFIX, HEAD_NAME)),
+        ).eval()
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        layers: Sequence[int] = (-1,),
+        norm: str = "post",
+        cache: KVCache | None = None,
+        tokens: int | None = None,
+    ) -> list[Tensor]:
+        """Hidden states of the `layers` asked for; blocks above the highest are not run.
+
+        Args:
+            inputs_embeds: (B, S, D).
+            position_ids: Int64 (3, B, S): temporal, height and width positions.
+            attention_mask: Bool (B, S), False on padding, which may stand anywhere.
+            layers: 0 is `inputs_embeds`, k the output of block k, the number of blocks (or -1) the last output.
+            norm: "post" applies the final norm to the last output, "pre" leaves it out.
+            cache: Takes the keys and values of the tokens.
+            tokens: How many tokens to compute, no fewer than are not padding: the host's count of them, so that padding
+                is left out without reading the mask back. None computes padding too.
+
+        Returns:
+            One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
+
+        Raises:
+            ValueError: A layer is out of range, `norm` is unknown, or shapes do not fit together.
+        """
+        wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
+        check_norm(norm)
+        check_has_values(self.norm)
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
+        tokens = attention_mask.numel() if tokens is None else tokens
+        places_T, rows = back_to_back(attention_mask, tokens)
+        rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
+        context = PromptContext(*rope, places_T, rows, cache)
+        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm)
+        if cache is not None:
+            cache.end_prompt(attention_mask.sum(dim=1))
+        return [context.place(x_TD) for x_TD in hidden_states]
+
+    def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
+        context = NextTokenContext(*self._rope(position_ids), cache)
+        hidden_states = self._run_blocks(inputs_embeds, context, [self.config.num_hidden_layers], "post")
+        cache.end_token()
+        return hidden_states[0]
+
+    def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        cos, sin = ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
+        if config.yarn is None:
+            return cos, sin
+        return cos * config.yarn.attention_factor, sin * config.yarn.attention_factor
+
+    @torch.compiler.assume_constant_result
+    def _inverse_frequencies(self, device: torch.device) -> Tensor:
+        config = self.config
+        return self._inv_freq.get((config, device), lambda: decoder_frequencies(config).to(device))
+
+    def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
+        last = self.config.num_hidden_layers
+        update, residual = x_TD, None
+        outputs = {0: x_TD}
+        is_watched = _has_any_global_hook()
+        for index, block in enumerate(self.layers[: max(wanted)], start=1):
+            if type(block) is DecoderBlock and runs_own_code(block) and not is_watched:
+                update, residual = block.advance(update, residual, context)
+            else:
+                stream_TD = stream_of(update, residual)
+                update, residual = context.take(block(context.place(stream_TD), context)), None
+            if index in wanted and index < last:
+                outputs[index] = stream_of(update, residual)
+        if last in wanted:
+            normed, stream = self.norm(update, residual)
+            outputs[last] = normed if norm == "post" else stream
+        return [outputs[index] for index in wanted]
+
+
+class DecoderBlock(CheckpointedBlock):
+    """Attention and MLP: (B, S, D) to (B, S, D)."""
+
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config, index)
+        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
+        update_TD, residual_TD = self.advance(context.take(x_BSD), None, context)
+        return context.place(residual_TD + update_TD)
+
+    def advance(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """The same for tokens back to back, with the last addition left to the next norm: an update and the residual
+        stream, in and out."""
+        return self.run(self._compute, update_TD, residual_TD, context)
+
+    def _compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, context), residual_TD)
+        return self.mlp(x_TD), residual_TD
+
+
+class DecoderAttention(PackingModule):
+    """Causal grouped-query attention with multimodal rope."""
+
+    def __init__(self, config: TextConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.dim, self.num_kv_heads = config.hidden_size, config.num_key_value_heads
+        self.kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(self.dim, self.dim)
+        self.k_proj = nn.Linear(self.dim, self.kv_dim)
+        self.v_proj = nn.Linear(self.dim, self.kv_dim)
+        self._qkv, self._qkv_bias = (
+            PackedParameters.back_to_back(self.dim, self.kv_dim, self.kv_dim) for _ in ("weight", "bias")
+        )
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        return apply_linear(self.o_proj, context.attend(self.index, self._project(x_TD), self.num_kv_heads))
+
+    def _project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values, (T, D + 2 * K * E)."""
+        packed = self._packed()
+        if packed is None:
+            return torch.cat((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), dim=-1)
+        (weight, bias), updates = packed
+        return ops.linear(x_TD, weight, bias, self._qkv.placed(*updates))
+
+    def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
+        layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
+        return [(layer, self.dim, width, True) for layer, width in layers]
+
+    def _joining_pays(self, *layers: nn.Linear) -> bool:
+        # Autograd would keep the joined weights of all blocks, which FSDP2 takes back one by one.
+        return not any(map(has_lent_parameters, layers))
+
+    def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
+        weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
+        return [(self._qkv, weights), (self._qkv_bias, biases)]

@@ -1,0 +1,1 @@
+"""The parts that vision transformers and decoders are built from."""

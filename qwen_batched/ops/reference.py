@@ -1,0 +1,426 @@
+"""Every fused operation in plain PyTorch: the specification, and what runs where there is no kernel.
+
+Arithmetic is in float32 (float64 for float64 inputs) and rounds to the input's dtype once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from qwen_batched.ops.low_rank import LowRankUpdate
+from qwen_batched.ops.pillow_resize import resize_uint8
+from qwen_batched.ops.segments import Run
+
+NO_TOKEN = -1  # no token, no camera, no feature
+PILLOW, TORCHVISION = RESAMPLE_BACKENDS = ("pillow", "torchvision")  # that resize for transformers on a CPU
+
+
+def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds `update` to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        update: (..., D), what the last sub-layer adds.
+        residual: (..., D), the stream before it; None at the start, where `update` is the stream.
+        weight: (D,).
+        eps: Added to the mean square.
+
+    Returns:
+        The normalised stream, and the stream itself, both (..., D).
+    """
+    stream = update if residual is None else residual + update
+    x = _widen(stream)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x * _widen(weight)).to(stream.dtype), stream
+
+
+def add_rms_norm_backward(
+    grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float, for_weight: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `add_rms_norm`.
+
+    Args:
+        grad_normed: (..., D), of the normalised stream.
+        grad_stream: (..., D), of the stream; None for zeros.
+        stream: (..., D), as `add_rms_norm` returned it.
+        weight: (D,).
+        eps: As there.
+        for_weight: Whether the weight's is wanted.
+
+    Returns:
+        (..., D), of the update and of the residual alike; and (D,), of the weight, (0,) where it is not wanted.
+    """
+    x, grad = _widen(stream), _widen(grad_normed)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit, scaled = x * scale, grad * weight
+    out = scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
+    out = out if grad_stream is None else out + grad_stream
+    of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)
+    return out.to(stream.dtype), of_weight
+
+
+def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+    """SiLU(gate + gate_bias) * (up + up_bias) (Shazeer 2020, arXiv:2002.05202).
+
+    Args:
+        gate: (..., F).
+        up: (..., F).
+        gate_bias: (F,), with `up_bias` or not at all.
+        up_bias: (F,).
+
+    Returns:
+        (..., F).
+    """
+    x, y = _widen(gate), _widen(up)
+    if gate_bias is not None:
+        x, y = x + gate_bias, y + up_bias
+    return (F.silu(x) * y).to(gate.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """The gradient of `swiglu` without biases: three times (..., F) to (..., 2F), the gate's and the up's."""
+    grad, x, y = (_widen(tensor) for tensor in (grad, gate, up))
+    share = torch.sigmoid(x)
+    grad_gate = grad * y * share * (1 + x * (1 - share))
+    return torch.cat((grad_gate, grad * x * share), dim=-1).to(gate.dtype)
+
+
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
+    """Rotary embedding and attention within each segment of each image.
+
+    Args:
+        qkv: (I, P, 3 * D), the packed projection: all queries, then all keys, then all values.
+        cos: (P, E / 2) float32, rotation of the first and second half of a head against each other.
+        sin: (P, E / 2) float32.
+        runs: The segments of an image's P tokens. Windows are segments; so is the whole image.
+        num_heads: N; E = D / N.
+
+    Returns:
+        (I, P, D).
+    """
+    q_IPNE, k_IPNE, v_IPNE = rearrange(qkv, "i p (three n e) -> three i p n e", three=3, n=num_heads)
+    cos, sin = cos[:, None], sin[:, None]
+    q_IPNE, k_IPNE = rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin)
+    return segment_attention(q_IPNE, k_IPNE, v_IPNE, runs)
+
+
+def segment_attention(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    """Attention within each segment of each image: (I, P, N, E), thrice, to (I, P, N * E)."""
+    outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
+    """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
+    q, k, v = (
+        rearrange(x.narrow(1, run.start, run.count * run.length), "i (g s) n e -> (i g) n s e", g=run.count)
+        for x in (q_IPNE, k_IPNE, v_IPNE)
+    )
+    out = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(out, "(i g) n s e -> i (g s) (n e)", g=run.count)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()) -> Tensor:
+    """(..., D) to (..., F), with `weight` (F, D) and `bias` (F,), and what adapters add to that."""
+    product = out = F.linear(x, weight, bias)
+    for update in updates:
+        low = F.linear(x[..., : update.a.shape[1]].to(update.a.dtype), update.a)
+        added = F.linear(low, update.b) * update.scaling
+        out = out + F.pad(added, (update.start, out.shape[-1] - update.columns.stop))
+    return out.to(product.dtype)
+
+
+def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> None:
+    """Adds `scaling * low @ factor` to `out` in place, (T, R) and (R, F) to (T, F); rounds once, at the end."""
+    out.add_(low @ factor, alpha=scaling)
+
+
+def mixed_product(x: Tensor, y: Tensor, scaling: float, turned: bool) -> Tensor:
+    """`scaling * x @ y` in the dtype of `y`, which is wider: (I, K) and (K, R) to (I, R), or to (R, I) if `turned`."""
+    out = scaling * (x.to(y.dtype) @ y)
+    return out.t().contiguous() if turned else out
+
+
+def swiglu_linear(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    updates: Sequence[LowRankUpdate] = (),
+) -> Tensor:
+    """`swiglu` of the two halves of one product: (..., D) to (..., F), with `gate_up` (2F, D)."""
+    return swiglu(*linear(x, gate_up, None, updates).chunk(2, dim=-1), gate_bias, up_bias)
+
+
+def mrope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
+) -> Tensor:
+    """Rotates the queries and keys of a packed projection, and puts each token where attention wants it.
+
+    Args:
+        qkv: (T, (N + 2K) * E): the heads of all queries, then of the keys, then of the values.
+        cos: (T, E / 2), from `mrope_tables`; or (P, E / 2), P dividing T: every P tokens begin the table anew.
+        sin: As `cos`.
+        num_kv_heads: K.
+        slots: Int64 (T,), the row of each token; None where tokens stand as they come.
+        rows: How many rows there are; T where `slots` is None.
+
+    Returns:
+        (rows, (N + 2K) * E), zero in rows without a token.
+    """
+    heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
+    if 0 < len(cos) < len(qkv):
+        cos, sin = (table.repeat(len(qkv) // len(table), 1) for table in (cos, sin))
+    turning, values = heads[..., :-num_kv_heads, :], heads[..., -num_kv_heads:, :]
+    out = torch.cat((rotate(turning, cos[:, None], sin[:, None]), values), dim=-2).flatten(-2)
+    return out if slots is None else out.new_zeros(rows, out.shape[-1]).index_copy(0, slots, out)
+
+
+def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """One more token of each sample: rotates it, stores its key and value, and attends to all tokens so far.
+
+    Args:
+        qkv: (B, (N + 2K) * E), as in `mrope`.
+        cos: (B, E / 2).
+        sin: (B, E / 2).
+        keys: (B, C, K, E), rotated keys of the tokens so far; takes the new ones.
+        values: (B, C, K, E).
+        lengths: Int64 (B,), how many tokens each sample has so far; below C.
+
+    Returns:
+        (B, N * E).
+    """
+    batch, capacity, num_kv_heads, head_dim = keys.shape
+    heads = mrope(qkv, cos, sin, num_kv_heads).unflatten(-1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    samples = torch.arange(batch, device=qkv.device)
+    # Under autocast keys and values come in another dtype than the cache has.
+    keys[samples, lengths], values[samples, lengths] = k.to(keys.dtype), v.to(values.dtype)
+    visible = torch.arange(capacity, device=qkv.device) <= lengths[:, None]
+    return causal_attention(q[:, None], keys, values, visible)[:, 0]
+
+
+def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of multimodal rope (Qwen2-VL, arXiv:2409.12191, section 2.1), sectioned layout.
+
+    The first `sections[0]` frequencies turn with the temporal position, the next with the height, the last with the
+    width.
+
+    Args:
+        position_ids: (3, ...) integers: temporal, height, width.
+        inv_freq: (E / 2,) float32.
+        sections: How many frequencies each axis takes; their sum is E / 2.
+
+    Returns:
+        cos and sin, each (..., E / 2) float32.
+    """
+    axes = zip(position_ids.to(inv_freq.dtype), inv_freq.split(sections), strict=True)
+    angles = torch.cat([positions[..., None] * freqs for positions, freqs in axes], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of GPT-NeoX."""
+    first, second = _widen(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    Args:
+        q: (B, S, N, E).
+        k: (B, C, K, E), K dividing N.
+        v: (B, C, K, E).
+        visible: None for causal attention, C = S; or bool (B, C), the keys that every query of a sample may see.
+
+    Returns:
+        (B, S, N * E).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # PyTorch's float32 GPU kernels do not know grouped heads and would fall back to S x S scores in memory.
+    grouped = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and visible is None
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mask = None if visible is None else visible[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped)
+    return rearrange(out, "b n s e -> b s (n e)")
+
+
+def expand_prompts(
+    prompts: Tensor,
+    grids: Tensor,
+    camera_mask: Tensor | None,
+    image_token_id: int,
+    pad_token_id: int,
+    length: int,
+    left: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gives each image token of the prompts as many places as its camera's image has cells.
+
+    Rope positions are those of transformers' `get_rope_index` for still images (Qwen2-VL, arXiv:2409.12191, section
+    2.1): a text token advances by 1 on all three axes; an image keeps its first position in time, adds its row and its
+    column on the other axes, and the text after it goes on at first + max(h, w).
+
+    Args:
+        prompts: Int64 (B, U), one image token for each camera that the sample has; `NO_TOKEN` fills up the rows.
+        grids: Int64 (V, 2), height and width in merged cells of each camera's image.
+        camera_mask: Bool (B, V), False where a camera is absent; None where none is.
+        image_token_id: The token that stands for an image.
+        pad_token_id: Fills the ids on padding.
+        length: S, no less than the longest sequence.
+        left: Whether padding stands on the left.
+
+    Returns:
+        The fields of `model.sequence.Sequences`, in its order.
+    """
+    batch, cameras = prompts.shape[0], grids.shape[0]
+    # A text token is a grid of 1 x 1, at index `cameras`: then text and images follow one rule.
+    grids = F.pad(grids, (0, 0, 0, 1), value=1)
+    heights, widths = grids.unbind(1)
+    camera_BU = _camera_of_token(prompts == image_token_id, camera_mask, batch, cameras)
+    is_token_BU = prompts != NO_TOKEN
+    cells_BU = (heights * widths)[camera_BU] * is_token_BU
+    advance_BU = torch.maximum(heights, widths)[camera_BU] * is_token_BU
+    ends_BU = cells_BU.cumsum(1)
+    totals_B1 = ends_BU[:, -1:]
+
+    slots_BS = torch.arange(length, device=prompts.device).expand(batch, -1)
+    if left:
+        slots_BS = slots_BS - (length - totals_B1)
+    mask_BS = (slots_BS >= 0) & (slots_BS < totals_B1)
+    source_BS = torch.searchsorted(ends_BU, slots_BS.contiguous(), right=True).clamp_(max=prompts.shape[1] - 1)
+
+    camera_BS = camera_BU.gather(1, source_BS)
+    cell_BS = slots_BS - (ends_BU - cells_BU).gather(1, source_BS)
+    first_BS = (advance_BU.cumsum(1) - advance_BU).gather(1, source_BS)
+    width_BS = widths[camera_BS]
+    positions = torch.stack((first_BS, first_BS + cell_BS // width_BS, first_BS + cell_BS % width_BS))
+    first_feature = (heights * widths).cumsum(0) - heights * widths
+    is_image_BS = mask_BS & (camera_BS < cameras)
+    return (
+        prompts.gather(1, source_BS).masked_fill(~mask_BS, pad_token_id),
+        mask_BS,
+        positions.masked_fill(~mask_BS, 0),
+        camera_BS.masked_fill(~is_image_BS, NO_TOKEN),
+        (first_feature[camera_BS] + cell_BS).masked_fill(~is_image_BS, NO_TOKEN),
+    )
+
+
+def _camera_of_token(is_image_BU: Tensor, camera_mask: Tensor | None, batch: int, cameras: int) -> Tensor:
+    """The camera of each token (B, U): the sample's j-th image is its j-th present camera; `cameras` for text."""
+    order = torch.arange(cameras + 1, device=is_image_BU.device).expand(batch, -1)
+    if camera_mask is not None:
+        present_first = torch.argsort((~camera_mask).to(torch.uint8), dim=1, stable=True)
+        order = torch.cat((present_first, order[:, -1:]), dim=1)
+    # .long() first: on CUDA, PyTorch 2.11 leaves the cumulative sum of a single bool a bool.
+    image_BU = (is_image_BU.long().cumsum(1) - 1).masked_fill(~is_image_BU, cameras)
+    return order.gather(1, image_BU)
+
+
+def frames_to_patches(
+    frames: Tensor,
+    height: int,
+    width: int,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+    dtype: torch.dtype,
+    *,
+    resample_backend: str,
+) -> Tensor:
+    """Camera frames (I, 3, H, W) to patches (I, P, 3 * repeat * patch_size**2) of `dtype`.
+
+    `resize` to `height` x `width`, then `patchify`; see there for the arguments.
+    """
+    pixels = resize(frames, height, width, resample_backend)
+    return patchify(pixels, scale, mean, std, window_order, patch_size, merge, repeat).to(dtype)
+
+
+def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Tensor:
+    """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
+
+    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow and torchvision
+    round after each axis, which moves about one value in six by 1. Floating frames are never rounded.
+
+    Args:
+        frames: (I, 3, H, W), uint8 in 0..255 or floating.
+        height: Of the result.
+        width: Of the result.
+        resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
+
+    Returns:
+        (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
+        (beyond which bicubic may overshoot) otherwise.
+
+    Raises:
+        ValueError: `resample_backend` is unknown.
+    """
+    check_resample_backend(resample_backend)
+    if frames.shape[-2:] == (height, width):
+        return _widen(frames)
+    if frames.dtype != torch.uint8:
+        return _interpolate(_widen(frames), height, width)
+    if frames.is_cuda:
+        return _interpolate(_widen(frames), height, width).round_().clamp_(0, 255)
+    if resample_backend == PILLOW:
+        return _widen(resize_uint8(frames, height, width))
+    return _widen(_interpolate(frames, height, width))  # PyTorch's uint8 kernel, which torchvision calls
+
+
+def check_resample_backend(resample_backend: str) -> None:
+    """Raises `ValueError` where it is none of `RESAMPLE_BACKENDS`."""
+    if not isinstance(resample_backend, str) or resample_backend not in RESAMPLE_BACKENDS:
+        raise ValueError(f"resample_backend must be one of {RESAMPLE_BACKENDS}, got {resample_backend!r}")
+
+
+def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    if not len(pixels):  # which PyTorch refuses on a GPU
+        return pixels.new_empty(*pixels.shape[:2], height, width)
+    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def patchify(
+    pixels: Tensor,
+    scale: float,
+    mean: Tensor,
+    std: Tensor,
+    window_order: Tensor,
+    patch_size: int,
+    merge: int,
+    repeat: int,
+) -> Tensor:
+    """Normalises frames and cuts them into the vision transformer's patches, in window order.
+
+    Args:
+        pixels: (I, 3, H, W), floating; H and W are multiples of `patch_size * merge`.
+        scale: Brings `pixels` to 0..1.
+        mean: (3, 1, 1), of pixels in 0..1.
+        std: (3, 1, 1).
+        window_order: (M,) the raster index of the merged cell at each place, from `VisionPlan`.
+        patch_size: Side of a patch in pixels.
+        merge: Side of a merged cell in patches.
+        repeat: Temporal patch size; a still image is repeated over it.
+
+    Returns:
+        (I, P, 3 * repeat * patch_size**2). Inside a merged cell patches are in raster order; inside a patch, values are
+        ordered by channel, time, row, column.
+    """
+    pixels = (pixels * scale - mean) / std
+    cells = rearrange(
+        pixels, "i c (h mh ph) (w mw pw) -> i (h w) (mh mw) c ph pw", mh=merge, mw=merge, ph=patch_size, pw=patch_size
+    )
+    cells = cells.index_select(1, window_order)[:, :, :, :, None]
+    return cells.expand(-1, -1, -1, -1, repeat, -1, -1).flatten(1, 2).flatten(2)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

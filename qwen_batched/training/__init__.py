@@ -1,0 +1,1 @@
+"""Checkpointing, process groups and the methods that training code expects of a model."""
