@@ -3,10 +3,14 @@
     git worktree add ../before COMMIT
     python benchmarks/before_after.py --before ../before --model FOLDER [--rounds 5]
 
-Each process loads the model in bfloat16 and measures, the device idle before and after each call: a control loop's call
-(one sample, three cameras 480x640 in pinned host memory, to 224x224, 40 text tokens) from its CUDA graph and without
-one, 16 images of 448x448 through the vision transformer, and a step of generation. The distance of each commit from
-itself, between its own processes, says how large a difference means nothing. The last line is JSON.
+Each process loads the model in bfloat16 and measures, the device idle before and after each call:
+- a control loop's call (one sample, three cameras 480x640 in pinned host memory, to 224x224, 20 words) from its CUDA
+  graph and without one, and the host's share of the latter: the time until the call returns;
+- 16 images of 448x448 through the vision transformer, and a step of generation;
+- a training step, forward and backward, of 8 samples with two views 224x224: all parameters, and the sum of its
+  kernels' times; and LoRA on the decoder's linear layers, 16 samples, where peft is installed.
+The distance of each commit from itself, between its own processes, says how large a difference means nothing. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +24,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = "pick up the red cube and put it into the box on the left then open the drawer and move the arm"
 NEW_TOKENS = 64
+LORA_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
-def median_ms(call: Callable[[], object], times: int) -> float:
+def median_ms(call: Callable[[], object], times: int, wait: bool = True) -> float:
+    """Of so many calls; without `wait`, until the call returns, whatever the device still has to do."""
     import torch
 
     found = []
@@ -34,8 +41,9 @@ def median_ms(call: Callable[[], object], times: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         call()
+        returned = time.perf_counter()
         torch.cuda.synchronize()
-        found.append(1e3 * (time.perf_counter() - start))
+        found.append(1e3 * ((time.perf_counter() if wait else returned) - start))
     return statistics.median(found)
 
 
@@ -68,10 +76,44 @@ def measure(folder: str) -> dict[str, float]:
         found = {
             "control loop": median_ms(control, 300),
             "the same without a graph": median_ms(lambda: control(False), 60),
+            "the host's share of that": median_ms(lambda: control(False), 60, wait=False),
             "16 x 448x448, vision": median_ms(lambda: model.encode_images(images), 20),
         }
         long, short = (median_ms(lambda n=n: generate(n), 8) for n in (NEW_TOKENS, NEW_TOKENS // 2))
-    return found | {"step of generation": (long - short) / (NEW_TOKENS - NEW_TOKENS // 2)}
+    found["step of generation"] = (long - short) / (NEW_TOKENS - NEW_TOKENS // 2)
+    return found | training(model)
+
+
+def training(model: Any) -> dict[str, float]:
+    """The same of training steps; gradients are let go of, there is no optimiser."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    def step_of(adapted: Any, batch: int) -> Callable[[], None]:
+        frames = torch.randint(0, 256, (batch, 2, 3, 224, 224), dtype=torch.uint8, device="cuda")
+
+        def step() -> None:
+            out = adapted(frames, [TEXT] * batch, template="plain", resize=None)
+            out.last_hidden_state.float().square().mean().backward()
+            for parameter in adapted.parameters():
+                parameter.grad = None
+
+        for _ in range(4):
+            step()
+        return step
+
+    step = step_of(model.train(), 8)
+    found = {"training step": median_ms(step, 20)}
+    with profile(activities=[ProfilerActivity.CUDA]) as events:
+        step()
+        torch.cuda.synchronize()
+    found["sum of its kernels"] = sum(event.self_device_time_total for event in events.key_averages()) / 1e3
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return found
+    config = LoraConfig(r=16, target_modules=LORA_LAYERS)
+    return found | {"LoRA step": median_ms(step_of(get_peft_model(model, config), 16), 20)}
 
 
 def run(checkout: Path, model: str) -> dict[str, float]:
