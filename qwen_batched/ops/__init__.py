@@ -17,6 +17,7 @@ from qwen_batched.ops import derivatives, operators, reference
 from qwen_batched.ops.adapted_linear import adapted_linear
 from qwen_batched.ops.dense_attention import fastest_attention
 from qwen_batched.ops.low_rank import LowRankUpdate
+from qwen_batched.ops.packed_linear import packed_linear
 from qwen_batched.ops.reference import NO_TOKEN, PILLOW, TORCHVISION, check_resample_backend, mrope_tables
 from qwen_batched.ops.segments import Segments
 from qwen_batched.runtime.backend import (
@@ -41,6 +42,7 @@ __all__ = [
     "linear",
     "mrope",
     "mrope_tables",
+    "packed_linear",
     "reading_ahead",
     "rotary_attention",
     "swiglu",
