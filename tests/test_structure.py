@@ -34,7 +34,6 @@ ORDER = (
 # Imports that do not fit the order yet.
 EXCEPTIONS = {
     ("inputs.checks", "model.geometry"),
-    ("runtime.backend", "ops.triton.launchers"),
     ("training.api", "model.modeling_qwen2_5_vl_batched"),
 }
 # The yardstick and the checkpoints it reads are made without the code that they judge.

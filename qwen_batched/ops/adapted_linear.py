@@ -12,10 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 
-from qwen_batched.ops import operators, reference
-from qwen_batched.ops.derivatives import FusedFunction, has_tangent, wants_gradient
+from qwen_batched.ops import reference
+from qwen_batched.ops.add_low_rank import add_low_rank
 from qwen_batched.ops.low_rank import LowRankUpdate
+from qwen_batched.ops.mixed_product import mixed_product
+from qwen_batched.ops.swiglu import swiglu, swiglu_backward
+from qwen_batched.runtime.fast_path import wants_gradient
 
 # Beside float32 matrices, what has fewer elements is copied in float32: a kernel that reads it as it is saves the GPU
 # less than it costs the host.
@@ -35,7 +39,7 @@ def adapted_linear(
         or any(update.a.dtype != kind for update in updates)
         or x.device.type == "meta"
         or torch._C._are_functorch_transforms_active()
-        or any(map(has_tangent, (x, weight, bias)))
+        or forward_ad._current_level >= 0
         or (gated and torch.float64 in (x.dtype, kind))
     ):
         return _by_the_reference(x, weight, bias, updates, gated)
@@ -45,9 +49,10 @@ def adapted_linear(
         x, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias))
         factors = [factor.to(dtype) for factor in factors]
     places = [(update.scaling, update.start) for update in updates]
+    apply = AdaptedLinear.apply if torch.compiler.is_dynamo_compiling() else _apply
     if x.ndim == 2:
-        return AdaptedLinear.apply(x, weight, bias, places, gated, *factors)[0]
-    out, *_ = AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, places, gated, *factors)
+        return apply(x, weight, bias, places, gated, *factors)
+    out = apply(x.reshape(-1, x.shape[-1]), weight, bias, places, gated, *factors)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -58,45 +63,36 @@ def _by_the_reference(
     return reference.swiglu(*out.chunk(2, dim=-1)) if gated else out
 
 
-class AdaptedLinear(FusedFunction):
-    """The same for (T, D); the weight and the bias get no gradient."""
+class AdaptedLinear(Function):
+    """The same for (T, D); the weight and the bias get no gradient.
+
+    Takes each update's scaling and start in `places`, its matrices in `factors`. Keeps all x A^T, the matrices A of
+    more than one update, stacked, and what is gated.
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         places: Sequence[tuple[float, int]],
         gated: bool,
         *factors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Takes each update's scaling and start in `places`, its matrices in `factors`.
-
-        Returns what the backward pass needs besides: all x A^T; the matrices A of more than one update, stacked; and
-        what is gated.
-        """
+    ) -> Tensor:
         stacked, bs = _stacked(factors), factors[1::2]
         out = F.linear(x, weight, bias)
         low = _product(_as_factor(_columns(x, stacked.shape[1]), stacked), stacked.t())
         for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
             _add_product(_columns(out, b.shape[0], start), part, b.t(), scaling)
-        stacked = None if stacked is factors[0] else stacked
-        if gated:
-            return operators.swiglu(*out.chunk(2, dim=-1), None, None), low, stacked, out
-        return out, low, stacked, None
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    ) -> None:
-        x, weight, bias, ctx.places, ctx.gated, *factors = inputs
-        _, *kept = output
-        ctx.mark_non_differentiable(*(tensor for tensor in kept if tensor is not None))
+        ctx.places, ctx.gated = places, gated
         ctx.set_materialize_grads(False)
+        kept = low, None if stacked is factors[0] else stacked, out if gated else None
         ctx.save_for_backward(*kept, x, weight, bias, *factors)
+        return swiglu(out) if gated else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         low, stacked, product, x, weight, bias, *factors = ctx.saved_tensors
         if torch.is_autocast_enabled(x.device.type):  # the forward pass has chosen the dtypes
             with torch.autocast(x.device.type, enabled=False):
@@ -107,10 +103,14 @@ class AdaptedLinear(FusedFunction):
         elif torch.is_grad_enabled():  # the gradients are to be differentiated themselves
             grads = _differentiable_grads(grad, x, weight, bias, ctx.places, ctx.gated, factors, wanted)
         else:
-            grad = operators.swiglu_backward(grad, *product.chunk(2, dim=-1)) if ctx.gated else grad
+            grad = swiglu_backward(grad, product, None) if ctx.gated else grad
             stacked = factors[0] if stacked is None else stacked
             grads = _grads(grad, x, weight, low, stacked, ctx.places, factors[1::2], wanted)
         return grads[0], None, None, None, None, *grads[1:]
+
+
+# `Function.apply` without what it does for functorch, which takes the host longer than a launch.
+_apply = super(Function, AdaptedLinear).apply
 
 
 def _grads(
@@ -179,7 +179,7 @@ def _add_product(out: Tensor, x: Tensor, y: Tensor, scaling: float = 1.0) -> Non
     if out.dtype == x.dtype:
         out.addmm_(x, y, alpha=scaling)
     else:
-        operators.add_low_rank(out, x, y, scaling)
+        add_low_rank(out, x, y, scaling)
 
 
 def _as_factor(x: Tensor, y: Tensor) -> Tensor:
@@ -191,6 +191,6 @@ def _as_factor(x: Tensor, y: Tensor) -> Tensor:
 def _product(x: Tensor, y: Tensor, scaling: float = 1.0, like: Tensor | None = None, turned: bool = False) -> Tensor:
     """`reference.mixed_product` of what `_as_factor` gave; where `scaling` is given, `like` has the result's shape."""
     if x.dtype != y.dtype:
-        return operators.mixed_product(x, y, scaling, turned)
+        return mixed_product(x, y, scaling, turned)
     x, y = (y.t(), x.t()) if turned else (x, y)
     return x @ y if like is None else torch.addmm(like, x, y, beta=0, alpha=scaling)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from qwen_batched.ops.derivatives import wants_gradient
+from qwen_batched.ops.linear import linear
+from qwen_batched.runtime.fast_path import wants_gradient
 
 
 def packed_linear(
@@ -47,7 +48,7 @@ def packed_linear(
         total = x.shape[-1] if transposed else rows[-1].stop if weight is None else weight.shape[0]
     wants = wants_gradient(x, *parameters, *biases)
     if weight is not None and not wants:
-        return F.linear(x, weight.t() if transposed else weight, bias)
+        return linear(x, weight.t() if transposed else weight, bias)
     if (
         not wants
         or torch.compiler.is_dynamo_compiling()

@@ -13,11 +13,10 @@ from einops import rearrange
 from torch import Tensor
 
 from qwen_batched.ops.low_rank import LowRankUpdate
-from qwen_batched.ops.pillow_resize import resize_uint8
-from qwen_batched.ops.segments import Run
+from qwen_batched.ops.resize import resize, widen
+from qwen_batched.ops.segments import Run, Segments
 
 NO_TOKEN = -1  # no token, no camera, no feature
-PILLOW, TORCHVISION = RESAMPLE_BACKENDS = ("pillow", "torchvision")  # that resize for transformers on a CPU
 
 
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,9 +32,9 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
         The normalised stream, and the stream itself, both (..., D).
     """
     stream = update if residual is None else residual + update
-    x = _widen(stream)
+    x = widen(stream)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (x * _widen(weight)).to(stream.dtype), stream
+    return (x * widen(weight)).to(stream.dtype), stream
 
 
 def add_rms_norm_backward(
@@ -54,7 +53,7 @@ def add_rms_norm_backward(
     Returns:
         (..., D), of the update and of the residual alike; and (D,), of the weight, (0,) where it is not wanted.
     """
-    x, grad = _widen(stream), _widen(grad_normed)
+    x, grad = widen(stream), widen(grad_normed)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     unit, scaled = x * scale, grad * weight
     out = scale * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
@@ -63,65 +62,73 @@ def add_rms_norm_backward(
     return out.to(stream.dtype), of_weight
 
 
-def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+def swiglu(
+    gate: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> Tensor:
     """SiLU(gate + gate_bias) * (up + up_bias) (Shazeer 2020, arXiv:2002.05202).
 
     Args:
         gate: (..., F).
-        up: (..., F).
+        up: (..., F); None where `gate` is both, (..., 2F).
         gate_bias: (F,), with `up_bias` or not at all.
         up_bias: (F,).
 
     Returns:
         (..., F).
     """
-    x, y = _widen(gate), _widen(up)
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    x, y = widen(gate), widen(up)
     if gate_bias is not None:
         x, y = x + gate_bias, y + up_bias
     return (F.silu(x) * y).to(gate.dtype)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """The gradient of `swiglu` without biases: three times (..., F) to (..., 2F), the gate's and the up's."""
-    grad, x, y = (_widen(tensor) for tensor in (grad, gate, up))
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
+    """The gradient of `swiglu` without biases: (..., F) and its inputs to (..., 2F), the gate's and the up's."""
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    grad, x, y = widen(grad), widen(gate), widen(up)
     share = torch.sigmoid(x)
     grad_gate = grad * y * share * (1 + x * (1 - share))
     return torch.cat((grad_gate, grad * x * share), dim=-1).to(gate.dtype)
 
 
-def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
     """Rotary embedding and attention within each segment of each image.
 
     Args:
         qkv: (I, P, 3 * D), the packed projection: all queries, then all keys, then all values.
         cos: (P, E / 2) float32, rotation of the first and second half of a head against each other.
         sin: (P, E / 2) float32.
-        runs: The segments of an image's P tokens. Windows are segments; so is the whole image.
+        segments: Of an image's P tokens. Windows are segments; so is the whole image.
         num_heads: N; E = D / N.
 
     Returns:
         (I, P, D).
     """
-    q_IPNE, k_IPNE, v_IPNE = rearrange(qkv, "i p (three n e) -> three i p n e", three=3, n=num_heads)
+    images, patches, width = qkv.shape
+    q_IPNE, k_IPNE, v_IPNE = qkv.reshape(images, patches, 3, num_heads, width // 3 // num_heads).unbind(2)
     cos, sin = cos[:, None], sin[:, None]
-    q_IPNE, k_IPNE = rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin)
-    return segment_attention(q_IPNE, k_IPNE, v_IPNE, runs)
+    return segment_attention(rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin), v_IPNE, segments)
 
 
-def segment_attention(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, runs: tuple[Run, ...]) -> Tensor:
+def segment_attention(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, segments: Segments) -> Tensor:
     """Attention within each segment of each image: (I, P, N, E), thrice, to (I, P, N * E)."""
-    outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in runs]
+    outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in segments.runs]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
     """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
-    q, k, v = (
-        rearrange(x.narrow(1, run.start, run.count * run.length), "i (g s) n e -> (i g) n s e", g=run.count)
+    images, _, heads, size = q_IPNE.shape
+    segmented = images, run.count, run.length, heads, size
+    tokens = run.count * run.length
+    q, k, v = [
+        x.narrow(1, run.start, tokens).reshape(segmented).transpose(2, 3).flatten(0, 1)
         for x in (q_IPNE, k_IPNE, v_IPNE)
-    )
-    out = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(out, "(i g) n s e -> i (g s) (n e)", g=run.count)
+    ]
+    out_GNSE = F.scaled_dot_product_attention(q, k, v)
+    out = out_GNSE.reshape(images, run.count, heads, run.length, size).transpose(2, 3)
+    return out.reshape(images, tokens, heads * size)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()) -> Tensor:
@@ -173,14 +180,22 @@ def mrope(
         (rows, (N + 2K) * E), zero in rows without a token.
     """
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
-    if 0 < len(cos) < len(qkv):
-        cos, sin = (table.repeat(len(qkv) // len(table), 1) for table in (cos, sin))
+    if 0 < cos.shape[0] < qkv.shape[0]:
+        cos, sin = (table.repeat(qkv.shape[0] // table.shape[0], 1) for table in (cos, sin))
     turning, values = heads[..., :-num_kv_heads, :], heads[..., -num_kv_heads:, :]
     out = torch.cat((rotate(turning, cos[:, None], sin[:, None]), values), dim=-2).flatten(-2)
     return out if slots is None else out.new_zeros(rows, out.shape[-1]).index_copy(0, slots, out)
 
 
-def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    tickets: Tensor | None = None,
+) -> Tensor:
     """One more token of each sample: rotates it, stores its key and value, and attends to all tokens so far.
 
     Args:
@@ -190,6 +205,7 @@ def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values
         keys: (B, C, K, E), rotated keys of the tokens so far; takes the new ones.
         values: (B, C, K, E).
         lengths: Int64 (B,), how many tokens each sample has so far; below C.
+        tickets: Int32 (B * K,), zero before and after: what the kernel's programs share, not used here.
 
     Returns:
         (B, N * E).
@@ -225,7 +241,7 @@ def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ..
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of GPT-NeoX."""
-    first, second = _widen(x).chunk(2, dim=-1)
+    first, second = widen(x).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
@@ -248,7 +264,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     mask = None if visible is None else visible[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped)
-    return rearrange(out, "b n s e -> b s (n e)")
+    return out.transpose(1, 2).flatten(2)
 
 
 def expand_prompts(
@@ -326,6 +342,7 @@ def frames_to_patches(
     frames: Tensor,
     height: int,
     width: int,
+    resize_tables: Sequence[Tensor] | None,
     scale: float,
     mean: Tensor,
     std: Tensor,
@@ -334,58 +351,18 @@ def frames_to_patches(
     merge: int,
     repeat: int,
     dtype: torch.dtype,
-    *,
     resample_backend: str,
 ) -> Tensor:
     """Camera frames (I, 3, H, W) to patches (I, P, 3 * repeat * patch_size**2) of `dtype`.
 
-    `resize` to `height` x `width`, then `patchify`; see there for the arguments.
+    `resize.resize` to `height` x `width`, then `patchify`; see there for the other arguments.
+
+    Args:
+        resize_tables: Those of `geometry.resize_axis`, the width's two and the height's two, from which a kernel
+            resizes; None where the frames have their size, or no kernel is to resize them. Not used here.
     """
     pixels = resize(frames, height, width, resample_backend)
     return patchify(pixels, scale, mean, std, window_order, patch_size, merge, repeat).to(dtype)
-
-
-def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Tensor:
-    """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
-
-    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow and torchvision
-    round after each axis, which moves about one value in six by 1. Floating frames are never rounded.
-
-    Args:
-        frames: (I, 3, H, W), uint8 in 0..255 or floating.
-        height: Of the result.
-        width: Of the result.
-        resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
-
-    Returns:
-        (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
-        (beyond which bicubic may overshoot) otherwise.
-
-    Raises:
-        ValueError: `resample_backend` is unknown.
-    """
-    check_resample_backend(resample_backend)
-    if frames.shape[-2:] == (height, width):
-        return _widen(frames)
-    if frames.dtype != torch.uint8:
-        return _interpolate(_widen(frames), height, width)
-    if frames.is_cuda:
-        return _interpolate(_widen(frames), height, width).round_().clamp_(0, 255)
-    if resample_backend == PILLOW:
-        return _widen(resize_uint8(frames, height, width))
-    return _widen(_interpolate(frames, height, width))  # PyTorch's uint8 kernel, which torchvision calls
-
-
-def check_resample_backend(resample_backend: str) -> None:
-    """Raises `ValueError` where it is none of `RESAMPLE_BACKENDS`."""
-    if not isinstance(resample_backend, str) or resample_backend not in RESAMPLE_BACKENDS:
-        raise ValueError(f"resample_backend must be one of {RESAMPLE_BACKENDS}, got {resample_backend!r}")
-
-
-def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
-    if not len(pixels):  # which PyTorch refuses on a GPU
-        return pixels.new_empty(*pixels.shape[:2], height, width)
-    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
 def patchify(
@@ -420,7 +397,3 @@ def patchify(
     )
     cells = cells.index_select(1, window_order)[:, :, :, :, None]
     return cells.expand(-1, -1, -1, -1, repeat, -1, -1).flatten(1, 2).flatten(2)
-
-
-def _widen(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

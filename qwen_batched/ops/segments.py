@@ -1,7 +1,8 @@
-"""Segments: the stretches of tokens within which attention happens. Windows and whole images are both segments."""
+"""Segments: the ranges of tokens within which attention happens. Windows and whole images are both segments."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,16 @@ class Segments:
         """The segments of `runs`, with their table on `device`."""
         rows = [(run.start + index * run.length, run.length) for run in runs for index in range(run.count)]
         return cls(runs, torch.tensor(rows, dtype=torch.int32, device="cpu").to(device))
+
+    @classmethod
+    def of_sizes(cls, sizes: Sequence[int], table: Tensor) -> Segments:
+        """What `sizes` and `table` are of."""
+        return cls(tuple(Run(*sizes[index : index + 3]) for index in range(0, len(sizes), 3)), table)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Start, count and length of all runs, one after the other."""
+        return [size for run in self.runs for size in (run.start, run.count, run.length)]
 
     @property
     def tokens(self) -> int:

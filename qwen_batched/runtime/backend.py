@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
 
 import torch
 
@@ -45,29 +44,23 @@ def backend() -> str:
     return _backend.get()
 
 
-def triton_kernels(device: torch.device) -> ModuleType | None:
-    """The Triton launchers for tensors of `device`; None for the reference.
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Whether operations on tensors of `device` run Triton kernels, rather than the reference.
 
     Raises:
         RuntimeError: Triton was asked for and cannot be used on `device`.
     """
-    chosen = backend()
+    chosen = _backend.get()
     if chosen == "reference" or (chosen == "auto" and device.type != "cuda"):
-        return None
+        return False
     obstacle = _obstacle(device)
     if obstacle is None:
-        return _launchers()
+        return True
     if chosen == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
     _log_fallback(obstacle)
-    return None
-
-
-@functools.cache
-def _launchers() -> ModuleType:
-    from qwen_batched.ops.triton import launchers  # where Triton may be missing, nothing imports it
-
-    return launchers
+    return False
 
 
 @contextlib.contextmanager
@@ -75,7 +68,7 @@ def reading_ahead() -> Iterator[None]:
     """Inside the `with` block kernels may read parameters and older keys before those launched earlier have ended.
 
     For the capture of a graph in which no kernel writes any of these. Its replay begins when all is done that came
-    before; elsewhere somebody may just have written them.
+    before; elsewhere they may just have been written.
     """
     token = _reads_ahead.set(True)
     try:
@@ -89,14 +82,8 @@ def reads_ahead() -> bool:
     return _reads_ahead.get()
 
 
-@torch.compiler.assume_constant_result
-def has_kernels(device: torch.device) -> bool:
-    """Whether `triton_kernels` has any for tensors of `device`; it raises as that does."""
-    return triton_kernels(device) is not None
-
-
 def refuse_forced_triton(reason: str) -> None:
-    """Raises `RuntimeError` where Triton was asked for and `reason` is why only the reference can serve."""
+    """Raises `RuntimeError` where Triton was asked for and `reason` is why the reference is required."""
     if backend() == "triton":
         raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
 

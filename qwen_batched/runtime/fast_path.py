@@ -1,4 +1,4 @@
-"""Whether a module runs nothing but its class's own code on plain parameters."""
+"""Eligibility for fused kernels: of tensors under the modes that are on, and of modules with their hooks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,86 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from qwen_batched.runtime.backend import backend, has_kernels, refuse_forced_triton
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 PLAIN_PARAMETERS = {nn.Parameter, type(None)}
+# How an operation runs: as plain PyTorch, by its kernel, or as an operator of PyTorch's that tracers see whole; and
+# whether autograd records it.
+REFERENCE, KERNEL, OPERATOR, KERNEL_WITH_GRADIENT, OPERATOR_WITH_GRADIENT = range(5)
 _harmless: set[type] = set()  # of attributes that are no tensors
+
+
+def route(
+    activations: tuple[Tensor | None, ...], parameters: tuple[Tensor | None, ...] = (), has_backward: bool = False
+) -> int:
+    """How an operation on these tensors runs, one of the constants above.
+
+    Kernels compute in float32, take activations of one dtype, have no forward-mode derivative and no batching rule,
+    and a gradient only if the operation `has_backward`. The reference has all these, since autograd sees through it.
+
+    Raises:
+        RuntimeError: Triton was asked for, and cannot serve.
+    """
+    first = activations[0]
+    is_traced = torch.compiler.is_dynamo_compiling()
+    can_bypass = not is_traced and type(first) in PLAIN_TENSORS and torch._C._len_torch_dispatch_stack() == 0
+    if can_bypass and first.is_cpu and backend() != "triton":
+        return REFERENCE
+    is_transformed = not is_traced and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    can_bypass = can_bypass and first.is_cuda and not is_transformed and torch._C._get_tracing_state() is None
+    dtype, wants, is_wide, is_mixed = first.dtype, False, False, False
+    for tensor in activations:
+        is_mixed = is_mixed or (tensor is not None and tensor.dtype != dtype)
+    for tensor in (*activations, *parameters):
+        if tensor is not None:
+            wants, is_wide = wants or tensor.requires_grad, is_wide or tensor.dtype == torch.float64
+    wants = wants and torch.is_grad_enabled()
+    if is_transformed or is_wide or is_mixed or (wants and not has_backward):
+        refuse_forced_triton(_why_reference(activations, wants and not has_backward, is_wide, is_mixed))
+        return REFERENCE
+    if not has_kernels(first.device):
+        return REFERENCE if wants or can_bypass else OPERATOR
+    if wants:
+        return KERNEL_WITH_GRADIENT if can_bypass else OPERATOR_WITH_GRADIENT
+    return KERNEL if can_bypass else OPERATOR
+
+
+def _why_reference(activations: tuple[Tensor | None, ...], lacks_backward: bool, is_wide: bool, is_mixed: bool) -> str:
+    if lacks_backward:
+        return "its kernels have no backward: call them under torch.no_grad()"
+    if is_wide:
+        return "its kernels compute in float32, and there is a float64 input"
+    if is_mixed:
+        dtypes = sorted({str(tensor.dtype) for tensor in activations if tensor is not None})
+        return f"its kernels take inputs of one dtype, got {' and '.join(dtypes)}"
+    return "its kernels have no forward-mode derivative, and run under no transform of functions"
+
+
+def can_bypass_dispatcher(x: Tensor) -> bool:
+    """Whether PyTorch would only call the kernel's launcher, which costs the host more than the launch itself.
+
+    A profiler then sees only the kernel.
+    """
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and x.is_cuda
+        and type(x) in PLAIN_TENSORS
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record an operation on these."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_wait
 
 # H200, bf16, 2784 tokens: 11008 columns of rank 16 take 49 us (bytes alone 26 us), 2048 of rank 48 take 20 us; in tiles
 # of 64 rows 68 us and 40 us.
@@ -30,12 +30,12 @@ def _add_low_rank_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     rank = tl.arange(0, BLOCK_R)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     product = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
     for start in range(0, R, BLOCK_R):
         across, down = start + rank[None, :], start + rank[:, None]
@@ -58,20 +58,11 @@ def add_low_rank(out: Tensor, low: Tensor, factor: Tensor, scaling: float) -> No
     launch(
         _add_low_rank_kernel,
         (cdiv(T, BLOCK_T), cdiv(F, BLOCK_F)),
-        out,
-        low,
-        factor,
-        out.stride(0),
-        low.stride(0),
-        factor.stride(0),
-        factor.stride(1),
-        T,
-        F,
-        scaling,
+        (out, low, factor),
+        (out.stride(0), low.stride(0), *factor.stride(), T, F, scaling),
         R=rank,
         BLOCK_R=min(max(LEAST_RANK, next_power_of_2(rank)), MOST_RANK),
         BLOCK_T=BLOCK_T,
         BLOCK_F=BLOCK_F,
         num_warps=WARPS,
-        **launch_options(out.device),
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import begin, launch, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import begin, launch, next_power_of_2, pdl_wait
 from qwen_batched.runtime.backend import reads_ahead
 
 # H200, bf16, width 1280: 16384 rows 45 us (bytes alone 40 us); 65536 rows 164 us (160 us). One to four rows a program
@@ -29,14 +29,14 @@ def _add_rms_norm_kernel(
     D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    begin(ahead, EARLY)
+    begin(ahead, USE_PDL)
     offsets = tl.program_id(0).to(tl.int64) * D + tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_D)
     mask = column < D
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     stream = tl.load(update_ptr + offsets, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
@@ -60,18 +60,12 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
     launch(
         _add_rms_norm_kernel,
         (update.numel() // dim,),
-        update,
-        update if residual is None else residual.contiguous(),
-        weight.contiguous(),
-        normed,
-        stream,
-        eps,
-        int(reads_ahead() and weight.is_contiguous()),
+        (update, update if residual is None else residual.contiguous(), weight.contiguous(), normed, stream),
+        (eps, int(reads_ahead() and weight.is_contiguous())),
         D=dim,
         HAS_RESIDUAL=residual is not None,
         BLOCK_D=block,
         num_warps=WARPS if block <= 2048 else WARPS_OF_WIDE_ROWS,
-        **launch_options(update.device),
     )
     return normed, stream
 
@@ -90,9 +84,9 @@ def _add_rms_norm_backward_kernel(
     HAS_STREAM: tl.constexpr,
     FOR_WEIGHT: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     column = tl.arange(0, BLOCK_D)
     mask = column < D
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
@@ -131,19 +125,19 @@ def add_rms_norm_backward(
     launch(
         _add_rms_norm_backward_kernel,
         (programs,),
-        grad_normed.contiguous(),
-        stream if grad_stream is None else grad_stream.contiguous(),
-        stream,
-        weight.contiguous(),
-        grad,
-        sums,
-        rows,
-        eps,
+        (
+            grad_normed.contiguous(),
+            stream if grad_stream is None else grad_stream.contiguous(),
+            stream,
+            weight.contiguous(),
+            grad,
+            sums,
+        ),
+        (rows, eps),
         D=dim,
         HAS_STREAM=grad_stream is not None,
         FOR_WEIGHT=for_weight,
         BLOCK_D=block,
         num_warps=WARPS if block <= 2048 else WARPS_OF_WIDE_ROWS,
-        **launch_options(stream.device),
     )
     return grad, sums.sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import begin, cdiv, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import begin, cdiv, launch, next_power_of_2, pdl_wait
 from qwen_batched.ops.triton.rotation import angles, rotated
 from qwen_batched.runtime.backend import reads_ahead
 
@@ -57,9 +57,9 @@ def _decode_attention_kernel(
     BLOCK_E: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    begin(ahead, EARLY)
+    begin(ahead, USE_PDL)
     head = tl.program_id(0) % K
     sample = (tl.program_id(0) // K).to(tl.int64)
     part = tl.program_id(1)
@@ -73,7 +73,7 @@ def _decode_attention_kernel(
     stop = tl.minimum(start + part_tokens, length)
     base = sample * capacity * K * E + head * E
     k, v = _keys_and_values(keys_ptr, values_ptr, base, start + s, stop, e, K * E, E)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
 
     width: tl.constexpr = (G * K + 2 * K) * E
     row = sample * width
@@ -146,21 +146,22 @@ def decode_attention(
     block_g = max(LEAST_ROWS, next_power_of_2(group))
     block_e = max(LEAST_ROWS, next_power_of_2(head_dim))
     rows = batch * kv_heads * parts * block_g
-    _decode_attention_kernel[(batch * kv_heads, parts)](
-        qkv,
-        cos.contiguous(),
-        sin.contiguous(),
-        keys,
-        values,
-        lengths,
-        tickets,
-        qkv.new_empty(rows, block_e, dtype=torch.float32),
-        qkv.new_empty(rows, 2, dtype=torch.float32),
-        out,
-        capacity,
-        parts,
-        head_dim**-0.5 * LOG2_E,  # exp2 is what the hardware has
-        int(reads_ahead()),
+    launch(
+        _decode_attention_kernel,
+        (batch * kv_heads, parts),
+        (
+            qkv,
+            cos.contiguous(),
+            sin.contiguous(),
+            keys,
+            values,
+            lengths,
+            tickets,
+            qkv.new_empty(rows, block_e, dtype=torch.float32),
+            qkv.new_empty(rows, 2, dtype=torch.float32),
+            out,
+        ),
+        (capacity, parts, head_dim**-0.5 * LOG2_E, int(reads_ahead())),  # exp2 is what the hardware has
         G=group,
         K=kv_heads,
         E=head_dim,
@@ -170,7 +171,6 @@ def decode_attention(
         TILE=TILE,
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=WARPS,
-        **launch_options(qkv.device),
     )
     return out
 

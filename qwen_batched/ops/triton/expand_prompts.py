@@ -14,10 +14,10 @@ from torch import Tensor
 from qwen_batched.ops.reference import NO_TOKEN
 from qwen_batched.ops.triton.launch import (
     cdiv,
-    launch_options,
-    let_the_next_start,
+    launch,
     next_power_of_2,
-    wait_for_inputs,
+    pdl_launch_dependents,
+    pdl_wait,
 )
 
 PLACES, TOKENS, WARPS = 128, 64, 4
@@ -53,10 +53,10 @@ def _expand_prompts_kernel(
     BLOCK_V: tl.constexpr,
     TOKENS: tl.constexpr,
     PLACES: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    let_the_next_start(EARLY)
-    wait_for_inputs(EARLY)
+    pdl_launch_dependents(USE_PDL)
+    pdl_wait(USE_PDL)
     sample = tl.program_id(0)
     s = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
     c, u = tl.arange(0, BLOCK_V), tl.arange(0, TOKENS)
@@ -141,20 +141,12 @@ def expand_prompts(
     ids, camera_ids, features = (empty(batch, length) for _ in range(3))
     real, positions = empty(batch, length, dtype=torch.bool), empty(3, batch, length)
     if ids.numel() > 0:
-        _expand_prompts_kernel[(batch, cdiv(length, PLACES))](
-            prompts.contiguous(),
-            grids.contiguous(),
-            prompts if camera_mask is None else camera_mask.contiguous(),
-            ids,
-            real,
-            positions,
-            camera_ids,
-            features,
-            batch,
-            prompts.shape[1],
-            length,
-            image_token_id,
-            pad_token_id,
+        mask = prompts if camera_mask is None else camera_mask.contiguous()
+        launch(
+            _expand_prompts_kernel,
+            (batch, cdiv(length, PLACES)),
+            (prompts.contiguous(), grids.contiguous(), mask, ids, real, positions, camera_ids, features),
+            (batch, prompts.shape[1], length, image_token_id, pad_token_id),
             NO_TOKEN=NO_TOKEN,
             V=cameras,
             HAS_MASK=camera_mask is not None,
@@ -163,6 +155,5 @@ def expand_prompts(
             TOKENS=TOKENS,
             PLACES=PLACES,
             num_warps=WARPS,
-            **launch_options(prompts.device),
         )
     return ids, real, positions, camera_ids, features

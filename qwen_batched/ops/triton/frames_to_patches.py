@@ -6,12 +6,14 @@ of the frames at their new width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import cdiv, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_wait
 
 # H200, 24 uint8 frames 480x640 to 448x448: width 66 us (4 rows of 128 columns 88 us), height 100 us (4 to 8 warps).
 WIDTH_ROWS, WIDTH_BLOCK, WIDTH_WARPS = 2, 512, 4
@@ -39,13 +41,13 @@ def _resize_width_kernel(
     UNROLL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (first_row + row < rows) & (x < width_out)[None, :]
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     start = tl.load(starts_ptr + x, mask=x < width_out, other=0)
     pixels = frames_ptr + first_row * width_in + (row * width_in + start[None, :])
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -82,9 +84,9 @@ def _resize_height_and_cut_kernel(
     MERGE: tl.constexpr,
     REPEAT: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     place = tl.program_id(0) % cells
     image = (tl.program_id(0) // cells).to(tl.int64)
     cell = tl.load(order_ptr + place).to(tl.int32)
@@ -123,9 +125,9 @@ def _resize_height_and_cut_kernel(
 
 def frames_to_patches(
     frames: Tensor,
-    columns: tuple[Tensor, Tensor] | None,
-    rows: tuple[Tensor, Tensor] | None,
+    height: int,
     width: int,
+    resize_tables: Sequence[Tensor] | None,
     scale: float,
     mean: Tensor,
     std: Tensor,
@@ -134,23 +136,12 @@ def frames_to_patches(
     merge: int,
     repeat: int,
     dtype: torch.dtype,
+    resample_backend: str,
 ) -> Tensor:
     """(I, 3, H, W) to (I, P, 3 * repeat * patch_size**2).
 
-    Args:
-        frames: uint8 or floating.
-        columns: Of the width, the first source of each output (int32) and the weights (taps, outputs) of the sources
-            from there, see `geometry.resize_axis`; None where the frames already have their size.
-        rows: The same of the height.
-        width: Of the resized frames.
-        scale: Brings pixels to 0..1.
-        mean: (3, 1, 1) float32.
-        std: (3, 1, 1) float32.
-        window_order: (M,) the cell at each place.
-        patch_size: Side of a patch.
-        merge: Side of a cell in patches.
-        repeat: Temporal patch size.
-        dtype: Of the patches.
+    Resizes by tables: of each axis the first source of each output (int32) and the weights (taps, outputs) of the
+    sources from there.
     """
     frames = frames.contiguous()
     images, _, height_in, _ = frames.shape
@@ -158,33 +149,24 @@ def frames_to_patches(
     out = torch.empty(images, cells * merge**2, 3 * repeat * patch_size**2, dtype=dtype, device=frames.device)
     if out.numel() == 0:
         return out
-    pixels = frames if columns is None else _at_new_width(frames, *columns)
+    resizes = resize_tables is not None
+    pixels = _at_new_width(frames, *resize_tables[:2]) if resizes else frames
     # Without a resize, stand-ins that the kernel does not read.
-    starts, weights = rows if rows is not None else (window_order, mean)
-    _resize_height_and_cut_kernel[(images * cells,)](
-        pixels,
-        starts,
-        weights,
-        window_order,
-        mean,
-        std,
-        out,
-        cells,
-        width // (patch_size * merge),
-        height_in,
-        height_in if rows is None else starts.numel(),
-        width,
-        scale,
-        TAPS=0 if rows is None else weights.shape[0],
-        UNROLL=rows is None or weights.shape[0] <= MAX_UNROLLED_TAPS,
-        RESIZE=rows is not None,
+    starts, weights = resize_tables[2:] if resizes else (window_order, mean)
+    launch(
+        _resize_height_and_cut_kernel,
+        (images * cells,),
+        (pixels, starts, weights, window_order, mean, std, out),
+        (cells, width // (patch_size * merge), height_in, height, width, scale),
+        TAPS=weights.shape[0] if resizes else 0,
+        UNROLL=not resizes or weights.shape[0] <= MAX_UNROLLED_TAPS,
+        RESIZE=resizes,
         ROUND=frames.dtype == torch.uint8,
         PATCH=patch_size,
         MERGE=merge,
         REPEAT=repeat,
         BLOCK=next_power_of_2((patch_size * merge) ** 2),
         num_warps=CELL_WARPS,
-        **launch_options(frames.device),
     )
     return out
 
@@ -195,19 +177,15 @@ def _at_new_width(frames: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     taps, new_width = weights.shape
     pixels = torch.empty(images, channels, height, new_width, dtype=torch.float32, device=frames.device)
     rows = images * channels * height
-    _resize_width_kernel[(cdiv(rows, WIDTH_ROWS), cdiv(new_width, WIDTH_BLOCK))](
-        frames,
-        starts,
-        weights,
-        pixels,
-        rows,
-        width,
-        new_width,
+    launch(
+        _resize_width_kernel,
+        (cdiv(rows, WIDTH_ROWS), cdiv(new_width, WIDTH_BLOCK)),
+        (frames, starts, weights, pixels),
+        (rows, width, new_width),
         TAPS=taps,
         UNROLL=taps <= MAX_UNROLLED_TAPS,
         ROWS=WIDTH_ROWS,
         BLOCK=WIDTH_BLOCK,
         num_warps=WIDTH_WARPS,
-        **launch_options(frames.device),
     )
     return pixels

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_wait
 
 # H200, bf16, 2784 tokens: of 11008 columns to rank 16 or back 35 us (bytes alone 13 us), of 2048 to rank 48 19 us; a
 # copy in float32 and its product take 160 us and 43 us.
@@ -38,12 +38,12 @@ def _mixed_product_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)[:, None]
     part = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     total = tl.zeros((BLOCK_I, BLOCK_R), tl.float32)
     end = tl.minimum((part + 1) * chunk, K)
     for start in range(part * chunk, end, BLOCK_K):
@@ -73,22 +73,21 @@ def mixed_product(x: Tensor, y: Tensor, scaling: float, turned: bool) -> Tensor:
     launch(
         _mixed_product_kernel,
         (tiles, parts, cdiv(rank, block_r)),
-        x,
-        y,
-        out,
-        *x.stride(),
-        *y.stride(),
-        part_stride,
-        *(reversed(strides) if turned else strides),
-        rows,
-        inner,
-        chunk,
-        scaling,
+        (x, y, out),
+        (
+            *x.stride(),
+            *y.stride(),
+            part_stride,
+            *(reversed(strides) if turned else strides),
+            rows,
+            inner,
+            chunk,
+            scaling,
+        ),
         R=rank,
         BLOCK_R=block_r,
         BLOCK_I=BLOCK_I,
         BLOCK_K=BLOCK_K,
         num_warps=WARPS,
-        **launch_options(x.device),
     )
     return out[0] if parts == 1 else out.sum(0)

@@ -12,10 +12,9 @@ from torch import Tensor
 from qwen_batched.ops.triton.launch import (
     cdiv,
     launch,
-    launch_options,
-    let_the_next_start,
     next_power_of_2,
-    wait_for_inputs,
+    pdl_launch_dependents,
+    pdl_wait,
 )
 
 BLOCK, WARPS = 512, 4
@@ -34,16 +33,16 @@ def _mrope_kernel(
     E: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    let_the_next_start(EARLY)
+    pdl_launch_dependents(USE_PDL)
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = E // 2
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # over the first halves of all heads
     mask = column < WIDTH // 2
     first = column // half * E + column % half
     turns = mask & (first < ROTATED)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     x = tl.load(qkv_ptr + token * WIDTH + first, mask=mask, other=0.0)
     y = tl.load(qkv_ptr + token * WIDTH + first + half, mask=mask, other=0.0)
     # The values, behind the keys, are turned by nothing.
@@ -57,31 +56,28 @@ def _mrope_kernel(
     tl.store(out_ptr + row * WIDTH + first + half, rotated_y.to(x.dtype), mask=mask)
 
 
-def mrope(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None, rows: int) -> Tensor:
+def mrope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
+) -> Tensor:
     """(T, (N + 2K) * E) to (rows, (N + 2K) * E)."""
     qkv = qkv.contiguous()
     tokens, width = qkv.shape
     head_dim = 2 * cos.shape[-1]
     # Attention multiplies what it does not see by 0, which garbage might survive.
-    out = qkv.new_empty(rows, width) if slots is None else qkv.new_zeros(rows, width)
+    out = qkv.new_empty(tokens, width) if slots is None else qkv.new_zeros(rows, width)
     if tokens == 0:
         return out
     block = min(BLOCK, next_power_of_2(width // 2))
     launch(
         _mrope_kernel,
         (tokens, cdiv(width // 2, block)),
-        qkv,
-        cos.contiguous(),
-        sin.contiguous(),
-        qkv if slots is None else slots.contiguous(),
-        out,
-        len(cos),
+        (qkv, cos.contiguous(), sin.contiguous(), qkv if slots is None else slots.contiguous(), out),
+        (cos.shape[0],),
         WIDTH=width,
         ROTATED=width - num_kv_heads * head_dim,
         E=head_dim,
         HAS_SLOTS=slots is not None,
         BLOCK=block,
         num_warps=WARPS,
-        **launch_options(qkv.device),
     )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import cdiv, launch, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_wait
 
 BLOCK, WARPS = 1024, 4
 
@@ -22,7 +22,7 @@ def _rotary_kernel(
     N: tl.constexpr,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     D: tl.constexpr = N * E
@@ -33,7 +33,7 @@ def _rotary_kernel(
     angle = (row % tokens_per_image) * half + column % half
     cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=mask, other=0.0)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     x = tl.load(qkv_ptr + row * 3 * D + first, mask=mask, other=0.0)
     y = tl.load(qkv_ptr + row * 3 * D + first + half, mask=mask, other=0.0)
     rotated_x = x.to(tl.float32) * cos - y.to(tl.float32) * sin
@@ -51,15 +51,11 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     launch(
         _rotary_kernel,
         (images * tokens, cdiv(dim, block)),
-        qkv,
-        cos,
-        sin,
-        out,
-        tokens,
+        (qkv, cos, sin, out),
+        (tokens,),
         N=num_heads,
         E=dim // num_heads,
         BLOCK=block,
         num_warps=WARPS,
-        **launch_options(qkv.device),
     )
     return out

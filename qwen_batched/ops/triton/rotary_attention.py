@@ -12,12 +12,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from einops import rearrange
 from torch import Tensor
 
-from qwen_batched.ops.dense_attention import fastest_attention
-from qwen_batched.ops.segments import Run
-from qwen_batched.ops.triton.launch import launch, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.causal_attention import fastest_attention
+from qwen_batched.ops.segments import Run, Segments
+from qwen_batched.ops.triton.launch import launch, next_power_of_2, pdl_wait
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotation import angles, rotated
 
@@ -49,7 +48,7 @@ def _window_attention_kernel(
     E_LOW: tl.constexpr,
     BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     head = tl.program_id(0) % N
     window = (tl.program_id(0) // N) % windows
@@ -66,7 +65,7 @@ def _window_attention_kernel(
     if E_LOW > 0:
         low = E_HIGH + tl.arange(0, E_LOW)
         cos_low, sin_low = angles(cos_ptr, sin_ptr, token, seen, low, E)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
 
     k = rotated(qkv_ptr + D, row, seen, high, cos, sin, E)
     q = rotated(qkv_ptr, row, seen, high, cos, sin, E)
@@ -88,28 +87,19 @@ def _window_attention_kernel(
             tl.store(out_ptr + out_row[:, None] + e[None, :], out.to(v.dtype), mask=mask)
 
 
-def rotary_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, runs: tuple[Run, ...], table: Tensor, num_heads: int
-) -> Tensor:
-    """(I, P, 3D) to (I, P, D): windows in one launch, longer segments through PyTorch's attention.
-
-    Args:
-        qkv: (I, P, 3D).
-        cos: (P, E / 2) float32.
-        sin: (P, E / 2) float32.
-        runs: The segments of an image.
-        table: Int32 (segments, 2), start and length of each.
-        num_heads: N.
-    """
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
+    """(I, P, 3D) to (I, P, D): windows in one launch, longer segments through PyTorch's attention."""
     if qkv.numel() == 0:
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     qkv = qkv.contiguous()
     head_dim = qkv.shape[-1] // 3 // num_heads
-    longest = max(run.length for run in runs)
+    longest = max([run.length for run in segments.runs])
     if longest <= MAX_WINDOW and head_dim <= MAX_HEAD:
-        return _window_attention(qkv, cos, sin, table, longest, num_heads)
+        return _window_attention(qkv, cos, sin, segments.table, longest, num_heads)
     qk = rotary(qkv, cos, sin, num_heads)
-    return _dense_attention(*qk.chunk(2, dim=-1), qkv[..., -qkv.shape[-1] // 3 :], runs, num_heads)
+    q, k = qk.chunk(2, dim=-1)
+    outs = [_attend_run(q, k, qkv[..., -qkv.shape[-1] // 3 :], run, num_heads) for run in segments.runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, longest: int, num_heads: int) -> Tensor:
@@ -121,14 +111,8 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
     launch(
         _window_attention_kernel,
         (num_heads * windows * images,),
-        qkv,
-        cos,
-        sin,
-        table,
-        out,
-        tokens,
-        windows,
-        head_dim**-0.5 * LOG2_E,  # exp2 is what the hardware has
+        (qkv, cos, sin, table, out),
+        (tokens, windows, head_dim**-0.5 * LOG2_E),  # exp2 is what the hardware has
         N=num_heads,
         E=head_dim,
         E_HIGH=high,
@@ -136,23 +120,19 @@ def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, long
         BLOCK_S=max(16, next_power_of_2(longest)),
         PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
         num_warps=WARPS_OF_FLOAT32 if qkv.dtype == torch.float32 else WARPS,
-        **launch_options(qkv.device),
     )
     return out
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], num_heads: int) -> Tensor:
-    """Attention over runs of equal segments."""
-    outs = [_attend_run(q, k, v, run, num_heads) for run in runs]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-
-
 def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Tensor:
-    q, k, v = (
-        rearrange(x[:, run.start : run.stop], "i (g s) (n e) -> (i g) n s e", g=run.count, n=num_heads)
-        for x in (q, k, v)
-    )
-    return rearrange(fastest_attention(q, k, v), "(i g) n s e -> i (g s) (n e)", g=run.count)
+    """Attention within the equal segments of a run, as one dense batch."""
+    images, _, dim = q.shape
+    segmented = images, run.count, run.length, num_heads, dim // num_heads
+    q, k, v = [
+        x[:, run.start : run.stop].reshape(segmented).transpose(2, 3).flatten(0, 1) for x in (q, k, v)
+    ]  # (I * run.count, N, S, E)
+    out = fastest_attention(q, k, v).view(images, run.count, num_heads, run.length, -1).transpose(2, 3)
+    return out.reshape(images, run.count * run.length, dim)
 
 
 def _split(head_dim: int) -> tuple[int, int]:

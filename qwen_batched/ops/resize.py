@@ -1,7 +1,7 @@
-"""Pillow's bicubic resize of uint8 images, in PyTorch and to the last bit.
+"""Bicubic resize as transformers' image processors do it, on a CPU to the last bit.
 
-transformers' image processors resize on the CPU with Pillow, or with a kernel of PyTorch's that follows it: one axis at
-a time, in fixed point, rounding to whole pixels after each. Formulas are those of Pillow's Resample.c.
+There they resize uint8 images with Pillow, or with a kernel of PyTorch's that follows it: one axis at a time, in fixed
+point, rounding to whole pixels after each. Formulas are those of Pillow's Resample.c.
 """
 
 from __future__ import annotations
@@ -15,12 +15,61 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
+PILLOW, TORCHVISION = RESAMPLE_BACKENDS = ("pillow", "torchvision")
 PRECISION_BITS = 22
 CUBIC_SUPPORT, CUBIC_A = 2.0, -0.5
 MAX_AXES = 256
 
 
-def resize_uint8(frames: Tensor, height: int, width: int) -> Tensor:
+def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Tensor:
+    """Bicubic resize with antialiasing, as transformers' image processors do it on the same device.
+
+    uint8 frames stay whole numbers: on a GPU torchvision rounds once, after both axes; on a CPU Pillow and torchvision
+    round after each axis, which moves about one value in six by 1. Floating frames are never rounded.
+
+    Args:
+        frames: (I, 3, H, W), uint8 in 0..255 or floating.
+        height: Of the result.
+        width: Of the result.
+        resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
+
+    Returns:
+        (I, 3, height, width) in float32 (float64 for float64 frames): 0..255 for uint8 frames, the frames' own range
+        (beyond which bicubic may overshoot) otherwise.
+
+    Raises:
+        ValueError: `resample_backend` is unknown.
+    """
+    check_resample_backend(resample_backend)
+    if frames.shape[-2:] == (height, width):
+        return widen(frames)
+    if frames.dtype != torch.uint8:
+        return _interpolate(widen(frames), height, width)
+    if frames.is_cuda:
+        return _interpolate(widen(frames), height, width).round_().clamp_(0, 255)
+    if resample_backend == PILLOW:
+        return widen(_pillow_resize(frames, height, width))
+    return widen(_interpolate(frames, height, width))  # PyTorch's uint8 kernel, which torchvision calls
+
+
+def check_resample_backend(resample_backend: str) -> None:
+    """Raises `ValueError` where it is none of `RESAMPLE_BACKENDS`."""
+    if not isinstance(resample_backend, str) or resample_backend not in RESAMPLE_BACKENDS:
+        raise ValueError(f"resample_backend must be one of {RESAMPLE_BACKENDS}, got {resample_backend!r}")
+
+
+def _interpolate(pixels: Tensor, height: int, width: int) -> Tensor:
+    if pixels.shape[0] == 0:  # which PyTorch refuses on a GPU
+        return pixels.new_empty(*pixels.shape[:2], height, width)
+    return F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _pillow_resize(frames: Tensor, height: int, width: int) -> Tensor:
     """uint8 frames (..., H, W) to (..., height, width), as int32 in 0..255."""
     saved_rows, saved_columns = frames.shape[-2] - height, frames.shape[-1] - width
     rows_first = _pillow_chooses_the_axis() and saved_rows > 0 and saved_rows > 2 * saved_columns

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwen_batched.ops import reference
 from qwen_batched.ops.reference import NO_TOKEN
 
-launchers = pytest.importorskip("qwen_batched.ops.triton.launchers", reason="needs Triton")
+kernels = pytest.importorskip("qwen_batched.ops.triton.expand_prompts", reason="needs Triton")
 
 IMAGE, PAD = 151655, 3
 FIELDS = "input_ids", "attention_mask", "position_ids", "camera_ids", "feature_index"
@@ -42,7 +42,7 @@ def assert_equals_the_reference(case, left, slack, device):
     how = (IMAGE, PAD, length, left)
     expected = reference.expand_prompts(prompts, grids, mask, *how)
     on_device = [None if x is None else x.to(device) for x in (prompts, grids, mask)]
-    for name, ours, theirs in zip(FIELDS, launchers.expand_prompts(*on_device, *how), expected, strict=True):
+    for name, ours, theirs in zip(FIELDS, kernels.expand_prompts(*on_device, *how), expected, strict=True):
         assert ours.dtype == theirs.dtype, name
         assert torch.equal(ours.cpu(), theirs), name
 
@@ -81,5 +81,5 @@ def test_no_samples_are_no_sequences():
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
     nothing = torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), None
-    out = launchers.expand_prompts(*nothing, IMAGE, PAD, 5, True)
+    out = kernels.expand_prompts(*nothing, IMAGE, PAD, 5, True)
     assert [x.shape for x in out] == [(0, 5), (0, 5), (3, 0, 5), (0, 5), (0, 5)]

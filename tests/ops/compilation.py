@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be there: `python -m tests.kernels.compilation`.
+"""Compiles every Triton kernel for GPUs that need not be there: `python -m tests.ops.compilation`.
 
 The launchers are called with tensors on the device "meta", which have shapes but no memory. A stand-in for Triton's
 driver names a GPU; Triton specialises and compiles for it what is launched, and stops there. It takes a process without
@@ -21,9 +21,20 @@ from triton.runtime.jit import JITFunction
 
 import qwen_batched.ops.triton as package
 from qwen_batched.model.geometry import resize_axis
-from qwen_batched.ops.segments import Run
-from qwen_batched.ops.triton import launch, launchers
+from qwen_batched.ops import PILLOW
+from qwen_batched.ops.segments import Run, Segments
+from qwen_batched.ops.triton import launch
+from qwen_batched.ops.triton.add_low_rank import add_low_rank
+from qwen_batched.ops.triton.add_rms_norm import add_rms_norm, add_rms_norm_backward
+from qwen_batched.ops.triton.decode_attention import decode_attention
+from qwen_batched.ops.triton.expand_prompts import expand_prompts
+from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
+from qwen_batched.ops.triton.linear import linear, swiglu_linear
+from qwen_batched.ops.triton.mixed_product import mixed_product
+from qwen_batched.ops.triton.mrope import mrope
 from qwen_batched.ops.triton.rotary import rotary
+from qwen_batched.ops.triton.rotary_attention import rotary_attention
+from qwen_batched.ops.triton.swiglu import swiglu, swiglu_backward
 
 # Name, compute capability, dtypes, and whether kernels start early where the GPU can (see `launch.launch_options`). No
 # dtype on every target: an attention kernel compiles for a second or two.
@@ -56,46 +67,46 @@ def zeros(*shape, dtype=torch.float32):
 
 def launch_norm(rows, width, dtype, with_residual=True):
     x = zeros(rows, width, dtype=dtype)
-    launchers.add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
+    add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
 
 
 def launch_norm_backward(rows, dim, dtype, with_stream=True, for_weight=True):
     grad, stream = zeros(rows, dim, dtype=dtype), zeros(rows, dim, dtype=dtype)
     weight = zeros(dim, dtype=dtype)
-    launchers.add_rms_norm_backward(grad, grad if with_stream else None, stream, weight, 1e-6, for_weight)
+    add_rms_norm_backward(grad, grad if with_stream else None, stream, weight, 1e-6, for_weight)
 
 
 def launch_swiglu_backward(rows, width, dtype):
-    launchers.swiglu_backward(zeros(rows, width, dtype=dtype), *zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1))
+    swiglu_backward(zeros(rows, width, dtype=dtype), *zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1))
 
 
 def launch_swiglu(rows, width, dtype, with_bias):
     biases = zeros(2 * width, dtype=dtype).chunk(2) if with_bias else ()
-    launchers.swiglu(*zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1), *biases)
+    swiglu(*zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1), *biases)
 
 
 def launch_one_row(inner, outer, dtype, with_bias, gated):
     weight = zeros(2 * outer if gated else outer, inner, dtype=dtype)
     biases = [zeros(outer, dtype=dtype) if with_bias else None for _ in range(2 if gated else 1)]
-    (launchers.swiglu_linear if gated else launchers.linear)(zeros(1, inner, dtype=dtype), weight, *biases)
+    (swiglu_linear if gated else linear)(zeros(1, inner, dtype=dtype), weight, *biases)
 
 
 def launch_low_rank(rows, width, rank, dtype, transposed):
     """As in the forward pass, where the factor is an adapter's second matrix turned round, or as in the backward."""
     factor = zeros(width, rank).t() if transposed else zeros(rank, width)
-    launchers.add_low_rank(zeros(rows, width, dtype=dtype), zeros(rows, rank), factor, 0.5)
+    add_low_rank(zeros(rows, width, dtype=dtype), zeros(rows, rank), factor, 0.5)
 
 
 def launch_mixed_product(rows, inner, rank, dtype, turned):
     """By rows of a matrix as they lie, or by its columns."""
     x = zeros(inner, rows, dtype=dtype).t() if turned else zeros(rows, inner, dtype=dtype)
-    launchers.mixed_product(x, zeros(inner, rank), 0.5, turned)
+    mixed_product(x, zeros(inner, rank), 0.5, turned)
 
 
 def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots):
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
     slots = zeros(tokens, dtype=torch.int64) if with_slots else None
-    launchers.mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens)
+    mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens)
 
 
 def launch_decoding(batch, capacity, heads, kv_heads, size, dtype):
@@ -103,14 +114,14 @@ def launch_decoding(batch, capacity, heads, kv_heads, size, dtype):
     tables = zeros(batch, size // 2), zeros(batch, size // 2)
     keys, values = (zeros(batch, capacity, kv_heads, size, dtype=dtype) for _ in range(2))
     tickets = zeros(batch * kv_heads, dtype=torch.int32)
-    launchers.decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets)
+    decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets)
 
 
 def launch_windows(images, count, length, heads, size, dtype):
     tokens = count * length
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
-    segments = (Run(0, count, length),), zeros(count, 2, dtype=torch.int32)
-    launchers.rotary_attention(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, *segments, heads)
+    segments = Segments((Run(0, count, length),), zeros(count, 2, dtype=torch.int32))
+    rotary_attention(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, segments, heads)
 
 
 def launch_rotary(images, tokens, heads, size, dtype):
@@ -122,18 +133,18 @@ def launch_rotary(images, tokens, heads, size, dtype):
 def launch_prompts(batch, tokens, cameras, length, with_mask, left):
     prompts, grids = zeros(batch, tokens, dtype=torch.int64), zeros(cameras, 2, dtype=torch.int64)
     mask = zeros(batch, cameras, dtype=torch.bool) if with_mask else None
-    launchers.expand_prompts(prompts, grids, mask, 151655, 151643, length, left)
+    expand_prompts(prompts, grids, mask, 151655, 151643, length, left)
 
 
 def launch_frames(source, target, frames_dtype, dtype):
     """Frames of `source` height and width, resized where `target` is another."""
-    rows, columns = None, None
+    tables = None
     if source != target:
-        tables = [resize_axis(*sizes, torch.device("cpu")) for sizes in zip(source, target, strict=True)]
-        rows, columns = ([x.to("meta") for x in table] for table in tables)
+        rows, columns = (resize_axis(*sizes, torch.device("cpu")) for sizes in zip(source, target, strict=True))
+        tables = [x.to("meta") for x in (*columns, *rows)]
     frames, colours = zeros(2, 3, *source, dtype=frames_dtype), zeros(3, 1, 1)
     cells = zeros(target[0] * target[1] // 28**2, dtype=torch.int64)
-    launchers.frames_to_patches(frames, columns, rows, target[1], 1 / 255, colours, colours, cells, 14, 2, 2, dtype)
+    frames_to_patches(frames, *target, tables, 1 / 255, colours, colours, cells, 14, 2, 2, dtype, PILLOW)
 
 
 def launch_real_shapes(dtype):
@@ -208,7 +219,7 @@ class NoGPU:
 def options_on(capability, early):
     """What `launch.launch_options` says on such a GPU."""
     if not early:
-        return {"EARLY": False}
+        return {"USE_PDL": False}
     with (
         mock.patch.object(torch.version, "cuda", "12.8"),
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
@@ -223,7 +234,7 @@ def compile_all(target, capability, dtypes, early):
     launches, compile_and_launch = [], JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **named):
-        named |= options if "EARLY" in named else {}
+        named |= options if "USE_PDL" in named else {}
         done = {"target": target, "kernel": name_of(kernel), "arguments": described(args, named), "error": None}
         done["flags"] = {name: value for name, value in named.items() if isinstance(value, bool)}
         print(target, done["kernel"], done["arguments"], file=sys.stderr, flush=True)  # the compiler may crash

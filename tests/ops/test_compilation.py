@@ -24,7 +24,7 @@ def report(tmp_path_factory):
     """What `compilation` prints, from a process without the interpreter."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "tests.kernels.compilation"]
+    command = [sys.executable, "-m", "tests.ops.compilation"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-5000:]
     report = json.loads(done.stdout)

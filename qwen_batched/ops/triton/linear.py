@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import begin, cdiv, launch_options, next_power_of_2, wait_for_inputs
+from qwen_batched.ops.triton.launch import begin, cdiv, launch, next_power_of_2, pdl_wait
 from qwen_batched.runtime.backend import reads_ahead
 
 # H200, bf16, the products of 36 decoder blocks of the 3B model in a CUDA graph, norms between them: 1.60 ms, cuBLAS
@@ -36,9 +36,9 @@ def _one_row_linear_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    begin(ahead, EARLY)
+    begin(ahead, USE_PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = n < width
@@ -50,7 +50,7 @@ def _one_row_linear_kernel(
     if GATED:
         up = tl.load(up_at, mask=mask, other=0.0)
         up_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    wait_for_inputs(EARLY)
+    pdl_wait(USE_PDL)
     for at in range(0, D, BLOCK_K):
         x = tl.load(x_ptr + at + k, mask=at + k < D, other=0.0).to(tl.float32)[None, :]
         sums += x * weight.to(tl.float32)
@@ -74,15 +74,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(1, D) to (1, F), with `weight` (F, D)."""
     dim = x.shape[-1]
     blocks = (BLOCK_N_OF_LONG, BLOCK_K_OF_LONG) if dim > LONG else (BLOCK_N, BLOCK_K)
-    return _launch(x, weight, bias, None, weight.shape[0], *blocks)
+    return _one_row(x, weight, bias, None, weight.shape[0], *blocks)
 
 
 def swiglu_linear(x: Tensor, gate_up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
     """(1, D) to (1, F), with `gate_up` (2F, D)."""
-    return _launch(x, gate_up, gate_bias, up_bias, gate_up.shape[0] // 2, BLOCK_N_OF_GATED, BLOCK_K, gated=True)
+    return _one_row(x, gate_up, gate_bias, up_bias, gate_up.shape[0] // 2, BLOCK_N_OF_GATED, BLOCK_K, gated=True)
 
 
-def _launch(
+def _one_row(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -96,20 +96,18 @@ def _launch(
     out = x.new_empty(1, width)
     if width == 0:
         return out
-    _one_row_linear_kernel[(cdiv(width, block_n),)](
-        x.contiguous(),
-        weight.contiguous(),
-        weight if bias is None else bias.contiguous(),
-        weight if up_bias is None else up_bias.contiguous(),
-        out,
-        width,
-        int(reads_ahead() and weight.is_contiguous()),  # a copy of it was made just now
+    biases = [weight if each is None else each.contiguous() for each in (bias, up_bias)]
+    is_copy = not weight.is_contiguous()  # made just now: not to be read ahead
+    launch(
+        _one_row_linear_kernel,
+        (cdiv(width, block_n),),
+        (x.contiguous(), weight.contiguous(), *biases, out),
+        (width, int(reads_ahead() and not is_copy)),
         D=dim,
         GATED=gated,
         HAS_BIAS=bias is not None,
         BLOCK_N=block_n,
         BLOCK_K=min(block_k, next_power_of_2(dim)),
         num_warps=WARPS,
-        **launch_options(x.device),
     )
     return out
