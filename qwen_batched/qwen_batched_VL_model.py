@@ -36,7 +36,7 @@ from qwen_batched.inputs.checks import (
 )
 from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.linear.apply import apply_linear
-from qwen_batched.linear.packed import pack
+from qwen_batched.linear.fused import pack
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.head import answer_loss, last_tokens
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
@@ -147,7 +147,9 @@ class QwenBatchedVL(ImageEncoder):
             tied_head=lm_head and config.tie_word_embeddings,
         )
         model.tie_weights()
-        return model.eval()
+        model.eval()
+        pack(model)
+        return model
 
     def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes a folder that transformers, vLLM and `from_pretrained` load: all of it, or nothing.

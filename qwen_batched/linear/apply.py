@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched import ops
-from qwen_batched.linear.lora import take_apart
-from qwen_batched.runtime.fast_path import is_plain_linear
+from qwen_batched.linear.lora import Updates, unwrap_lora
+from qwen_batched.runtime.fast_path import plain_linear
+
+Linear = tuple[nn.Parameter, nn.Parameter | None, Updates]
+
+
+def resolve_linear(layer: nn.Module) -> Linear | None:
+    """Weight, bias and low-rank updates of a layer that computes these and nothing else; None if it must be called."""
+    plain = plain_linear(layer)
+    if plain is not None:
+        return *plain, ()
+    base, updates = unwrap_lora(layer)
+    plain = None if base is layer else plain_linear(base)
+    return None if plain is None else (*plain, updates)
 
 
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, as one operation where the layer is what it seems to be."""
-    linear, updates = take_apart(layer)
-    if is_plain_linear(linear) and not _has_any_global_hook():
-        return ops.linear(x, linear.weight, linear.bias, updates)
-    return layer(x)
+    """`layer(x)`, as one operation if the layer is unmodified `nn.Linear`, optionally LoRA-wrapped, without hooks."""
+    linear = resolve_linear(layer)
+    return layer(x) if linear is None else ops.linear(x, *linear)

@@ -1,7 +1,7 @@
-"""peft's LoRA layers taken apart: the linear layer inside, and what the adapters add to it.
+"""peft's LoRA layers, unwrapped: the linear layer inside, and what the adapters add to it.
 
-A wrapped layer called as it is runs some ten small operations forward and twenty backward. Known for what it is, it
-runs as few large ones (`ops.linear`), together with the layers beside it.
+A wrapped layer's own `forward` runs some ten small operations, and twenty backward. Unwrapped, it runs as few large
+ones (`ops.linear`), together with the layers beside it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from qwen_batched.ops.low_rank import LowRankUpdate
-from qwen_batched.runtime.fast_path import is_plain_linear, runs_own_code
+from qwen_batched.runtime.fast_path import plain_linear, runs_own_code
 
 Updates = tuple[LowRankUpdate, ...]
 
 
-def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
-    """The layer inside and the updates of its active adapters; the layer itself and none where it is not just these.
+def unwrap_lora(layer: nn.Module) -> tuple[nn.Module, Updates]:
+    """The layer inside and the updates of its active adapters; the layer itself and none if it is more than these.
 
-    It is more where an adapter is no plain LoRA (DoRA, a bias, dropout in training), where adapters are merged, where
-    anything is hooked or replaced, or while compiling.
+    It is more if an adapter is not plain LoRA (DoRA, a bias, dropout in training), if adapters are merged, if anything
+    is hooked or replaced, and while compiling.
     """
     peft = sys.modules.get("peft.tuners.lora.layer")  # not imported for this: there are no such layers without it
     if (
@@ -35,7 +35,7 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
     base = layer.base_layer
     if layer.disable_adapters:
         return base, ()
-    if not is_plain_linear(base):
+    if plain_linear(base) is None:
         return layer, ()
     updates = []
     matrices_a = layer.lora_A
@@ -49,14 +49,14 @@ def take_apart(layer: nn.Module) -> tuple[nn.Module, Updates]:
 
 
 def _update(base: nn.Linear, a: nn.Module, b: nn.Module, scaling: object) -> LowRankUpdate | None:
-    """What two linear layers add to `base`; None where they are more than matrices that fit it, or trained to scale."""
-    if not (is_plain_linear(a) and is_plain_linear(b)):
+    """What two linear layers add to `base`; None unless they are matrices that fit it, and the scale a number."""
+    of_a, of_b = plain_linear(a), plain_linear(b)
+    if of_a is None or of_b is None:
         return None
-    of_a, of_b = a._parameters, b._parameters
-    first, second = of_a["weight"], of_b["weight"]
+    (first, bias_of_a), (second, bias_of_b) = of_a, of_b
     (rank, inner), (outer, inner_of_b) = first.shape, second.shape
     fits = base._parameters["weight"].shape == (outer, inner) and rank == inner_of_b
-    if not fits or first.dtype != second.dtype or of_a["bias"] is not None or of_b["bias"] is not None:
+    if not fits or first.dtype != second.dtype or bias_of_a is not None or bias_of_b is not None:
         return None
     return LowRankUpdate(first, second, float(scaling)) if type(scaling) in (int, float) else None
 

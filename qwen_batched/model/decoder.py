@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched import ops
 from qwen_batched.checkpoint.config import TextConfig
@@ -33,12 +32,12 @@ from qwen_batched.inputs.checks import (
     resolve_layers,
 )
 from qwen_batched.linear.apply import apply_linear
-from qwen_batched.linear.packed import PackedParameters, PackingModule
+from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, back_to_back
 from qwen_batched.model.geometry import decoder_frequencies
 from qwen_batched.model.parts.mlps import SwiGLU
 from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
-from qwen_batched.runtime.fast_path import check_has_values, has_lent_parameters, runs_own_code
+from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
 
@@ -79,7 +78,7 @@ class BatchedDecoder(GradientCheckpointing):
         model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
-        return load_weights(
+        load_weights(
             model,
             checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
@@ -87,6 +86,8 @@ class BatchedDecoder(GradientCheckpointing):
             prefix=TEXT_PREFIX,
             skip=lambda name: unread(name) or name.startswith((VISION_PREFIX, HEAD_NAME)),
         ).eval()
+        pack(model)
+        return model
 
     def forward(
         self,
@@ -152,9 +153,8 @@ class BatchedDecoder(GradientCheckpointing):
         last = self.config.num_hidden_layers
         update, residual = x_TD, None
         outputs = {0: x_TD}
-        is_watched = _has_any_global_hook()
         for index, block in enumerate(self.layers[: max(wanted)], start=1):
-            if type(block) is DecoderBlock and runs_own_code(block) and not is_watched:
+            if can_fuse(block, DecoderBlock):
                 update, residual = block.advance(update, residual, context)
             else:
                 stream_TD = stream_of(update, residual)
@@ -192,41 +192,25 @@ class DecoderBlock(CheckpointedBlock):
         return self.mlp(x_TD), residual_TD
 
 
-class DecoderAttention(PackingModule):
+class DecoderAttention(nn.Module):
     """Causal grouped-query attention with multimodal rope."""
 
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.dim, self.num_kv_heads = config.hidden_size, config.num_key_value_heads
-        self.kv_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(self.dim, self.dim)
-        self.k_proj = nn.Linear(self.dim, self.kv_dim)
-        self.v_proj = nn.Linear(self.dim, self.kv_dim)
-        self._qkv, self._qkv_bias = (
-            PackedParameters.back_to_back(self.dim, self.kv_dim, self.kv_dim) for _ in ("weight", "bias")
-        )
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.num_kv_heads = config.num_key_value_heads
+        dim, kv_dim = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, kv_dim)
+        self.v_proj = nn.Linear(dim, kv_dim)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self._qkv = FusedLinear(self, ("q_proj", "k_proj", "v_proj"))
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        return apply_linear(self.o_proj, context.attend(self.index, self._project(x_TD), self.num_kv_heads))
+        qkv = self._qkv(self, x_TD)  # (T, D + 2 * K * E)
+        return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads))
 
-    def _project(self, x_TD: Tensor) -> Tensor:
-        """Queries, keys and values, (T, D + 2 * K * E)."""
-        packed = self._packed()
-        if packed is None:
-            return torch.cat((self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)), dim=-1)
-        (weight, bias), updates = packed
-        return ops.linear(x_TD, weight, bias, self._qkv.placed(*updates))
-
-    def _linears(self) -> list[tuple[nn.Module, int, int, bool]]:
-        layers = (self.q_proj, self.dim), (self.k_proj, self.kv_dim), (self.v_proj, self.kv_dim)
-        return [(layer, self.dim, width, True) for layer, width in layers]
-
-    def _joining_pays(self, *layers: nn.Linear) -> bool:
-        # Autograd would keep the joined weights of all blocks, which FSDP2 takes back one by one.
-        return not any(map(has_lent_parameters, layers))
-
-    def _packings(self, *layers: nn.Linear) -> list[tuple[PackedParameters, tuple[nn.Parameter, ...]]]:
-        weights, biases = (tuple(getattr(layer, name) for layer in layers) for name in ("weight", "bias"))
-        return [(self._qkv, weights), (self._qkv_bias, biases)]
+    def _apply(self, *arguments: Any, **keywords: Any) -> DecoderAttention:
+        super()._apply(*arguments, **keywords)
+        pack_again(self)
+        return self

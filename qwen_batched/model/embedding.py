@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qwen_batched.inputs.sequence import place_features
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
-from qwen_batched.training.process_groups import is_waited_for
+from qwen_batched.training.process_groups import needs_collective_participation
 
 Features = Tensor | list[Tensor]
 
@@ -27,7 +27,7 @@ def embed(
         features = as_given(features, batch["as_list"])
     embeds_BSD = decoder.embed_tokens(batch["input_ids"])
     placed = features
-    if features is None and is_waited_for(visual):
+    if features is None and needs_collective_participation(visual):
         # The others may have images: so one blank cell goes through the tower, and to no place.
         placed = _blank_feature(visual, batch["input_ids"])
     if placed is not None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched import ops
 from qwen_batched.checkpoint.config import VisionConfig
@@ -34,15 +33,16 @@ from qwen_batched.inputs.checks import (
     resolve_layers,
 )
 from qwen_batched.linear.apply import apply_linear
+from qwen_batched.linear.fused import pack
 from qwen_batched.model.geometry import VisionPlan, make_vision_plan, split_into_passes
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.parts.mlps import SwiGLU
 from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
 from qwen_batched.model.parts.patches import VISION_NORM_EPS, PatchEmbed, PatchMerger
-from qwen_batched.runtime.fast_path import runs_own_code
+from qwen_batched.runtime.fast_path import can_fuse
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
-from qwen_batched.training.process_groups import is_waited_for
+from qwen_batched.training.process_groups import needs_collective_participation
 
 MAX_PLANS = 64
 
@@ -71,7 +71,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
         config = checkpoint.model_config()
-        return load_weights(
+        model = load_weights(
             build_on_meta(lambda: cls(config.vision), checkpoint.folder / CONFIG_FILE),
             checkpoint,
             dtype=config.dtype if dtype == "auto" else dtype,
@@ -79,6 +79,8 @@ class BatchedVisionTransformer(GradientCheckpointing):
             prefix=VISION_PREFIX,
             skip=lambda name: name.startswith((TEXT_PREFIX, HEAD_NAME)),
         ).eval()
+        pack(model)
+        return model
 
     @torch.compiler.assume_constant_result
     def plan(self, h: int, w: int, device: torch.device) -> VisionPlan:
@@ -104,7 +106,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.
             chunk_size: Most images per pass; None for about 16384 patches, or for one pass where other processes wait
-                (`is_waited_for`). It changes memory and speed, not results.
+                (`needs_collective_participation`). It changes memory and speed, not results.
 
         Returns:
             (B, V, h, w, D), or V tensors (B, h_v, w_v, D) when sizes differ. With `layers`, a list of one such item
@@ -137,7 +139,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         """Pixels (count, P, patch_dim) of each size: for each output, (count, rows, columns, width) of each size."""
         collected = [[[] for _ in plans] for _ in wanted or (None,)]
         counts, patches = [len(part) for part in pixels], [len(plan.cos) for plan in plans]
-        if chunk_size is None and is_waited_for(self):
+        if chunk_size is None and needs_collective_participation(self):
             chunk_size = sum(counts)  # one pass: as many as the others make, whatever images they have
         for rows in split_into_passes(counts, patches, chunk_size):
             outputs = self._run_pass([(pixels[size][images], plans[size]) for size, images in rows.items()], wanted)
@@ -163,10 +165,9 @@ class BatchedVisionTransformer(GradientCheckpointing):
         update, residual = x_TC, None
         outputs = {}
         depth = self.config.depth if wanted is None else max(wanted) + 1
-        is_watched = _has_any_global_hook()
         for index, block in enumerate(self.blocks[:depth]):
             whole_image = index in self.config.fullatt_block_indexes
-            if type(block) is VisionBlock and runs_own_code(block) and not is_watched:
+            if can_fuse(block, VisionBlock):
                 update, residual = block.advance(update, residual, groups, whole_image)
             else:
                 update, residual = block(stream_of(update, residual), groups, whole_image), None

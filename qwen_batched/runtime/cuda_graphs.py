@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import Uses
+from qwen_batched.runtime.fast_path import has_global_hooks
 from qwen_batched.runtime.lru_cache import hold_values
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
@@ -302,7 +302,7 @@ def _graphs_serve(inputs: Sequence[Tensor]) -> bool:
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
-        or _has_any_global_hook()
+        or has_global_hooks()
         or torch._C._functorch.maybe_current_level() is not None  # torch.func.vmap and the like
         or any(type(x) is not Tensor or forward_ad.unpack_dual(x).tangent is not None for x in inputs)
     )

@@ -1,12 +1,18 @@
-"""Eligibility for fused kernels: of tensors under the modes that are on, and of modules with their hooks."""
+"""Eligibility for fused kernels, packed weights and graphs: tensors under the modes that are on, and modules with their hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from qwen_batched.runtime.backend import backend, has_kernels, refuse_forced_triton
 
@@ -15,6 +21,7 @@ PLAIN_PARAMETERS = {nn.Parameter, type(None)}
 # How an operation runs: as plain PyTorch, by its kernel, or as an operator of PyTorch's that tracers see whole; and
 # whether autograd records it.
 REFERENCE, KERNEL, OPERATOR, KERNEL_WITH_GRADIENT, OPERATOR_WITH_GRADIENT = range(5)
+plain_linear_types: set[type[nn.Module]] = {nn.Linear}  # whose `forward` is `F.linear` of weight and bias
 _harmless: set[type] = set()  # of attributes that are no tensors
 
 
@@ -101,31 +108,89 @@ def is_plain(module: nn.Module) -> bool:
     return set(map(type, module._parameters.values())) <= PLAIN_PARAMETERS
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """The same of a linear layer, with `weight` and `bias` as it was built and no tensor in their place."""
-    parameters, attributes = module._parameters, vars(module)
+def plain_linear(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+    """Weight and bias of a layer whose call is `F.linear` of these and nothing else; None for any other module.
+
+    Not hooked, wrapped on the instance, compiled, pruned, quantised or sharded, and no hook of all modules is set. This
+    is asked of every linear layer in every call, so it is one function without calls.
+    """
+    attributes = layer.__dict__
+    if (
+        type(layer) not in plain_linear_types
+        or attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or layer._compiled_call_impl is not None
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    ):
+        return None
+    parameters = attributes["_parameters"]
+    if "weight" not in parameters or "bias" not in parameters or "weight" in attributes or "bias" in attributes:
+        return None
+    weight, bias = parameters["weight"], parameters["bias"]
+    if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
+        return None
+    return weight, bias
+
+
+def can_pack(layers: Sequence[nn.Module]) -> bool:
+    """Whether the parameters of these layers may move into one tensor.
+
+    They must be of plain linear layers, on one GPU and of one dtype. Memory that others know stays where it is: tied
+    parameters, flat buffers (ZeRO, optimisers), FSDP2's. In a capture nothing would be copied before the replay.
+    """
+    parameters = []
+    for layer in layers:
+        plain = plain_linear(layer)
+        if plain is None or has_fsdp_unsharded_params(layer):
+            return False
+        parameters += [parameter for parameter in plain if parameter is not None]
     return (
-        type(module) is nn.Linear
-        and runs_own_code(module)
-        and type(parameters.get("weight")) is nn.Parameter
-        and "bias" in parameters
-        and type(parameters["bias"]) in PLAIN_PARAMETERS
-        and "weight" not in attributes
-        and "bias" not in attributes
+        all(parameter.is_cuda for parameter in parameters)
+        and len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
+        and len(set(map(id, parameters))) == len(parameters)
+        and all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in parameters)
+        and not torch.compiler.is_compiling()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the caller may do what a call of `module` does by other means: a `kind` without hooks."""
+    return type(module) is kind and runs_own_code(module) and not has_global_hooks()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to see an operation on these."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook of all modules is set."""
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
 
 
 def runs_own_code(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's `forward` and nothing else."""
-    return (
-        not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        )
-        and module._compiled_call_impl is None
+    """Whether a call of the module is its class's `forward` and nothing else, apart from hooks of all modules."""
+    attributes = module.__dict__
+    return not (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or module._compiled_call_impl is not None
     )
 
 
@@ -163,9 +228,9 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     )
 
 
-def has_lent_parameters(module: nn.Module) -> bool:
-    """Whether its parameters are FSDP2's, which lends ordinary ones for the time of a call and takes their memory back.
+def has_fsdp_unsharded_params(module: nn.Module) -> bool:
+    """Whether its parameters are FSDP2's: in a call ordinary ones, whose memory is freed after it.
 
-    Nothing marks these; but `fully_shard` leaves hooks like these on every module whose parameters it takes.
+    Nothing marks these, but `fully_shard` leaves hooks like these on every module whose parameters it takes.
     """
     return bool(module._load_state_dict_post_hooks)

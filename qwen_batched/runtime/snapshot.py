@@ -1,13 +1,12 @@
-"""What a captured call takes for granted of a module: its tree, its code, and where its tensors are."""
+"""Invariants that keep a captured graph valid: a module's tree, its code, and where its tensors are."""
 
 from __future__ import annotations
 
 from operator import is_
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from qwen_batched.runtime.fast_path import has_lent_parameters, hooks_of, is_plain
+from qwen_batched.runtime.fast_path import has_fsdp_unsharded_params, has_global_hooks, hooks_of, is_plain
 
 OWN_CODE = ("qwen_batched.", "torch.nn.modules.")
 
@@ -51,12 +50,12 @@ class ModuleSnapshot:
 def is_capturable(*modules: nn.Module) -> bool:
     """Whether a graph would leave nothing out: no hooks, and only code and parameters that are known to be plain.
 
-    A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call; lent parameters are
-    elsewhere at the next one.
+    A wrapped layer (an adapter, a quantised one) may decide in Python what it does, at every call; FSDP2's unsharded
+    parameters are elsewhere at the next one.
     """
     children = (child for module in modules for child in module.modules())
-    return not _has_any_global_hook() and all(
-        type(child).__module__.startswith(OWN_CODE) and is_plain(child) and not has_lent_parameters(child)
+    return not has_global_hooks() and all(
+        type(child).__module__.startswith(OWN_CODE) and is_plain(child) and not has_fsdp_unsharded_params(child)
         for child in children
     )
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from qwen_batched.checkpoint.weights import NESTED_PREFIXES
-from qwen_batched.linear.packed import unpack
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.training.tied_head import TiedHead
 
@@ -36,10 +35,8 @@ class Trainable(TiedHead):
         """All blocks, the vision transformer's first: what to `fully_shard` before the model, or to compile.
 
         The rest of the model, the output projection with it, is best sharded as one: how often that is called depends
-        on how many answers there are, and processes must agree on it. Inference may have laid weights out for its
-        products; they are contiguous again, as `fully_shard` wants them.
+        on how many answers there are, and processes must agree on it.
         """
-        unpack(self)
         return [*self.visual.blocks, *self.model.layers]
 
     def check_no_gradient_in_a_capture(self, images: object = None) -> None:

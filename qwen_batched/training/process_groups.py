@@ -8,7 +8,7 @@ from torch import nn
 from qwen_batched.runtime.fast_path import is_plain
 
 
-def is_waited_for(module: nn.Module) -> bool:
+def needs_collective_participation(module: nn.Module) -> bool:
     """Whether others wait until this process has run `module`, even where its batch holds nothing for it.
 
     DDP waits for the gradient of every parameter, in a group of one too. FSDP and ZeRO-3 gather a block's weights in

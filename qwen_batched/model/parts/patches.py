@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.model.parts.norms import AddRMSNorm
-from qwen_batched.runtime.fast_path import check_has_values, runs_own_code
+from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 
 # transformers' vision transformer takes this from no config.
 VISION_NORM_EPS = 1e-6
@@ -30,8 +29,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         check_has_values(self.proj)
         patches = patches.to(self.proj.weight.dtype)
-        if type(self.proj) is not nn.Conv3d or not runs_own_code(self.proj) or _has_any_global_hook():
-            # Wrapped or hooked.
+        if not can_fuse(self.proj, nn.Conv3d):
             return self.proj(patches.unflatten(-1, self.patch_shape)).flatten(1)
         # A convolution whose stride is its kernel is a matrix product; cuDNN's Conv3d can be far slower.
         return F.linear(patches, self.proj.weight.flatten(1))

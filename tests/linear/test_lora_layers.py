@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_batched.linear.apply import apply_linear
-from qwen_batched.linear.lora import take_apart
+from qwen_batched.linear.apply import apply_linear, resolve_linear
+from qwen_batched.linear.lora import unwrap_lora
 from tests.support import assert_equal_to, photos, relative_error
 
 peft = pytest.importorskip("peft")
@@ -40,15 +40,15 @@ def adapted_layer(dim=12, width=7, bias=True, **settings):
     return randomise(adapted).base_model.model[0]
 
 
-def is_taken_apart(layer):
-    inside, _ = take_apart(layer)
+def is_unwrapped(layer):
+    inside, _ = unwrap_lora(layer)
     assert inside in (layer, layer.base_layer)
     return inside is layer.base_layer
 
 
-def check_layer(layer, taken_apart):
-    """It is or is not taken apart, and gives what peft gives, its gradients too."""
-    assert is_taken_apart(layer) == taken_apart
+def check_layer(layer, unwrapped):
+    """It is or is not unwrapped, and gives what peft gives, its gradients too."""
+    assert is_unwrapped(layer) == unwrapped
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3), requires_grad=True)
     results = []
@@ -66,7 +66,7 @@ def check_layer(layer, taken_apart):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}])
-def test_plain_lora_is_taken_apart(bias, settings):
+def test_plain_lora_is_unwrapped(bias, settings):
     check_layer(adapted_layer(bias=bias, **settings), True)
 
 
@@ -188,7 +188,7 @@ def with_a_tensor_for_a_bias():
 )
 def test_what_is_not_known_to_be_plain_is_left_to_peft(make):
     layer = make()
-    assert take_apart(layer) == (layer, ())
+    assert unwrap_lora(layer) == (layer, ())
 
 
 MORE_THAN_LORA = [
@@ -226,7 +226,7 @@ def test_a_hook_of_all_modules_is_called():
 def test_disabled_adapters_add_nothing():
     layer = adapted_layer()
     layer.enable_adapters(False)
-    assert take_apart(layer) == (layer.base_layer, ())
+    assert unwrap_lora(layer) == (layer.base_layer, ())
     check_layer(layer, True)
 
 
@@ -247,7 +247,7 @@ def test_active_adapters_are_added_and_no_others(active):
     layer = randomise(adapted).base_model.model[0]
     layer._active_adapter = active
     check_layer(layer, True)
-    assert len(take_apart(layer)[1]) == len(set(active) - {"missing"})
+    assert len(unwrap_lora(layer)[1]) == len(set(active) - {"missing"})
 
 
 def test_a_frozen_adapter_still_gives_the_input_its_gradient():
@@ -264,7 +264,7 @@ def test_a_base_layer_that_is_trained_gets_gradients():
 
 def test_a_layer_of_no_adapter_is_itself():
     for layer in (nn.Linear(3, 4), nn.Identity()):
-        assert take_apart(layer) == (layer, ())
+        assert unwrap_lora(layer) == (layer, ())
 
 
 # --- the whole model ---
@@ -378,6 +378,7 @@ def test_weights_that_fsdp_lends_are_not_joined_behind_a_lora_layer(load, always
     """Autograd would keep those of all blocks. `fully_shard` leaves such a hook on what it has sharded."""
     adapted = peft.get_peft_model(load(), peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"))
     attention = adapted.base_model.model.model.layers[0].self_attn
-    assert attention._packed() is not None
+    linears = [resolve_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert attention._qkv._operands(attention, linears) is not None
     attention.q_proj.base_layer.register_load_state_dict_post_hook(lambda module, keys: None)
-    assert attention._packed() is None
+    assert attention._qkv._operands(attention, linears) is None
