@@ -20,8 +20,8 @@ class PaddedLinear(nn.Linear):
 
     Columns lie together only as rows, so that a packed weight is not contiguous. Who shards, wraps or saves a model
     finds it contiguous: FSDP, DDP and DeepSpeed ask each module for its own parameters, and `state_dict` each for its
-    tensors; both restore the weight's own memory. So do training mode and a call that wants the weight's gradient,
-    since fused optimisers need the strides that a weight had when its first gradient came.
+    tensors; both restore the weight's own memory. So do training mode, if the weight is trained, and a call that wants
+    its gradient, since fused optimisers need the strides that a weight had when its first gradient came.
     """
 
     is_trained = False
@@ -33,17 +33,18 @@ class PaddedLinear(nn.Linear):
     @property
     def padded_weight(self) -> Tensor | None:
         """(out_features, padded); None unless the weight is packed."""
-        packed = self._columns.tensor([self._parameters["weight"]])
+        weight = self._parameters.get("weight")
+        packed = self._columns.tensor([weight]) if type(weight) is nn.Parameter else None
         return None if packed is None else packed.t()
 
     def pack(self) -> None:
-        """Packs the weight, unless it is in training or cannot be packed."""
-        if not (self.training or self.is_trained) and fast_path.can_pack([self]):
+        """Packs the weight, unless it is trained or cannot be packed."""
+        if not self.is_trained and fast_path.can_pack([self]) and not (self.training and self.weight.requires_grad):
             self._columns.pack([self.weight])
 
     def restore(self) -> None:
         """Gives the weight contiguous memory of its own."""
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.is_contiguous():
             return
         with torch.inference_mode(False), torch.no_grad():
@@ -61,7 +62,8 @@ class PaddedLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> PaddedLinear:
         super().train(mode)
-        if mode:
+        weight = self._parameters.get("weight")
+        if mode and weight is not None and weight.requires_grad:
             self.restore()
         return self
 

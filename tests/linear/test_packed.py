@@ -696,7 +696,7 @@ def ask_for_state(mlp):
 
 
 def train(mlp):
-    return mlp.train().down_proj.weight
+    return mlp.requires_grad_(True).train().down_proj.weight
 
 
 def want_a_gradient(mlp):
@@ -730,6 +730,13 @@ def test_a_weight_that_was_taken_over_is_packed_again_unless_it_is_trained(take,
     packed_mlp.eval()
     pack(packed_mlp)
     assert is_packed(packed_mlp) == (take is not want_a_gradient)
+
+
+def test_a_frozen_weight_stays_packed_in_training(packed_mlp):
+    assert is_packed(packed_mlp.train())
+    packed_mlp.gate_proj.requires_grad_(True)
+    packed_mlp(inputs()).sum().backward()
+    assert is_packed(packed_mlp)
 
 
 def test_packed_and_unpacked_down_projections_take_padded_and_unpadded_inputs(packed_mlp):
