@@ -1,4 +1,4 @@
-"""Eligibility for fused kernels, packed weights and graphs: tensors under the modes that are on, and modules with their hooks."""
+"""Eligibility for fused kernels, packed weights and graphs: of tensors under the modes that are on, and of modules."""
 
 from __future__ import annotations
 
@@ -163,15 +163,6 @@ def can_pack(layers: Sequence[nn.Module]) -> bool:
 def can_fuse(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the caller may do what a call of `module` does by other means: a `kind` without hooks."""
     return type(module) is kind and runs_own_code(module) and not has_global_hooks()
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd is to see an operation on these."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def has_global_hooks() -> bool:
