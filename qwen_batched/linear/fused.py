@@ -52,7 +52,7 @@ class FusedLinear:
             owner: Has them; is given to each call, and not kept.
             names: Theirs.
             multiple: Each output is padded with zeros to a multiple of this, where they are one product.
-            joins: Whether a product of weights joined for the call is faster than one product for each.
+            joins: Whether, in training, a product of weights joined for the call is faster than one for each.
         """
         layers = [owner._modules[name] for name in names]
         padded = [-(-layer.out_features // multiple) * multiple for layer in layers]
@@ -108,7 +108,9 @@ class FusedLinear:
         is_adapted = any(updates)
         is_trained = fast_path.wants_gradient(*weights, *biases)
         has_to_join = not is_packed or (is_trained and is_adapted)
-        if has_to_join and not (self.joins and self._may_join(owner, weights, biases, is_adapted)):
+        # Without gradients they are joined at any price: one product and several differ in bits, and a graph has one.
+        pays = self.joins or not is_trained
+        if has_to_join and not (pays and self._may_join(owner, weights, biases, is_adapted)):
             return None
         if is_trained and not is_adapted:
             trained = weights, biases if self.has_bias else ()
