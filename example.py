@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.pictures import draw_feature_maps
 from qwen_batched.testing import default_checkpoint
 
 
@@ -49,13 +50,14 @@ def main() -> None:
     print(f"\nfirst call   {first_seconds * 1000:8.1f} ms, with the one-time work for these sizes")
     print(f"second call  {second_seconds * 1000:8.1f} ms, on {device}")
 
-    remark = "" if args.model else "  (random weights: the colours mean nothing)"
-    colourings = pca_colours(feature_maps(out.image_features))
-    draw_picture(frames, colourings, f'"{textwrap.shorten(args.text, 70)}"{remark}').save(args.output)
+    caption = f'"{textwrap.shorten(args.text, 70)}"'
+    if not args.model:
+        caption += "\nThe weights are made up: the colours show that the pipeline works, and mean nothing."
+    draw_feature_maps(images, out.image_features, caption=caption).save(args.output)
     print(f"\npicture  {args.output.resolve()}")
 
 
-# ------------------------------------------------------------------------------------------------ to and from the model
+# --------------------------------------------------------------------------------------------------------- to the model
 
 
 def to_model_input(frames: Sequence[Image.Image]) -> Tensor | list[Tensor]:
@@ -69,13 +71,6 @@ def to_model_input(frames: Sequence[Image.Image]) -> Tensor | list[Tensor]:
 def to_tensor(frame: Image.Image) -> Tensor:
     pixels = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
     return pixels.view(frame.height, frame.width, 3).permute(2, 0, 1).contiguous()  # (3, H, W)
-
-
-def feature_maps(image_features: Tensor | list[Tensor]) -> list[Tensor]:
-    """The first sample's map (h, w, D) for each camera, from (B, V, h, w, D) or from a (B, h, w, D) for each camera."""
-    if isinstance(image_features, Tensor):
-        return list(image_features[0])
-    return [camera[0] for camera in image_features]
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
@@ -93,50 +88,6 @@ def print_shapes(name: str, tensors: Tensor | list[Tensor], meaning: str) -> Non
         return
     for i, camera in enumerate(tensors):
         print_shapes(f"{name}[{i}]", camera, meaning)
-
-
-# ------------------------------------------------------------------------------------------------------- the picture
-
-
-def pca_colours(maps: Sequence[Tensor]) -> list[Image.Image]:
-    """Colours feature maps (h, w, D) by their three main directions, found over all cameras jointly.
-
-    Tokens with similar features get similar colours, within a camera and between cameras.
-    """
-    tokens = torch.cat([features.flatten(0, 1) for features in maps]).float().cpu()  # (T, D)
-    tokens = tokens - tokens.mean(dim=0)
-    torch.manual_seed(0)  # pca_lowrank starts from random vectors: the same picture every time
-    _, _, directions = torch.pca_lowrank(tokens, q=min(6, *tokens.shape), center=False)
-    colours = tokens @ directions[:, :3]
-    colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))  # fewer than three tokens in all
-    low, high = colours.quantile(torch.tensor([0.02, 0.98]), dim=0)  # a few outliers must not grey out the rest
-    colours = ((colours - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).mul(255).byte()  # (T, 3)
-
-    sizes = [(features.shape[1], features.shape[0]) for features in maps]
-    chunks = colours.split([width * height for width, height in sizes])
-    return [
-        Image.frombytes("RGB", size, bytes(chunk.flatten().tolist())) for size, chunk in zip(sizes, chunks, strict=True)
-    ]
-
-
-def draw_picture(frames: Sequence[Image.Image], colourings: Sequence[Image.Image], caption: str) -> Image.Image:
-    """One row for each camera: its frame on the left, the colouring of its features on the right."""
-    panel, margin, line = (448, 336), 16, 24
-    rows = [ImageOps.contain(frame, panel) for frame in frames]
-    row_tops = [margin + sum(row.height + line + margin for row in rows[:i]) for i in range(len(rows))]
-    width = 3 * margin + 2 * panel[0]
-    picture = Image.new("RGB", (width, row_tops[-1] + rows[-1].height + 2 * line + 2 * margin), "white")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=14)
-
-    for i, (frame, row, colouring, top) in enumerate(zip(frames, rows, colourings, row_tops, strict=True)):
-        left, right = margin, 2 * margin + panel[0]
-        draw.text((left, top), f"camera {i}: {frame.width} x {frame.height} pixels", "black", font)
-        draw.text((right, top), f"its features: {colouring.width} x {colouring.height}, PCA as RGB", "black", font)
-        picture.paste(row, (left, top + line))
-        picture.paste(colouring.resize(row.size, Image.Resampling.NEAREST), (right, top + line))
-    draw.text((margin, picture.height - margin - line + 4), caption, "black", font)
-    return picture
 
 
 # ----------------------------------------------------------------------------------------- a table with cubes, rendered

@@ -27,7 +27,7 @@ ORDER = (
     ("qwen_batched_VL_model",),
     ("integrations",),
     ("adapters", "testing"),
-    ("lora", "transformers_reference"),
+    ("lora", "pictures", "transformers_reference"),
     ("profile",),
     ("deviation",),
 )
