@@ -1,7 +1,8 @@
 """LoRA adapters, as peft writes them, for a `QwenBatchedVL` and for transformers.
 
 transformers has renamed the model's modules over time (`model.layers` is `model.language_model.layers` since 4.52), and
-an adapter holds their names: before each of its weights, and often in the patterns of its config. Needs peft.
+an adapter holds their names: before each of its weights, and often in the patterns of its config. Needs peft, which
+`qwen_batched[lora]` installs.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ def load_adapter(
         peft's model, with all its methods.
 
     Raises:
+        ImportError: peft is not installed.
         TypeError: An argument is not as described.
         ValueError: The adapter is damaged, is not LoRA, has settings that are not supported, or does not fit the model.
             Nothing is changed then, nor by any other error.
     """
+    _check_peft()
     if not isinstance(model, QwenBatchedVL):
         raise TypeError(f"an adapter is loaded into a QwenBatchedVL, got {type(model).__name__}")
     if not isinstance(adapter_name, str):
@@ -94,10 +97,12 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         adapter_name: What peft calls it.
 
     Raises:
+        ImportError: peft is not installed.
         TypeError: `adapted` is not peft's.
         ValueError: There is no such adapter, it is not LoRA, or something was trained that an adapter of a
             `QwenBatchedVL` cannot hold. Nothing is written then.
     """
+    _check_peft()
     from peft import PeftModel, get_peft_model_state_dict
 
     if not isinstance(adapted, PeftModel):
@@ -129,6 +134,15 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
     config.inference_mode = True
     weights = {PREFIX + nested_name(key.removeprefix(front)): tensor for key, tensor in state.items()}
     _write(folder, config, weights)
+
+
+def _check_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ModuleNotFoundError as error:
+        if error.name != "peft":  # a broken installation says more itself
+            raise
+        raise ImportError("LoRA adapters need peft: install it, or this package as qwen_batched[lora]") from error
 
 
 def _write(folder: str | Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -356,3 +357,10 @@ def test_a_model_with_an_adapter_inside_is_not_saved(fresh, tmp_path):
 def test_a_missing_adapter_is_refused(fresh, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_adapter(fresh, tmp_path / "nowhere")
+
+
+def test_without_peft_the_error_names_the_extra(fresh, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import fails
+    for call in (lambda: load_adapter(fresh, tmp_path), lambda: save_adapter(fresh, tmp_path)):
+        with pytest.raises(ImportError, match=r"qwen_batched\[lora\]"):
+            call()
