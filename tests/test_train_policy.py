@@ -1,4 +1,4 @@
-"""The training example learns what it says, on one process and on two. How far it gets is said in the README."""
+"""The training example learns what it says, on one process and on two. How far it gets is said in docs/training.md."""
 
 import os
 import subprocess
