@@ -10,6 +10,7 @@ Installs the package with the pinned versions, runs ruff and pytest, and prints 
 transformers' (python -m qwen_batched.deviation). Works in the active virtual environment if there is one, else in .venv,
 which it makes. A second run installs nothing unless pyproject.toml or constraints.txt have changed.
 
+  --fast                  only ruff and the tests that are not marked slow, for every change
   --no-install            install nothing, make nothing: use the current python as it is, with its own torch
   --transformers VERSION  test against that version of transformers, in .venv-transformers-VERSION
   --model FOLDER_OR_ID    the checkpoint that the deviation report is made with
@@ -32,12 +33,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # ---------------------------------------------------------------------------------------------------- arguments
 
 install=true
+fast=false
 transformers_version=
 model=
 pytest_args=()
 
 while (($#)); do
     case $1 in
+        --fast) fast=true ;;
         --no-install) install=false ;;
         --transformers | --model)
             (($# >= 2)) && [[ -n $2 ]] || die "$1 needs a value"
@@ -56,6 +59,10 @@ done
 if [[ -n $transformers_version ]]; then
     $install || die "--transformers makes an environment of its own, so it cannot go with --no-install"
     [[ $transformers_version =~ ^[0-9][0-9A-Za-z.]*$ ]] || die "--transformers takes a version such as 4.51.3"
+fi
+if $fast; then
+    [[ -z $model ]] || die "--fast leaves the deviation report out, so it cannot go with --model"
+    pytest_args=(-m "not slow" ${pytest_args[@]+"${pytest_args[@]}"})
 fi
 # A folder named relative to where the caller stands must survive the cd below.
 if [[ -n $model && -d $start_dir/$model ]]; then model=$start_dir/$model; fi
@@ -152,16 +159,18 @@ if "$python" -m ruff --version >/dev/null 2>&1; then
 else
     printf '\nruff is not installed here: lint and format were not checked\n'
 fi
-# Each core runs some of the tests, with pytest-xdist; on a GPU they take turns.
+# Each core takes a share of the tests, and from another's when it is done; on a GPU they take turns.
 workers=()
 if [[ " ${pytest_args[*]-} " != *" --pdb "* ]] &&
     "$python" -c 'import sys, torch, xdist; sys.exit(torch.cuda.is_available())' 2>/dev/null; then
-    workers=(-n logical --dist loadfile)
+    workers=(-n logical --dist worksteal)
 fi
 check "pytest" "$python" -m pytest ${workers[@]+"${workers[@]}"} ${pytest_args[@]+"${pytest_args[@]}"}
-# Without a model of one's own it is a small one, whose threads would only wait for each other.
-[[ -n $model ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-check "deviation from transformers" "$python" -m qwen_batched.deviation ${model:+--model "$model"}
+if ! $fast; then
+    # Without a model of one's own it is a small one, whose threads would only wait for each other.
+    [[ -n $model ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    check "deviation from transformers" "$python" -m qwen_batched.deviation ${model:+--model "$model"}
+fi
 
 if ((${#failed[@]})); then
     printf '\nFAILED:'

@@ -1,47 +1,64 @@
 """Fixtures: a tiny checkpoint of the real architecture, our model of it, and transformers'.
 
-Tests that take `device` run on the CPU, and, marked `gpu`, on an NVIDIA GPU where there is one.
+Tests that take `device` run on the CPU, and, marked `gpu`, on an NVIDIA GPU where there is one. Those marked `slow` run
+last. PyTorch is imported inside functions, since pytest-xdist's controller, which runs no test, has to read this file
+before it starts the workers.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: its kernels then run on the CPU
+if TYPE_CHECKING:
+    from qwen_batched import QwenBatchedVL
+    from qwen_batched.transformers_reference import TransformersReference
 
-from qwen_batched import QwenBatchedVL
-from qwen_batched.testing import write_checkpoint
-from qwen_batched.transformers_reference import TransformersReference
-
-# The tests' models are tiny: threads of PyTorch's would only wait for each other, for minutes where cores are shared.
-torch.set_num_threads(1)
-
-# The first use of a default device makes PyTorch note its factory functions, once. They must be its own by then, and
-# not what a test put in their place: else torch.device("meta") would allocate for the rest of the process.
-with torch.device("meta"):
-    torch.empty(0)
-
-# cuDNN's convolutions use TF32 unless told otherwise, and transformers' patch embedding is one.
-torch.backends.cudnn.allow_tf32 = False
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
 # The smallest images of the tests are 28 x 28.
 MIN_PIXELS = 28 * 28
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return  # the controller
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported: its kernels then run on the CPU
+
+    # The tests' models are tiny: PyTorch's threads would only wait for each other, for minutes where cores are shared.
+    torch.set_num_threads(1)
+
+    # The first use of a default device makes PyTorch note its factory functions, once. They must be its own by then,
+    # and not what a test put in their place: else torch.device("meta") would allocate for the rest of the process.
+    with torch.device("meta"):
+        torch.empty(0)
+
+    # cuDNN's convolutions use TF32 unless told otherwise, and transformers' patch embedding is one.
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    import torch
+
+    if not torch.cuda.is_available():
+        on_gpus = defaultdict(list)
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                on_gpus[item.path].append(item)
+        for of_a_file in on_gpus.values():  # one is skipped for all: thousands would take seconds
+            of_a_file[0].add_marker(pytest.mark.skip(reason=f"{len(of_a_file)} tests here need an NVIDIA GPU"))
+        left_out = {item for of_a_file in on_gpus.values() for item in of_a_file[1:]}
+        items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
@@ -52,12 +69,16 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The preset "tiny", float32, with images from 28 x 28 up. Read only."""
+    from qwen_batched.testing import write_checkpoint
+
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), "tiny", image={"min_pixels": MIN_PIXELS})
 
 
 @pytest.fixture(scope="session")
 def load(checkpoint: Path) -> Callable[..., QwenBatchedVL]:
     """Loads the tiny checkpoint, on the CPU unless told otherwise."""
+    from qwen_batched import QwenBatchedVL
+
     return lambda **options: QwenBatchedVL.from_pretrained(checkpoint, **{"device": "cpu", **options})
 
 
@@ -76,4 +97,6 @@ def right_padded_model(load: Callable[..., QwenBatchedVL], device: str) -> QwenB
 @pytest.fixture(scope="session")
 def reference(checkpoint: Path, device: str) -> TransformersReference:
     """transformers' model of the same checkpoint in float32; runs one sample at a time."""
+    from qwen_batched.transformers_reference import TransformersReference
+
     return TransformersReference.from_pretrained(checkpoint, device=device)
