@@ -2,19 +2,16 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from qwen_batched.transformers_reference import TransformersReference
+from tests.processes import ROOT, run_python
 from tests.support import FLOAT32_TOLERANCE, photos
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -25,13 +22,12 @@ def benchmark_module(monkeypatch):
 
 
 def run_smoke(script, *options):
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--smoke", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_python(BENCHMARKS / f"{script}.py", "--smoke", *options, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["vision", "whole_call", "generation", "training"])
 def test_a_smoke_run_finds_right_results_and_claims_nothing(script):
     report = run_smoke(script)
@@ -39,6 +35,7 @@ def test_a_smoke_run_finds_right_results_and_claims_nothing(script):
     assert report["smoke"] and report["wrong"] == [] and report["goals"] == []
 
 
+@pytest.mark.slow
 def test_quick_runs_share_a_kept_checkpoint_and_leave_transformers_out(tmp_path):
     options = ("--quick", "--keep-checkpoint", str(tmp_path / "kept"))
     for times in (

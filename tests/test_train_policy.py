@@ -1,29 +1,20 @@
 """The training example learns what it says, on one process and on two. How far it gets is said in docs/training.md."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from tests.processes import ROOT, run_python
+
+EXAMPLES = ROOT / "examples"
 
 
-def run(tmp_path, *options, launcher=()):
-    command = [sys.executable, *launcher, str(EXAMPLES / "train_policy.py"), "--device", "cpu", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "--output", str(tmp_path / "policy.png")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=280,
-    )
+def run(tmp_path, *options, processes=1):
+    options = ("--device", "cpu", *options, "--output", tmp_path / "policy.png")
+    return run_python(EXAMPLES / "train_policy.py", *options, processes=processes)
 
 
+@pytest.mark.slow
 def test_a_short_training_reports_and_draws(tmp_path):
     done = run(tmp_path, "--steps", "3", "--batch-size", "2", "--held-out", "8")
     assert done.returncode == 0, done.stderr
@@ -32,10 +23,10 @@ def test_a_short_training_reports_and_draws(tmp_path):
     assert Image.open(tmp_path / "policy.png").width > 400
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_processes_come_to_the_same_weights(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run(tmp_path, "--steps", "2", "--batch-size", "1", "--held-out", "2", launcher=launcher)
+    done = run(tmp_path, "--steps", "2", "--batch-size", "1", "--held-out", "2", processes=2)
     assert done.returncode == 0, done.stderr
     assert "processes 2, all with the same weights" in done.stdout
     assert done.stdout.count("held-out success") == 1

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
+from tests.processes import run_python
 from tests.support import assert_equal_to, relative_error
 from tests.training.two_processes import ANSWERS, RATE, WHOLE, gradients_of, load, loss_of, own_states, with_lora
 
-ROOT = Path(__file__).resolve().parents[2]
 # The same float32 sums, half of them made elsewhere.
 TOLERANCE = 1e-5
 
@@ -25,22 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def launched(checkpoint, tmp_path_factory):
     """What torchrun's two processes wrote: a function of the scenario, and of the process."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "tests.training.two_processes",
-    ]
-    done = subprocess.run(
-        [sys.executable, *command, checkpoint, folder],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("tests.training.two_processes", checkpoint, folder, processes=2)
 
     def result(scenario, rank):
         file = folder / f"{scenario}.{rank}.pt"
