@@ -498,7 +498,7 @@ def test_host_frames_and_masks_are_copied_to_the_models_device(load):
 # --- fuzz ---
 
 FUZZ = settings(
-    max_examples=60,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -570,7 +570,7 @@ def test_fuzz_good_input_works(model, data):
         assert out.logits.isfinite().all()
 
 
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=40)
 @given(data=st.data())
 def test_fuzz_any_input_works_or_raises_value_error_or_type_error(model, good, data):
     """Mostly one thing is wrong at a time: what follows it is reached."""

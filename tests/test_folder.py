@@ -24,7 +24,7 @@ from tests.support import assert_equal_to, own_tokens, photos
 
 RELEASE = Version(transformers.__version__).release
 FUZZ = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 MIN_IMAGE = {"min_pixels": 28 * 28}
 FRAMES = photos(2, 2, 56, 84)
@@ -92,7 +92,7 @@ def our_pixels(folder):
 
 
 @pytest.mark.skipif(RELEASE < (5,), reason="the order is that of transformers 5")
-@settings(FUZZ, max_examples=100)
+@settings(FUZZ, max_examples=30)
 @given(beside=IMAGE_FIELDS, nested=st.none() | st.just(...) | IMAGE_FIELDS)
 def test_trap36_pixel_limits_in_two_files_and_two_spellings_are_read_in_transformers_order(folder, beside, nested):
     base = {name: value for name, value in read(folder / "preprocessor_config.json").items() if "pixels" not in name}
@@ -262,7 +262,7 @@ CONFIGS = st.builds(
 
 
 @pytest.mark.skipif(RELEASE < (5,), reason="the order is that of transformers 5")
-@settings(FUZZ, max_examples=400)
+@settings(FUZZ, max_examples=100)
 @given(raw=CONFIGS)
 def test_trap36_what_config_json_says_twice_is_read_as_transformers_reads_it(raw):
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from qwen_batched import QwenBatchedVL, TensorProcessor
 from qwen_batched.checkpoint.atomic_save import JOURNAL, LOCK, NEW, OLD, STAGING, recover, replacing, write_file
 from qwen_batched.checkpoint.folder import is_checkpoint_file
 from qwen_batched.testing import write_checkpoint
+from tests.fuzz.interrupted import result
+from tests.processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_PIXELS = 8 * 784
 
 
@@ -133,7 +135,7 @@ FOREIGN = [
     linked=st.sets(st.sampled_from([*CONTRADICTING, *FOREIGN]), max_size=4),
     name=st.sampled_from(["A", "B"]),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_a_folder_held_it_then_holds_the_saved_checkpoint_and_the_foreign_files(
     models, tmp_path_factory, before, linked, name
 ):
@@ -172,7 +174,7 @@ def image_sizes(folder):
     ),
     asked=st.sampled_from([None, 9 * 784, 36 * 784]),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 def test_after_a_folder_that_says_two_sizes_the_saved_one_says_one(tmp_path_factory, stored, asked):
     nested, flat = stored
     folder = write_checkpoint(tmp_path_factory.mktemp("twice") / "folder")
@@ -347,40 +349,26 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_stays(models, tmp_path
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def run(code, *arguments, timeout=300):
-    """Runs Python code in a process of its own. Returns what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *code, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_files_that_grow_no_further_raise_an_os_error_that_names_the_file(old):
+def test_files_that_grow_no_further_raise_an_os_error_that_names_the_file(models, old):
     """Of all sizes, by the system's own limit: each file in turn is the first that is too long."""
-    code = """
-import pathlib, resource, sys
-from qwen_batched import QwenBatchedVL
-folder = pathlib.Path(sys.argv[1])
-model = QwenBatchedVL.from_pretrained(folder, device="cpu", num_layers=2)
-files = lambda: {path.name: (path.read_bytes(), path.stat().st_mode) for path in folder.iterdir()}
-before, named = files(), set()
-model.save_pretrained(folder.with_name("whole"))
-sizes = sorted({path.stat().st_size for path in folder.with_name("whole").iterdir()})
-for size in sizes:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
-    try:
-        model.save_pretrained(folder)
-    except OSError as error:
-        assert pathlib.Path(error.filename).parent == folder and "File too large" in str(error), error
-        named.add(pathlib.Path(error.filename).name)
-    else:
-        raise AssertionError("saved")
-    assert files() == before
-print(len(sizes), sorted(named))
-"""
-    count, named = run(["-c", code], old).split(" ", 1)
-    assert int(count) > 5 and "model.safetensors" in named and "tokenizer.json" in named
+    models["A"].save_pretrained(old.with_name("whole"))
+    sizes = {path.stat().st_size for path in old.with_name("whole").iterdir()}
+    before = files(old)
+
+    def save_in_too_little():
+        named = set()
+        for size in sizes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
+            with pytest.raises(OSError, match="File too large") as error:
+                models["A"].save_pretrained(old)
+            folder, name = os.path.split(error.value.filename)
+            assert folder == str(old) and files(old) == before
+            named.add(name)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return named
+
+    named = result(save_in_too_little)
+    assert len(sizes) > 5 and "model.safetensors" in named and "tokenizer.json" in named
 
 
 def test_each_sync_that_fails_leaves_the_old_checkpoint_whole(models, old, monkeypatch):
@@ -408,18 +396,23 @@ def test_each_sync_that_fails_leaves_the_old_checkpoint_whole(models, old, monke
     assert_same_model(old, models["A"])
 
 
+@pytest.mark.slow
 def test_killed_saves_leave_the_old_or_the_new_checkpoint():
-    out = run(["-m", "tests.fuzz.kill_while_saving"], "--count", 4, "--seed", 0, "--layouts", "crowded")
-    assert sum(int(line.split()[1]) for line in out.splitlines()) == 4, out
+    done = run_python("tests.fuzz.kill_while_saving", "--count", 4, "--seed", 0, "--layouts", "crowded")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(int(line.split()[1]) for line in done.stdout.splitlines()) == 4, done.stdout
 
 
 # --- the mechanism, at every step ---
 
 
+@pytest.mark.slow
 def test_a_kill_or_a_full_disk_at_any_step_leaves_all_old_or_all_new_files():
-    out = run(["-m", "tests.fuzz.kill_at_every_step"])
+    command = [sys.executable, "-m", "tests.fuzz.kill_at_every_step"]  # small: it forks thousands of times
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
     for what in ("killed", "full"):
-        assert f"{what}, found new" in out and f"{what}, found old" in out, out
+        assert f"{what}, found new" in done.stdout and f"{what}, found old" in done.stdout, done.stdout
 
 
 def staged(folder, lines, new=(), old=(), journal=None):
@@ -591,19 +584,17 @@ def test_a_process_that_loads_while_another_saves_finds_one_model_whole(models, 
     models["A"].save_pretrained(old.parent / "A")
     models["B"].save_pretrained(old.parent / "B")
     models["A"].save_pretrained(old)
-    code = """
-import pathlib, sys
-from qwen_batched import QwenBatchedVL
-root = pathlib.Path(sys.argv[1])
-A, B = (QwenBatchedVL.from_pretrained(root / name, device="cpu") for name in "AB")
-for _ in range(8):
-    B.save_pretrained(root / "folder")
-    A.save_pretrained(root / "folder")
-"""
-    saving = threading.Thread(target=run, args=[["-c", code], old.parent])
-    saving.start()
-    whole = 0
-    while saving.is_alive():
+    saving = os.fork()
+    if saving == 0:
+        try:
+            for name in 8 * "BA":
+                models[name].save_pretrained(old)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    whole, ended = 0, (0, 0)
+    while ended == (0, 0):
+        ended = os.waitpid(saving, os.WNOHANG)
         try:
             again = load(old)
         except ValueError as error:
@@ -612,7 +603,7 @@ for _ in range(8):
             name = "A" if again.processor.image.max_pixels == MAX_PIXELS else "B"
             assert all(torch.equal(x, models[name].state_dict()[key]) for key, x in again.state_dict().items())
             whole += 1
-    assert whole
+    assert whole and ended == (saving, 0)
     assert_same_model(old, models["A"])
 
 

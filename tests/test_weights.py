@@ -843,7 +843,7 @@ def test_a_chat_template_of_another_type_is_refused(folder, template):
 # --- fuzz ---
 
 FUZZ = settings(
-    max_examples=40,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -905,7 +905,7 @@ def test_fuzz_damaged_json_loads_or_raises_value_error(linked, checkpoint, name,
     loads_or_refuses(linked({name: data.draw(damaged((checkpoint / name).read_bytes()))}))
 
 
-@settings(FUZZ, max_examples=100)
+@settings(FUZZ, max_examples=30)
 @given(data=st.data())
 def test_fuzz_damaged_safetensors_header_loads_or_raises_value_error(linked, checkpoint, data):
     content = (checkpoint / SINGLE).read_bytes()
@@ -944,7 +944,7 @@ def fields_of(content, path=()):
 
 
 @pytest.mark.parametrize("config_layout", testing.CONFIG_LAYOUTS)
-@settings(FUZZ, max_examples=120)
+@settings(FUZZ, max_examples=30)
 @given(data=st.data())
 def test_fuzz_replaced_config_values_load_or_raise_value_error(linked, config_jsons, config_layout, data):
     content = json.loads(config_jsons[config_layout])
@@ -972,7 +972,7 @@ WRONG_PREPROCESSOR = [value for value in WRONG if not isinstance(value, int | fl
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "generation_config.json"])
-@settings(FUZZ, max_examples=50)
+@settings(FUZZ, max_examples=15)
 @given(data=st.data())
 def test_fuzz_replaced_values_of_the_other_configs_load_or_raise_value_error(linked, checkpoint, name, data):
     content = json.loads((checkpoint / name).read_text())

@@ -422,11 +422,10 @@ def fault(folder: Path, damage: Damage, answer: dict) -> str | None:
     return None
 
 
-def run(count: int, seed: int, first: int = 0, verbose: bool = False) -> list[str]:
+def run(loader: Loader, count: int, seed: int, first: int = 0, verbose: bool = False) -> list[str]:
     """Runs `count` cases. Returns the faults; prints a summary in one line."""
     faults, outcomes, slowest = [], Counter(), 0.0
-    loader = Loader()
-    with tempfile.TemporaryDirectory() as root, contextlib.closing(loader):
+    with tempfile.TemporaryDirectory() as root:
         bases = write_bases(Path(root) / "bases")
         for number in range(first, first + count):
             folder = Path(root) / f"case{number}"
@@ -461,7 +460,8 @@ def main() -> int:
     if arguments.loader:
         load_all()
         return 0
-    faults = run(arguments.count, arguments.seed, arguments.first, arguments.verbose)
+    with contextlib.closing(Loader()) as loader:
+        faults = run(loader, arguments.count, arguments.seed, arguments.first, arguments.verbose)
     for line in faults:
         print(line)
     return bool(faults)

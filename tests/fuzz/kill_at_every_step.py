@@ -17,10 +17,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from tests.fuzz.interrupted import files, in_a_child, result, save_failing
+from tests.fuzz.interrupted import files, in_a_child, save_failing
 
 # By itself, without the package and torch: a process is forked for each of thousands of kills.
-SOURCE = Path(__file__).resolve().parents[2] / "qwen_batched" / "atomic_save.py"
+SOURCE = Path(__file__).resolve().parents[2] / "qwen_batched" / "checkpoint" / "atomic_save.py"
 SPEC = importlib.util.spec_from_file_location("atomic_save", SOURCE)
 atomic_save = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(atomic_save)
@@ -78,7 +78,7 @@ def main() -> None:
                     prepare(folder)
                     assert failing(saving, step)[0] == signal.SIGKILL
                     ended, _ = failing(recovering, recovery)
-                    result(recovering)
+                    atomic_save.recover(folder)
                     found["killed", state(f"killed before step {step}, then before {recovery}")] += 1
                 prepare(folder)
                 _, (done, value) = failing(saving, step, "full")

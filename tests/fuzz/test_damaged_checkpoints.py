@@ -1,5 +1,6 @@
 """A slice of the damaged checkpoints, and each kind of thing in each file's place."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -13,15 +14,17 @@ NAMES = (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def loader():
-    loader = Loader()
-    yield loader
-    loader.close()
+    with contextlib.closing(Loader()) as loader:
+        yield loader
 
 
-def test_damaged_checkpoints_are_refused_by_name_or_load():
-    assert run(count=25, seed=1) == []
+def test_damaged_checkpoints_are_refused_by_name_or_load(loader):
+    assert run(loader, count=25, seed=1) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from qwen_batched.runtime.lru_cache import LRUCache
 from tests.fuzz.known_good import KnownGood
 
 FORWARD = QwenBatchedVL.forward
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def rendered(tokenizer, text, template):
 
 
 @given(added=tokens(), text=texts, template=st.sampled_from(TEMPLATES), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_trap37_added_tokens_are_read_as_by_the_tokenizer(tokenizer_folder, added, text, template, data):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(added)
@@ -84,7 +84,7 @@ def test_trap37_added_tokens_are_read_as_by_the_tokenizer(tokenizer_folder, adde
 
 
 @given(added=tokens(), answer=texts)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_trap37_answers_are_those_of_a_conversation_tokenised_whole(tokenizer_folder, added, answer):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(added)
@@ -102,7 +102,7 @@ def test_trap37_answers_are_those_of_a_conversation_tokenised_whole(tokenizer_fo
 
 
 @given(text=texts, lstrip=st.booleans(), rstrip=st.booleans(), template=st.sampled_from(TEMPLATES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_trap37_flags_of_control_tokens_count_in_layouts(
     tmp_path_factory, tokenizer_folder, text, lstrip, rstrip, template
 ):
@@ -133,7 +133,7 @@ def test_trap37_flags_of_control_tokens_count_in_layouts(
     ),
     template=st.sampled_from(TEMPLATES),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_trap37_control_tokens_stay_text_beside_added_ones(tokenizer_folder, added, text, template):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     control = set(tokenizer.get_added_vocab().values())
@@ -288,7 +288,7 @@ def test_a_text_of_megabytes_is_refused_without_tokenising_it(model, monkeypatch
 
 
 @given(text=st.one_of(texts, st.text(), st.text(alphabet="각ᄀ\u1161\u11a8e\u0301a \n", max_size=30)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_text_has_at_least_the_tokens_that_its_length_says(model, text):
     prompts = model.processor.prompts
     assert prompts.least_tokens(text) <= len(prompts.encode(text, "plain", 0))

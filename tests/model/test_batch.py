@@ -14,7 +14,7 @@ from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.testing import write_checkpoint
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
-SETTINGS = settings(max_examples=25, deadline=None)
+SETTINGS = settings(max_examples=10, deadline=None)
 LAYERS = (0, 2, -1)
 TEXTS = ["Pick up the red block.", "", "把杯子放在桌子上。\n" * 4, "🤖 a"]
 

@@ -22,7 +22,7 @@ from qwen_batched.inputs.prompt import IMAGE
 from qwen_batched.inputs.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=20, deadline=None)
 TEXT = "{{ content['text'] }}"
 # What a template may do with its text T. Most of it is looking: ids differ from those of a layout filled in.
 LOOKING = [
@@ -143,7 +143,7 @@ def test_trap42_a_template_that_looks_at_its_text_gives_transformers_ids(model, 
     @given(text=texts, cameras=st.integers(0, 2))
     @example(text="", cameras=1)
     @example(text=" a ", cameras=0)
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     def check(text, cameras):
         expected = their_ids(prompts, text, cameras)
         if sum(index in control_ids for index in expected) != sum(
@@ -180,7 +180,7 @@ def test_no_text_becomes_a_control_token_in_a_template_that_looks(model, express
     @given(text=hostile)
     @example(text="<|im_end|>")
     @example(text="a <|im_EnD|>")
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=10, deadline=None)
     def check(text):
         try:
             ids = prompts.encode(text, "chat", 1)

@@ -243,7 +243,7 @@ def test_streamed_pieces_are_the_texts(tmp_path, device, special_token_start):
     assert len(calls) >= NEW_TOKENS / STEPS_BETWEEN_LOOKS, "text must come as it is made, not at the end"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_streamed_pieces_of_any_tokens_are_their_text(model, data):
     prompts = model.processor.prompts

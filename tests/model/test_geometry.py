@@ -47,7 +47,7 @@ def transformers_size(height, width, factor, min_pixels, max_pixels):
 # --- resize rule ---
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(
     height=sides,
     width=sides,
@@ -60,7 +60,7 @@ def test_smart_resize_equals_transformers(height, width, factor, limits):
     assert smart_resize(height, width, factor, *limits) == transformers_size(height, width, factor, *limits)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(short=st.integers(28, 60), ratio=st.floats(1, 200), tall=st.booleans())
 def test_smart_resize_of_long_images_equals_transformers(short, ratio, tall):
     size = (int(short * ratio), short) if tall else (short, int(short * ratio))
@@ -85,7 +85,7 @@ def test_trap11_every_half_rounds_as_in_transformers(factor):
             assert ours == their_smart_resize(height, width, factor, *DEFAULT_LIMITS)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(short=st.integers(28, 700), ratio=st.floats(1, 10), low=st.integers(1, 100), high=st.integers(500, 2000))
 def test_resized_images_are_whole_cells_within_the_limits(short, ratio, low, high):
     resized = smart_resize(short, int(short * ratio), 28, 784 * low, 784 * high)
@@ -115,7 +115,7 @@ def segments(plan, cell_patches):
             yield plan.window_order[start // cell_patches : (start + run.length) // cell_patches].tolist()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(h=cells, w=cells, geometry=geometries)
 def test_window_order_is_a_permutation_and_raster_order_its_inverse(h, w, geometry):
     plan = make_vision_plan(config_of(*geometry), h, w, CPU)
@@ -127,7 +127,7 @@ def test_window_order_is_a_permutation_and_raster_order_its_inverse(h, w, geomet
     assert torch.equal(plan.raster_order.flatten()[plan.window_order], raster)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(h=cells, w=cells, geometry=geometries)
 def test_at_most_four_runs_tile_the_tokens(h, w, geometry):
     config = config_of(*geometry)
@@ -139,7 +139,7 @@ def test_at_most_four_runs_tile_the_tokens(h, w, geometry):
     assert [(run.start, run.count, run.length) for run in plan.image.runs] == [(0, 1, patches)]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(h=cells, w=cells, geometry=geometries)
 def test_trap01_every_segment_is_one_window_partial_ones_included(h, w, geometry):
     config = config_of(*geometry)
@@ -164,7 +164,7 @@ def test_trap02_grids_divisible_by_four_cells_have_no_empty_window(h, w, lengths
     assert all(run.count > 0 for run in runs)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(h=cells, w=cells, geometry=geometries)
 def test_trap02_windows_are_those_of_transformers(h, w, geometry):
     vision_utils = pytest.importorskip("transformers.vision_utils", reason="this transformers has it elsewhere")
@@ -177,7 +177,7 @@ def test_trap02_windows_are_those_of_transformers(h, w, geometry):
     assert {tuple(cells) for cells in segments(plan, merge**2)} == theirs
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(h=cells, w=cells, geometry=geometries, theta=st.sampled_from([10000.0, 500.0]))
 def test_trap03_rotary_tables_follow_the_patches_into_their_windows(h, w, geometry, theta):
     patch_size, merge, window_size = geometry
@@ -248,7 +248,7 @@ def as_matrix(starts, weights, source):
 resized_sides = st.integers(1, 90)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(source=resized_sides, target=resized_sides)
 def test_a_resize_table_is_pytorchs_antialiased_bicubic_resize(source, target):
     starts, weights = resize_axis(source, target, CPU)
@@ -285,7 +285,7 @@ def test_a_resize_table_is_right_at_camera_sizes(source, target, device):
 # --- passes ---
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 400)), min_size=1, max_size=4),
     chunk_size=st.none() | st.integers(1, 60),

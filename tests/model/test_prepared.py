@@ -20,7 +20,7 @@ from qwen_batched.inputs import prepared
 from qwen_batched.inputs.prepared import HostFacts
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
-SETTINGS = settings(max_examples=20, deadline=None)
+SETTINGS = settings(max_examples=8, deadline=None)
 TEXTS = ["Pick up the red block.", "Go.", "把杯子放在桌子上。", "open the drawer, then close it again"]
 TARGETS = ["left", "up and down", "", "stop"]
 MASK = torch.tensor([[True, False], [True, True], [False, False], [True, True]])

@@ -15,7 +15,7 @@ from qwen_batched.testing import ADDED_TOKENS, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 from tests.support import assert_equal_to, own_tokens, photos, relative_error
 
-SETTINGS = settings(max_examples=80, deadline=None)
+SETTINGS = settings(max_examples=20, deadline=None)
 TEMPLATES = ["chat", "plain", "{images}{text}", "Q:{text}\n{images}A:", "<|im_start|>user\n {text}{images}<|im_end|>"]
 SEAMS = [
     "",

@@ -133,7 +133,7 @@ def test_an_assigned_backend_is_used_from_the_next_call_on(checkpoint):
 side = st.integers(28, 130)
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     source=st.tuples(side, side), target=st.tuples(*[st.sampled_from([28, 56, 84, 112])] * 2), seed=st.integers(0, 9)
 )
@@ -180,6 +180,7 @@ def test_frames_on_a_gpu_do_not_depend_on_it(checkpoint):
     assert torch.equal(pillow["pixel_values"], torchvision["pixel_values"])
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_cannot_be_imported_is_chosen_as_by_transformers_and_not_needed(checkpoint, tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text(

@@ -15,7 +15,7 @@ from qwen_batched.inputs.sequence import expand_prompts
 from qwen_batched.ops import NO_TOKEN
 from tests.support import assert_equal_to, photos
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=20, deadline=None)
 PAD, START, END = 7, 8, 9  # any ids that are not the image token
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from qwen_batched import TensorProcessor
+from qwen_batched.inputs import template_budget
 from qwen_batched.inputs.template_budget import MAX_SOURCE, TemplateBudgetError, bounded
 from qwen_batched.inputs.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import CHAT_TEMPLATE
@@ -81,8 +82,15 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_template_that_takes_too_much_is_refused_at_loading(name, checkpoint_copy):
+# The longest to be refused; all others end the same way with a sixteenth of the budget, sooner.
+LONGEST = ("calls", "comparing", "lazy filters", "the join method")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LONGEST)) for x in BOMBS])
+def test_a_template_that_takes_too_much_is_refused_at_loading(name, checkpoint_copy, monkeypatch):
+    if name not in LONGEST:
+        monkeypatch.setattr(template_budget, "MAX_STEPS", template_budget.MAX_STEPS // 16)
+        monkeypatch.setattr(template_budget, "MAX_BYTES", template_budget.MAX_BYTES // 16)
     (checkpoint_copy / "chat_template.jinja").write_text(BOMBS[name], encoding="utf-8")
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if name in ("blocks", "recursive loops"):  # Python's own bound on recursion comes first, and loading goes on
@@ -191,7 +199,7 @@ def ours(source, **variables):
 
 
 @given(parts=st.lists(st.sampled_from([*PARTS, CHAT_TEMPLATE]), min_size=1, max_size=4), prompt=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_templates_are_rendered_as_by_transformers(parts, prompt):
     source = "\n".join(parts)
     variables = {"add_generation_prompt": prompt, "bos_token": "<s>", "eos_token": "</s>"}

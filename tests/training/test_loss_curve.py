@@ -12,6 +12,7 @@ from tests.training.test_loss import reference_loss
 
 STEPS, LEARNING_RATE = 50, 1e-3
 CURVE_TOLERANCE = 1e-3  # rounding errors grow from step to step
+pytestmark = pytest.mark.slow
 COLOURS = ["red", "green", "blue", "yellow"]
 SIZE = (56, 84)
 
