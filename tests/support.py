@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # Float32 sums of a few thousand terms in another order differ by about 1e-6; a wrong index differs by 1e-2 and more.
 FLOAT32_TOLERANCE = 1e-5
 
-# Sizes at which the model sees images (trap 1): 224 and 448 have only full windows, the others have partial ones.
+# Sizes at which the model sees images (trap 01): 224 and 448 have only full windows, the others have partial ones.
 SIZES = [
     (28, 28),
     (56, 56),

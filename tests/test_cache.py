@@ -1,4 +1,4 @@
-"""The cache of tables: bounded by number and bytes, true under every mode, usable after a fork (traps 29, 39)."""
+"""The cache of tables: bounded by number and bytes, true under every mode, usable after a fork (trap 29, trap 39)."""
 
 import os
 import pickle

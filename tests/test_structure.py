@@ -331,3 +331,17 @@ def test_every_file_is_short_enough_to_read(name):
     path = SOURCES[name]
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{path.name} has {lines} lines"
+
+
+# --- traps ---
+
+
+def test_traps_are_numbered_in_one_spelling_and_each_names_a_test_that_is_there():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py")))
+    spelled = set(re.findall(r"(?i)\btraps?[ _-]?[0-9]+|_trap_?[0-9]+", tests))
+    assert {spelling for spelling in spelled if not re.fullmatch(r"_trap[0-9]{2}|trap [0-9]{2}", spelling)} == set()
+    listed = re.findall(r"(?ms)^- \*\*([0-9]{2})\..*?`(test_\w+)`", (ROOT / "docs" / "traps.md").read_text("utf-8"))
+    assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+    assert {spelling[-2:] for spelling in spelled} <= {number for number, _ in listed}, "docs/traps.md lacks it"
+    functions = set(re.findall(r"def (test_\w+)", tests))
+    assert [name for _, name in listed if name not in functions] == [], "docs/traps.md names a test that is gone"

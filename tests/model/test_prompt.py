@@ -1,4 +1,4 @@
-"""Token ids against transformers' tokenizer and chat template, and the rope tables' precision (traps 15 to 18)."""
+"""Token ids against transformers' tokenizer and chat template, and the rope tables' precision (trap 15 to trap 18)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences and rope positions against transformers' `get_rope_index` and a slow expansion (traps 14 and 15)."""
+"""Sequences and rope positions against transformers' `get_rope_index` and a slow expansion (trap 14, trap 15)."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_frames_to_patches_without_resize_equals_the_reference(size, frame_dtype
 
 @pytest.mark.parametrize(("patch_size", "merge", "repeat"), [(3, 3, 1), (5, 1, 3), (16, 2, 2), (2, 1, 1), (7, 4, 2)])
 @pytest.mark.parametrize(("frame_dtype", "resized"), [(torch.uint8, True), (torch.float32, False)])
-def test_trap6_frames_to_patches_equals_the_reference_at_other_patch_sizes(
+def test_trap06_frames_to_patches_equals_the_reference_at_other_patch_sizes(
     patch_size, merge, repeat, frame_dtype, resized, where
 ):
     side = patch_size * merge

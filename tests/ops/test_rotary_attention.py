@@ -148,22 +148,22 @@ def check_windows(grid, num_heads, size, where, images=1, whole_image=False, **c
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 3), (5, 7), (9, 11), (17, 23), (4, 8)], ids=str)
-def test_trap1_window_attention_equals_the_reference_with_partial_edges(grid, where):
+def test_trap01_window_attention_equals_the_reference_with_partial_edges(grid, where):
     check_windows(grid, 1 if where[0] == "cpu" else 16, 80, where, images=2)
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [*HEADS, (1, 4), (1, 20), (1, 24), (1, 96), (1, 100), (2, 112)])
-def test_trap9_window_attention_equals_the_reference_at_any_head_size(num_heads, size, where):
+def test_trap09_window_attention_equals_the_reference_at_any_head_size(num_heads, size, where):
     check_windows((5, 7), num_heads, size, where)
 
 
 @pytest.mark.parametrize("window_size", [28, 56, 84])
-def test_trap6_window_attention_equals_the_reference_at_other_window_sizes(window_size, where):
+def test_trap06_window_attention_equals_the_reference_at_other_window_sizes(window_size, where):
     check_windows((7, 6), 1, 40, where, window_size=window_size)
 
 
 @pytest.mark.parametrize(("patch_size", "merge"), [(14, 1), (7, 3), (16, 2), (28, 1)])
-def test_trap6_window_attention_equals_the_reference_at_other_patch_sizes(patch_size, merge, where):
+def test_trap06_window_attention_equals_the_reference_at_other_patch_sizes(patch_size, merge, where):
     check_windows((5, 4), 2, 40, where, patch_size=patch_size, spatial_merge_size=merge)
 
 
@@ -247,7 +247,7 @@ def test_attention_that_is_uniform_or_nearly_hard_equals_the_reference(scale, wh
     check_attention(qkv, cos, sin, segments, num_heads=2)
 
 
-def test_trap5_a_window_sees_no_other_window_or_image(where):
+def test_trap05_a_window_sees_no_other_window_or_image(where):
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device(where[0]))
     cos, sin = rope_tables(29, 16, where[0])
     qkv = normal(3, 29, 96, where=where)

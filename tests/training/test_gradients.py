@@ -20,7 +20,7 @@ from tests.training.gradients import (
 )
 
 TEXTS = ["Pick up the red block.", "", "Open the top drawer, then close the bottom drawer.\n"]
-# Only 224 x 224 has full windows everywhere (trap 1).
+# Only 224 x 224 has full windows everywhere (trap 01).
 SIZES = [(28, 28), (56, 308), (140, 140), (224, 224), (252, 252), (252, 308), (280, 280), (364, 364), (476, 644)]
 PARTS = {
     "the patch embedding": "visual.patch_embed.proj.weight",
