@@ -8,14 +8,23 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qwen_batched"
 LIBRARIES = ("torch", "triton", "peft", "transformers", "accelerate", "safetensors", "huggingface_hub")
 
 # Imported, or reached from the library's name.
 NAMES = {
-    "torch.nn.modules.module._has_any_global_hook": "hooks for all modules: fast paths must not pass them by",
+    "torch.nn.modules.module._global_forward_hooks": "hooks for all modules: fast paths must not pass them by",
+    "torch.nn.modules.module._global_forward_pre_hooks": "the same",
+    "torch.nn.modules.module._global_backward_hooks": "the same",
+    "torch.nn.modules.module._global_backward_pre_hooks": "the same",
+    "torch._C._get_tracing_state": "torch.jit.trace needs operations that go through the dispatcher",
+    "torch._C._cuda_getDevice": "the current device of every launch, without torch.cuda's checks",
+    "torch._C._cuda_getCurrentRawStream": "the current stream of every launch, as Triton asks for it",
+    "triton.backends.nvidia.driver": "whether Triton's C launcher takes the arguments that launches here give it",
     "torch._C._are_functorch_transforms_active": "vmap and grad need operations that go through the dispatcher",
     "torch._C._functorch.maybe_current_level": "the same, and a CUDA graph can be neither captured nor replayed there",
     "torch._C._functorch.peek_interpreter_stack": "whether a cached table would be made inside a transform",
@@ -44,6 +53,9 @@ ATTRIBUTES = {
     "_load_state_dict_post_hooks": "a module that changes what is loaded is loaded by its own code",
     "_apply": "overridden: packed weights are undone before parameters move, and packed anew after",
     "_load_from_state_dict": "overridden: a tied head may be in a state dict or not",
+    "_save_to_state_dict": "overridden: a packed weight is made contiguous before it is saved",
+    "_current_level": "torch.autograd.forward_ad's: -1 outside of forward-mode derivatives, which no kernel has",
+    "_BASE_ARGS_FORMAT": "triton.backends.nvidia.driver's: the arguments of Triton's C launcher",
     "_adapters": "peft's: the adapters of a layer of trained tokens",
 }
 # Public in spelling only: what peft's LoRA layer holds, which is computed without it where it is plain.
@@ -118,6 +130,8 @@ def test_the_tables_hold_just_what_the_package_uses(used, table):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_there(name):
+    if "_cuda_" in name and torch.version.cuda is None:
+        pytest.skip("PyTorch without CUDA")
     found, *parts = name.split(".")
     pytest.importorskip(found, reason=f"needs {found}")
     found = importlib.import_module(found)
@@ -132,7 +146,9 @@ def test_a_name_is_there(name):
 
 
 def test_the_attributes_of_a_module_are_there():
-    assert [name for name in ATTRIBUTES if not hasattr(nn.Module(), name)] == ["_adapters"]
+    others = {"_adapters", "_current_level", "_BASE_ARGS_FORMAT"}  # not a module's
+    assert {name for name in ATTRIBUTES if not hasattr(nn.Module(), name)} == others
+    assert forward_ad._current_level == -1
 
 
 def test_the_attributes_of_a_lora_layer_are_there_and_used():

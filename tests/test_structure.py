@@ -158,8 +158,10 @@ def test_the_contracts_import_paths_work():
 FORWARD_PATH = [
     name
     for name in SOURCES
-    if name.split(".")[0] in {"runtime", "ops", "linear", "model", "training", "generation", "qwen_batched_VL_model"}
-    and name != "training.adapter_files"
+    if (
+        name.split(".")[0] in {"runtime", "ops", "linear", "model", "training", "generation", "qwen_batched_VL_model"}
+        and name != "training.adapter_files"
+    )
     or name.split(".")[:2] in (["inputs", part] for part in ("checks", "prepared", "prompt", "prompt_rows", "request"))
     or name in {"inputs.sequence", "image_encoder"}
 ]
