@@ -109,6 +109,6 @@ def apply_padded_linear(layer: nn.Module, x: Tensor, width: int) -> Tensor:
             return ops.packed_linear(x, None, None, (weight,), biases, places, transposed=True, total=total)
     elif type(base) is PaddedLinear:
         padded = base.padded_weight
-    if padded is None:
-        padded = F.pad(weight, (0, total - weight.shape[1]))
+    if padded is None:  # columns together, as they are packed: the layout chooses a product's kernel, and so its bits
+        padded = F.pad(weight.t(), (0, 0, 0, total - weight.shape[1])).t()
     return ops.linear(x, padded, bias, updates)

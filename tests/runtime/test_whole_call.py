@@ -196,7 +196,8 @@ def test_trap26_a_call_that_reaches_more_layers_leaves_earlier_graphs_true(own, 
             assert fake.replayed == replayed + 1
     assert fake.captured == len(calls)
     parts = own.visual.blocks if first == "encode_images" else (*own.visual.blocks, *own.model.layers)
-    assert all(block.mlp._gate_up.holds(block.mlp.gate_proj.weight, block.mlp.up_proj.weight) for block in parts)
+    weights = [[block.mlp.gate_proj.weight, block.mlp.up_proj.weight] for block in parts]
+    assert all(block.mlp._gate_up._weights.tensor(pair) is not None for block, pair in zip(parts, weights, strict=True))
 
 
 def test_capture_refuses_what_a_call_refuses(own):
