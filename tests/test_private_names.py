@@ -22,6 +22,7 @@ NAMES = {
     "torch.nn.modules.module._global_backward_hooks": "the same",
     "torch.nn.modules.module._global_backward_pre_hooks": "the same",
     "torch._C._get_tracing_state": "torch.jit.trace needs operations that go through the dispatcher",
+    "torch._C._cuda_endAllocateToPool": "ends the recording to a graph pool that an invalidated capture leaves on",
     "torch._C._cuda_getDevice": "the current device of every launch, without torch.cuda's checks",
     "torch._C._cuda_getCurrentRawStream": "the current stream of every launch, as Triton asks for it",
     "triton.backends.nvidia.driver": "whether Triton's C launcher takes the arguments that launches here give it",

@@ -280,8 +280,19 @@ class Arena:
             try:
                 yield graph
             finally:
-                graph.capture_end()
+                self._end(graph)
         del spare
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
+            # every later capture.
+            if self._pool is not None:
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            raise
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[torch.cuda.Event]:
