@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qwen_batched import ops
 from qwen_batched.linear.lora import Updates
 
 Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # address, shape, strides, dtype
@@ -87,12 +88,7 @@ class PackedParameters:
 
     def joined(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The same tensor made anew, as a differentiable function of `parameters`, which stay where they are."""
-        dim, parts, end = int(self.transposed), [], 0
-        for parameter, place in zip(parameters, self.places, strict=True):
-            parts += [_zeros_like(parameter, dim, place.start - end), parameter]
-            end = place.stop
-        parts.append(_zeros_like(parameters[-1], dim, self.rows - end))
-        return torch.cat([part for part in parts if part is not None], dim=dim)
+        return ops.join_parameters(parameters, self.places, self.rows, self.transposed)
 
     def placed(self, updates: Sequence[Updates]) -> Updates:
         """The updates of the layers that the parameters are of, as those of one layer with the padded tensor."""
@@ -113,10 +109,3 @@ def _release(holder: weakref.ref[PackedParameters], _: object) -> None:
     packed = holder()
     if packed is not None:
         packed.release()
-
-
-def _zeros_like(parameter: nn.Parameter, dim: int, count: int) -> Tensor | None:
-    """Padding for `torch.cat` along `dim`; None for none."""
-    if count == 0:
-        return None
-    return parameter.new_zeros(*parameter.shape[:dim], count, *parameter.shape[dim + 1 :])

@@ -13,7 +13,7 @@ from qwen_batched.ops.expand_prompts import expand_prompts
 from qwen_batched.ops.frames_to_patches import frames_to_patches
 from qwen_batched.ops.linear import linear
 from qwen_batched.ops.mrope import mrope
-from qwen_batched.ops.packed_linear import packed_linear
+from qwen_batched.ops.packed_linear import join_parameters, packed_linear
 from qwen_batched.ops.reference import NO_TOKEN, mrope_tables
 from qwen_batched.ops.resize import PILLOW, TORCHVISION, check_resample_backend
 from qwen_batched.ops.rotary_attention import rotary_attention
@@ -32,6 +32,7 @@ __all__ = [
     "decode_attention",
     "expand_prompts",
     "frames_to_patches",
+    "join_parameters",
     "linear",
     "mrope",
     "mrope_tables",

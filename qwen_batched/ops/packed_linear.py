@@ -96,7 +96,7 @@ class PackedLinear(Function):
             weight, *parameters = kept
             # The gradient's own gradient belongs to the parameters, of which the buffer knows nothing.
             if weight is None or torch.is_grad_enabled():
-                weight = _joined(parameters, rows, transposed, total)
+                weight = join_parameters(parameters, rows, total, transposed)
             elif transposed:
                 weight = weight.t()
             grad_x = (grad @ weight).view(x_shape)
@@ -126,12 +126,18 @@ def _joined_linear(
     """The same by operations that autograd sees through."""
     bias = None
     if biases:
-        bias = biases[0] if transposed else _joined(biases, rows, False, total)
-    return F.linear(x, _joined(parameters, rows, transposed, total), bias)
+        bias = biases[0] if transposed else join_parameters(biases, rows, total)
+    return F.linear(x, join_parameters(parameters, rows, total, transposed), bias)
 
 
-def _joined(parameters: Sequence[Tensor], rows: Sequence[slice], transposed: bool, total: int) -> Tensor:
-    """The parameters side by side in a new tensor, (R, ...) or (F, R), with zeros where they leave a gap."""
+def join_parameters(
+    parameters: Sequence[Tensor], rows: Sequence[slice], total: int, transposed: bool = False
+) -> Tensor:
+    """The weight or bias that `packed_linear` takes, as a differentiable function of its parameters.
+
+    Returns:
+        (total, ...), the parameters in their `rows` and zeros in between; (F, total) if `transposed`.
+    """
     dim, parts, end = int(transposed), [], 0
     for parameter, place in zip(parameters, rows, strict=True):
         parts += [*_zeros(parameter, dim, place.start - end), parameter]
