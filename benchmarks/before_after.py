@@ -26,10 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measure import INSTRUCTION, LORA_LAYERS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEXT = "pick up the red cube and put it into the box on the left then open the drawer and move the arm"
 NEW_TOKENS = 64
-LORA_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
 def median_ms(call: Callable[[], object], times: int, wait: bool = True) -> float:
@@ -59,10 +59,10 @@ def measure(folder: str) -> dict[str, float]:
     images = torch.randint(0, 256, (16, 1, 3, 448, 448), dtype=torch.uint8, device="cuda")
 
     def control(cuda_graph: bool = True) -> object:
-        return model(frames, [TEXT], template="plain", resize=(224, 224), cuda_graph=cuda_graph)
+        return model(frames, [INSTRUCTION], template="plain", resize=(224, 224), cuda_graph=cuda_graph)
 
     def generate(tokens: int) -> object:
-        return model.generate(frames, [TEXT], max_new_tokens=tokens, template="plain", resize=(224, 224))
+        return model.generate(frames, [INSTRUCTION], max_new_tokens=tokens, template="plain", resize=(224, 224))
 
     with torch.inference_mode():
         for call in (
@@ -93,7 +93,7 @@ def training(model: Any) -> dict[str, float]:
         frames = torch.randint(0, 256, (batch, 2, 3, 224, 224), dtype=torch.uint8, device="cuda")
 
         def step() -> None:
-            out = adapted(frames, [TEXT] * batch, template="plain", resize=None)
+            out = adapted(frames, [INSTRUCTION] * batch, template="plain", resize=None)
             out.last_hidden_state.float().square().mean().backward()
             for parameter in adapted.parameters():
                 parameter.grad = None

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
+INSTRUCTION = "pick up the red cube and put it into the box on the left then open the drawer and move the arm"
+# Which layers get adapters, by peft's `target_modules`: the decoder's linear ones.
+LORA_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 COMMIT_VARIABLE = "BENCHMARK_COMMIT"
 PACKAGES = ("torch", "triton", "transformers", "torchvision", "pillow")
 

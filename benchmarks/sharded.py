@@ -18,13 +18,12 @@ import time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from measure import INSTRUCTION
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_batched import QwenBatchedVL
-
-TEXT = "pick up the red cube and put it into the box on the left then open the drawer and move the arm"
 
 
 def step_ms(model: nn.Module, batch: int, steps: int) -> float:
@@ -34,7 +33,7 @@ def step_ms(model: nn.Module, batch: int, steps: int) -> float:
         torch.cuda.synchronize()
         distributed.barrier()
         start = time.perf_counter()
-        out = model(frames, [TEXT] * batch, template="plain", resize=None)
+        out = model(frames, [INSTRUCTION] * batch, template="plain", resize=None)
         out.last_hidden_state.float().square().mean().backward()
         torch.cuda.synchronize()
         found.append(1e3 * (time.perf_counter() - start))
@@ -59,7 +58,6 @@ def main() -> None:
 
     found = {}
     model = load()
-    # The checkpoint's last layers take no part in the loss of hidden states.
     found["DDP"] = step_ms(DistributedDataParallel(model, gradient_as_bucket_view=True), options.batch, options.steps)
     del model
     torch.cuda.empty_cache()

@@ -37,7 +37,7 @@ import peers
 import runs
 import torch
 import whole_peers
-from measure import Goal, Work, note, print_table
+from measure import LORA_LAYERS, Goal, Work, note, print_table
 from runs import print_beside_ours, ratio_to_ours, text_of
 from torch import Tensor, nn
 
@@ -48,7 +48,6 @@ TEMPLATE = "plain"
 # theirs, and a wrong formula by far more.
 GRADIENT_ALLOWANCE = 1.1
 LORA_RANK = 16
-LORA_LAYERS = r".*layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 Step = Callable[[], Tensor]  # forward and backward; the loss
 
