@@ -93,7 +93,8 @@ def prepare(batch: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor] | HostF
     if "pixel_values" in batch:
         pixels, orders = batch["pixel_values"], batch["raster_order"]
         if batch["as_list"] and isinstance(pixels, Tensor):
-            pixels, orders = list(pixels.unbind(1)), [orders] * pixels.shape[1]
+            # Of one sample the parts are contiguous as they are, and share their memory.
+            pixels, orders = [_copy(part) for part in pixels.unbind(1)], [orders] * pixels.shape[1]
         if isinstance(pixels, Tensor):
             prepared["pixel_values"], prepared["raster_order"] = pixels.contiguous(), _copy(orders)
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils.operations import concatenate, find_batch_size, send_to_device, slice_tensors
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -62,6 +62,7 @@ def arguments(draw):
 
 
 @given(arguments=arguments())
+@example(arguments=([noise(1, 1, 28, 28)[:, 0] for _ in range(2)], TEXTS[:1], None, None))
 @SETTINGS
 def test_trap35_every_tensor_has_the_batch_first_and_memory_of_its_own(model, arguments):
     images, texts, mask, targets = arguments
