@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from qwen_batched.model.attention import KVCache
 from qwen_batched.model.head import last_tokens
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.outputs import GenerateOutput
-from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
-STEPS_BETWEEN_LOOKS = 8
+STEPS_PER_POLL = 8
 # Stands for a token in `Decoding.tokens` where a sample's logits were not finite. No token has this id.
 INVALID = -1
 
@@ -187,7 +185,7 @@ class Decoding:
 
 
 class HostCopy:
-    """A stretch of a batch's tokens on their way to the host."""
+    """A chunk of a batch's tokens on their way to the host."""
 
     def __init__(self, tokens_BN: Tensor) -> None:
         self._tokens_BN = tokens_BN.to("cpu", non_blocking=True)
@@ -204,9 +202,9 @@ class HostCopy:
 
 def generate_texts(
     decoding: Decoding,
+    step: Callable[[], None],
     prompts: PromptEncoder,
     end_tokens: Collection[int],
-    graphs: CudaGraphs | None = None,
     stream: Callable[[list[str]], None] | None = None,
     progress: bool = False,
 ) -> GenerateOutput:
@@ -214,8 +212,8 @@ def generate_texts(
     pieces = prompts.stream(len(decoding.tokens))
     tokens, rows, reasons = generate_tokens(
         decoding,
+        step,
         end_tokens,
-        graphs,
         stream=None if stream is None else lambda new: stream(pieces.pieces(new)),
         progress=progress,
     )
@@ -226,8 +224,8 @@ def generate_texts(
 
 def generate_tokens(
     decoding: Decoding,
+    step: Callable[[], None],
     end_tokens: Collection[int],
-    graphs: CudaGraphs | None = None,
     stream: Callable[[list[list[int]]], None] | None = None,
     progress: bool = False,
 ) -> tuple[list[Tensor], list[list[int]], list[str]]:
@@ -235,8 +233,8 @@ def generate_tokens(
 
     Args:
         decoding: A batch whose prompts have run.
+        step: `decoding.step`, or its graph.
         end_tokens: Any of them ends a sample.
-        graphs: Makes a step a CUDA graph, which is gone when this returns; None runs every step.
         stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
         progress: Shows a bar on stderr.
 
@@ -246,8 +244,8 @@ def generate_tokens(
     batch, total = decoding.tokens.shape
     rows: list[list[int]] = [[] for _ in range(batch)]
     reasons = ["length"] * batch
-    with _stepper(decoding, graphs) as step, tqdm(total=total, desc="tokens", disable=not progress) as bar:
-        for new in _stretches(decoding.tokens, step):
+    with tqdm(total=total, desc="tokens", disable=not progress) as bar:
+        for new in _token_chunks(decoding.tokens, step):
             fresh: list[list[int]] = [[] for _ in range(batch)]
             for index, row in enumerate(new):
                 if reasons[index] == "length":
@@ -262,28 +260,10 @@ def generate_tokens(
     return tokens, rows, reasons
 
 
-@contextlib.contextmanager
-def _stepper(decoding: Decoding, graphs: CudaGraphs | None) -> Iterator[Callable[[], None]]:
-    """`decoding.step`, or its CUDA graph."""
-    if graphs is None:
-        yield decoding.step
-        return
-    modules, device = decoding.modules, decoding.tokens.device
-
-    @torch.no_grad()
-    def step() -> None:
-        graphs.run(modules, decoding, decoding.step, device=device, stateful=True)
-
-    try:
-        yield step
-    finally:
-        graphs.forget()  # it holds the cache
-
-
-def _stretches(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
-    """Tokens as they reach the host, some columns at a time; the GPU is already at the next stretch meanwhile."""
+def _token_chunks(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
+    """Tokens as they reach the host, some columns at a time; the GPU is already at the next chunk meanwhile."""
     on_gpu, total = tokens_BN.is_cuda, tokens_BN.shape[1]
-    width = STEPS_BETWEEN_LOOKS if on_gpu else 1
+    width = STEPS_PER_POLL if on_gpu else 1
     waiting: HostCopy | None = None
     for start in range(0, total, width):
         stop = min(start + width, total)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
+from qwen_batched.calls import Calls, advise_no_grad, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
@@ -25,9 +26,10 @@ from qwen_batched.checkpoint.weights import (
     whole_tensors,
 )
 from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.inputs.batch import Features
 from qwen_batched.inputs.checks import (
     Resize,
+    check_chunk_size,
     check_given,
     check_hidden_states,
     check_logits,
@@ -37,16 +39,18 @@ from qwen_batched.inputs.checks import (
 from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
+from qwen_batched.model import pipeline
 from qwen_batched.model.embedding import embed
-from qwen_batched.model.head import answer_loss, last_tokens
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
-from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.runtime.fast_path import check_placement
+from qwen_batched.training.api import Trainable
+from qwen_batched.training.tied_head import embedding_weight
 
 
-class QwenBatchedVL(ImageEncoder):
+class QwenBatchedVL(Trainable):
     """Qwen2.5-VL for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -78,14 +82,13 @@ class QwenBatchedVL(ImageEncoder):
         self.checkpoint = checkpoint
         self.generation_config = checkpoint.generation_config()
         self.visual = BatchedVisionTransformer(config.vision)
+        self.visual.plans = processor.plans  # the geometry of a size is built once for both
         self.model = BatchedDecoder(config.text)
         self.has_lm_head = lm_head
         text, device = config.text, "meta" if config.tie_word_embeddings else None  # no memory for what is shared
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
         self.tie_weights()
-        # Apart, since image features alone stay true whatever happens to the decoder.
-        self._vision_graphs, self._graphs = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
-        self._step_graphs = CudaGraphs(max_graphs=1)
+        self._calls = Calls()
 
     @classmethod
     def from_pretrained(
@@ -196,7 +199,7 @@ class QwenBatchedVL(ImageEncoder):
     @property
     def device(self) -> torch.device:
         """Where the parameters are. Raises `ValueError` where they are on several devices, or have no values."""
-        device = self._embedding_weight().device
+        device = embedding_weight(self.model.embed_tokens).device
         if device.type == "meta" or "hf_device_map" in vars(self):
             check_placement(device, vars(self).get("hf_device_map", {}))
         return device
@@ -204,7 +207,7 @@ class QwenBatchedVL(ImageEncoder):
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        return self._embedding_weight().dtype
+        return embedding_weight(self.model.embed_tokens).dtype
 
     def forward(
         self,
@@ -258,28 +261,67 @@ class QwenBatchedVL(ImageEncoder):
             TypeError, ValueError: An argument is not as described, or gradients are wanted while a CUDA graph is
                 captured. Raised before any work.
         """
-        self.check_no_gradient_in_a_capture(batch.get("pixel_values", images))
-        wanted = self._check_outputs(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
+        device = self.device
+        check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
+        wanted = self._check_wanted(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
             check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize, system)
-            return VLOutput(*self._run(restore(batch, self.config, self.device), wanted, norm, logits))
+            return pipeline.run(self._network, restore(batch, self.config, device), wanted)
         check_given("texts", texts, "a list of str")
-        device = self.device
         request = self.processor.request(
             images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
         )
+        advise_no_grad(self, device)
+        return self._calls.forward(self._network, self.processor, request, wanted, self.dtype, cuda_graph)
 
-        def run(*tensors: Tensor) -> list[object]:
-            batch = self.processor.batch(request.with_tensors(tensors), self.dtype)
-            return self._run(batch, wanted, norm, logits)
+    def encode_images(
+        self,
+        images: Tensor | Sequence[Tensor],
+        layers: Sequence[int] | None = None,
+        camera_mask: Tensor | None = None,
+        resize: Resize = "hf",
+        chunk_size: int | None = None,
+        cuda_graph: bool = True,
+    ) -> Features | list[Features]:
+        """Image features without the decoder.
 
-        if torch.is_grad_enabled():
-            return VLOutput(*self._run(self._batch(request, cuda_graph), wanted, norm, logits))
-        if not self._graphs_may_serve(cuda_graph):
-            return VLOutput(*run(*request.tensors))
-        modules = [self.visual, self.model, *([] if self.lm_head is None else [self.lm_head])]
-        key = ("forward", tuple(wanted), norm, logits, *self._key(request))
-        return VLOutput(*self._graphs.run(modules, key, run, *request.tensors, device=device))
+        On a GPU, where no gradient is wanted, shapes get CUDA graphs as in `forward`.
+
+        Args:
+            images: As for `forward`.
+            layers: None for the merged features that the decoder sees. Or block indices of the vision transformer
+                (0 the first block, -1 the last): these blocks' outputs; later blocks are not run.
+            camera_mask: As for `forward`; an absent camera's features are zero.
+            resize: As for `forward`.
+            chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
+                passes need less memory. Results do not depend on it.
+            cuda_graph: As for `forward`.
+
+        Returns:
+            (B, V, h, w, D), row-major, h = resized height / 28; for a list of cameras a list of V tensors (B, h, w, D).
+            With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
+
+        Raises:
+            TypeError, ValueError: An argument is not as described. Raised before any work.
+            torch.OutOfMemoryError: The batch does not fit; the model stays usable.
+        """
+        if layers is not None:
+            layers = resolve_layers(layers, self.config.vision.depth)
+        chunk_size = check_chunk_size(chunk_size)
+        check_given("images", images, "a tensor or a list of tensors")
+        device = self.device
+        check_no_gradient_in_a_capture(self, device, images)
+        request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
+        advise_no_grad(self.visual, device)
+        try:
+            return self._calls.encode(
+                self._network, self.processor, request, self.dtype, cuda_graph, layers, chunk_size
+            )
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        self._calls.tower.clear()
+        # Raised out here, where nothing holds on to what the failed call had on the GPU.
+        raise out_of_memory(images, chunk_size, reason)
 
     def capture(self, images: Tensor | Sequence[Tensor] | None, texts: Sequence[str], **arguments: Any) -> None:
         """Makes the CUDA graph of a call's shape ahead of time, so that the first real call replays it.
@@ -292,46 +334,13 @@ class QwenBatchedVL(ImageEncoder):
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
         """
-        with torch.no_grad(), self._graphs.admitting_all():
+        with torch.no_grad(), self._calls.whole.admitting_all():
             for _ in range(2):  # the first compiles kernels and packs weights
                 self(images, texts, **arguments)
 
-    def _run(self, batch: dict[str, Any], wanted: list[int], norm: str, logits: str | None) -> list[object]:
-        """The fields of `VLOutput`, in its order."""
-        inputs_embeds, features = embed(self.visual, self.model, batch)
-        has_targets = "labels" in batch
-        if logits is not None or has_targets:
-            wanted = [*wanted, self.config.text.num_hidden_layers]
-        attention_mask = batch["attention_mask"]
-        hidden_states = self.model(
-            inputs_embeds, batch["position_ids"], attention_mask, wanted, norm, tokens=batch["tokens"]
-        )
-        scores = loss = None
-        if logits is not None or has_targets:
-            last = hidden_states.pop()
-            last = last if norm == "post" else self.model.norm(last)[0]
-        if logits is not None:
-            scores = self.logits(last_tokens(last, attention_mask) if logits == "last" else last)
-        if has_targets:
-            loss = answer_loss(last, attention_mask, batch["labels"], batch["answer_tokens"], self.logits)
-            if batch.get("labels_valid") is not None:
-                loss = loss.masked_fill(~batch["labels_valid"], torch.nan)
-        return [
-            hidden_states,
-            attention_mask,
-            batch["feature_index"] >= 0,
-            batch["camera_ids"],
-            batch["position_ids"],
-            batch["input_ids"],
-            features,
-            scores,
-            loss,
-        ]
-
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
-        for graphs in (self._vision_graphs, self._graphs, self._step_graphs):
-            graphs.clear()
+        self._calls.clear()
         return super()._apply(*arguments, **keywords)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -406,33 +415,35 @@ class QwenBatchedVL(ImageEncoder):
             system=system,
         )
         with torch.no_grad():
-            batch = self._batch(request, cuda_graph)
+            batch = self._calls.batch(self._network, self.processor, request, self.dtype, cuda_graph)
             inputs_embeds, _ = embed(self.visual, self.model, batch)
         decoding = Decoding(
             self.model,
             self.lm_head,
             inputs_embeds,
-            *(batch[name] for name in ("input_ids", "position_ids", "attention_mask", "tokens")),
+            batch.input_ids,
+            batch.rope_positions.transpose(0, 1),
+            batch.attention_mask,
+            batch.tokens,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             repetition_penalty=self.generation_config.repetition_penalty,
         )
-        return generate_texts(
-            decoding,
-            self.processor.prompts,
-            self.generation_config.eos_token_ids,
-            graphs=self._step_graphs if self._graphs_may_serve(cuda_graph) else None,
-            stream=stream,
-            progress=progress,
-        )
+        prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
+        with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
+            return generate_texts(decoding, step, prompts, end_tokens, stream=stream, progress=progress)
 
-    def _check_outputs(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> list[int]:
-        """`layers` as indices from 0, where what is asked for can be given."""
+    @property
+    def _network(self) -> Network:
+        return Network(self.visual, self.model, self.lm_head)
+
+    def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> Wanted:
+        """What a call asks for, where it can be given."""
         check_norm(norm)
         check_logits(logits)
         if logits is not None or has_targets:
             self._check_lm_head()
-        return resolve_layers(layers, self.config.text.num_hidden_layers + 1)
+        return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)
 
     def _check_lm_head(self) -> None:
         if not self.has_lm_head:

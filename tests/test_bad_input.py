@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_batched.calls import check_no_gradient_in_a_capture
 from tests.support import photos
 
 FRAMES = photos(2, 2, 56, 84)
@@ -384,8 +385,8 @@ def test_gradients_in_a_cuda_graph_are_refused(load, monkeypatch):
         with no_work(model), pytest.raises(ValueError, match="no_grad"):
             call()
     with torch.no_grad():
-        model.check_no_gradient_in_a_capture()
-    model.requires_grad_(False).check_no_gradient_in_a_capture()
+        check_no_gradient_in_a_capture(model, model.device)
+    check_no_gradient_in_a_capture(model.requires_grad_(False), model.device)
     wanted = (FRAMES / 255).requires_grad_(True)
     batch = model.processor(FRAMES, TEXTS)
     batch["pixel_values"] = batch["pixel_values"].requires_grad_(True)

@@ -22,8 +22,8 @@ ORDER = (
     ("training",),
     ("inputs",),
     ("model",),
-    ("image_encoder",),
     ("generation",),
+    ("calls",),
     ("qwen_batched_VL_model",),
     ("integrations",),
     ("adapters", "testing"),
@@ -32,10 +32,7 @@ ORDER = (
     ("deviation",),
 )
 # Imports that do not fit the order yet.
-EXCEPTIONS = {
-    ("inputs.checks", "model.geometry"),
-    ("training.api", "model.modeling_qwen2_5_vl_batched"),
-}
+EXCEPTIONS = set()
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")
 
@@ -155,15 +152,13 @@ def test_the_contracts_import_paths_work():
 
 # --- no host reads ---
 
+FORWARD_PACKAGES = {"runtime", "ops", "linear", "model", "training", "generation", "calls", "qwen_batched_VL_model"}
+FORWARD_INPUTS = {"batch", "checks", "prepared", "prompt", "prompt_rows", "request", "sequence"}
 FORWARD_PATH = [
     name
     for name in SOURCES
-    if (
-        name.split(".")[0] in {"runtime", "ops", "linear", "model", "training", "generation", "qwen_batched_VL_model"}
-        and name != "training.adapter_files"
-    )
-    or name.split(".")[:2] in (["inputs", part] for part in ("checks", "prepared", "prompt", "prompt_rows", "request"))
-    or name in {"inputs.sequence", "image_encoder"}
+    if (name.split(".")[0] in FORWARD_PACKAGES and name != "training.adapter_files")
+    or name in {f"inputs.{part}" for part in FORWARD_INPUTS}
 ]
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"}
 # (module, function, what): why it may.

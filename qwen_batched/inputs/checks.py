@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS
-from qwen_batched.model.geometry import MAX_ASPECT_RATIO
+from qwen_batched.inputs.batch import Grid
 
 TEXT_NAMES = ("input_ids", "attention_mask", "rope_positions", "camera_ids", "feature_index")
 IMAGE_NAMES = ("pixel_values", "raster_order")
 Resize = str | tuple[int, int] | None
+MAX_ASPECT_RATIO = 200
 # Bicubic resizing overshoots by less, so frames that were resized before pass; frames in 0..255 do not.
 FLOAT_RANGE = (-0.5, 1.5)
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -326,35 +327,60 @@ def check_hidden_states(hidden_states: Tensor, like: Tensor) -> None:
 
 def check_pixels(
     pixel_values: object, raster_order: object, patch_dim: int, cell_patches: int, batch: int | None = None
-) -> list[tuple[int, int]]:
+) -> Sequence[Grid]:
     """The grid of each camera's image, in merged cells, as shapes say it.
+
+    Args:
+        pixel_values: (B, V, P, patch_dim), or V tensors (B, P_v, patch_dim).
+        raster_order: (B, h, w), or one for each camera; or the grids themselves, pairs of ints.
+        patch_dim: Width of a patch.
+        cell_patches: Patches of a merged cell.
+        batch: B; None for the first tensor's.
 
     Raises:
         ValueError: Pixels and grids do not fit together, or not to `batch` samples.
     """
-    uniform = isinstance(pixel_values, Tensor) and isinstance(raster_order, Tensor)
-    if not uniform and not (isinstance(pixel_values, (list, tuple)) and isinstance(raster_order, (list, tuple))):
+    uniform = isinstance(pixel_values, Tensor)
+    if not uniform and not isinstance(pixel_values, (list, tuple)):
         raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
-    pixels, orders = ([pixel_values], [raster_order]) if uniform else (pixel_values, raster_order)
-    if len(pixels) != len(orders) or not pixels:
-        raise ValueError(f"expected a raster_order per camera, got {len(orders)} for {len(pixels)} cameras")
-    for name, parts in (("pixel_values", pixels), ("raster_order", orders)):
-        for part in parts:
-            if not isinstance(part, Tensor):
-                raise ValueError(f"{name} must be tensors, got {_describe(part)}")
-            check_plain(name, part)
+    pixels = [pixel_values] if uniform else pixel_values
+    for part in pixels:
+        if not isinstance(part, Tensor):
+            raise ValueError(f"pixel_values must be tensors, got {_describe(part)}")
+        check_plain("pixel_values", part)
     if uniform and pixel_values.ndim != 4:
         raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
-    cameras = pixel_values.shape[1] if uniform else None
-    for part, order in zip(pixels, orders, strict=True):
+    cameras = pixel_values.shape[1:2] if uniform else ()
+    if type(raster_order) is tuple and raster_order and type(raster_order[0]) is tuple:
+        grids, batch = raster_order, pixels[0].shape[0] if pixels and batch is None else batch
+        if len(grids) != (cameras or (len(pixels),))[0] or (uniform and len(set(grids)) > 1):
+            raise ValueError(f"expected a grid per camera, one for all of a tensor, got {shown(grids)}")
+    else:
+        orders = _raster_orders(raster_order, uniform, len(pixels))
+        batch = orders[0].shape[0] if batch is None else batch
+        for order in orders:
+            if order.shape[0] != batch:
+                raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
+        grids = [(order.shape[1], order.shape[2]) for order in orders] * (cameras or (1,))[0]
+    for part, (h, w) in zip(pixels, grids, strict=False):  # of a tensor, the first grid is every camera's
+        _check_pixel_tensor(part, (batch, *cameras, h * w * cell_patches, patch_dim))
+    return grids
+
+
+def _raster_orders(raster_order: object, uniform: bool, count: int) -> Sequence[Tensor]:
+    """`raster_order` as one tensor for each of `count` tensors of pixels."""
+    if isinstance(raster_order, Tensor) != uniform or not isinstance(raster_order, (Tensor, list, tuple)):
+        raise ValueError("pixel_values and raster_order must both be tensors or both be lists of one per camera")
+    orders = [raster_order] if uniform else raster_order
+    if len(orders) != count or not count:
+        raise ValueError(f"expected a raster_order per camera, got {len(orders)} for {count} cameras")
+    for order in orders:
+        if not isinstance(order, Tensor):
+            raise ValueError(f"raster_order must be tensors, got {_describe(order)}")
+        check_plain("raster_order", order)
         if order.ndim != 3 or order.dtype != torch.int64 or order.numel() == 0:
             raise ValueError(f"raster_order must be int64 (B, h, w), got {describe_tensor(order)}")
-        batch = order.shape[0] if batch is None else batch
-        patches = order.shape[1] * order.shape[2] * cell_patches
-        _check_pixel_tensor(part, (batch, *([] if cameras is None else [cameras]), patches, patch_dim))
-        if order.shape[0] != batch:
-            raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
-    return [(order.shape[1], order.shape[2]) for order in orders] * (cameras or 1)
+    return orders
 
 
 def _check_pixel_tensor(pixels: Tensor, shape: tuple[int, ...]) -> None:

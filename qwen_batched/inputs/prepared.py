@@ -6,13 +6,14 @@ break one. What only the host knows travels beside them, as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import (
     IMAGE_NAMES,
     TEXT_NAMES,
@@ -81,29 +82,28 @@ class HostFacts(dict):
 torch.serialization.add_safe_globals([HostFacts])  # so that torch.load reads a stored batch without pickle's dangers
 
 
-def prepare(batch: Mapping[str, Any]) -> dict[str, Tensor | list[Tensor] | HostFacts]:
-    """The prepared form of a batch that `TensorProcessor.batch` made."""
+def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor | list[Tensor] | HostFacts]:
+    """The prepared form of a batch that `TensorProcessor.batch` made, with `raster_order` (h, w) of each camera."""
     prepared: dict[str, Any] = {}
-    if "input_ids" in batch:
-        prepared["input_ids"], prepared["attention_mask"] = batch["input_ids"], batch["attention_mask"]
-        prepared["rope_positions"] = batch["position_ids"].transpose(0, 1).contiguous()
-        prepared["camera_ids"], prepared["feature_index"] = batch["camera_ids"], batch["feature_index"]
-    if "labels" in batch:
-        prepared["labels"] = batch["labels"]
-    if "pixel_values" in batch:
-        pixels, orders = batch["pixel_values"], batch["raster_order"]
-        if batch["as_list"] and isinstance(pixels, Tensor):
-            # Of one sample the parts are contiguous as they are, and share their memory.
-            pixels, orders = [_copy(part) for part in pixels.unbind(1)], [orders] * pixels.shape[1]
-        if isinstance(pixels, Tensor):
-            prepared["pixel_values"], prepared["raster_order"] = pixels.contiguous(), _copy(orders)
-        else:
-            prepared["pixel_values"] = [part.contiguous() for part in pixels]
-            prepared["raster_order"] = [_copy(order) for order in orders]
-    if "camera_present" in batch:
-        prepared["camera_present"] = _copy(batch["camera_present"])
-    if "input_ids" in batch:  # a batch of images only goes to the vision transformer, which takes nothing else
-        prepared[MARKER] = HostFacts(tokens=batch.get("tokens"), answer_tokens=batch.get("answer_tokens"))
+    for name in (*TEXT_NAMES, "labels"):
+        if (value := getattr(batch, name)) is not None:
+            prepared[name] = value.contiguous()
+    pixels = batch.pixel_values
+    if batch.as_list and isinstance(pixels, Tensor):
+        # Of one sample the parts are contiguous as they are, and share their memory.
+        pixels = [part.clone(memory_format=torch.contiguous_format) for part in pixels.unbind(1)]
+    if isinstance(pixels, Tensor):
+        prepared["pixel_values"] = pixels.contiguous()
+        prepared["raster_order"] = raster_orders[0].repeat(len(pixels), 1, 1)
+    elif pixels is not None:
+        prepared["pixel_values"] = [part.contiguous() for part in pixels]
+        prepared["raster_order"] = [
+            order.repeat(len(part), 1, 1) for part, order in zip(pixels, raster_orders, strict=True)
+        ]
+    if batch.camera_present is not None:
+        prepared["camera_present"] = batch.camera_present.clone(memory_format=torch.contiguous_format)
+    if batch.input_ids is not None:  # a batch of images only goes to the vision transformer, which takes nothing else
+        prepared[MARKER] = HostFacts(tokens=batch.tokens, answer_tokens=batch.answer_tokens)
     return prepared
 
 
@@ -144,11 +144,11 @@ def check_prepared_alone(
         )
 
 
-def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> dict[str, Any]:
+def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:
     """What the model runs on, on `device`; from pinned memory without a wait.
 
     Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
-    `valid` (B,) is False for the samples that needed it, `labels_valid` () where these or labels did: hidden states and
+    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and
     loss shall be NaN then.
 
     Raises:
@@ -176,7 +176,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
                 )
     else:
         valid = ~torch.stack(list(faults.values())).any(dim=0)
-        labels_valid = ~torch.stack([~valid, *label_faults.values()]).any()
+        labels_valid = ~torch.stack([~valid, *label_faults.values()]).any(dim=0)
         rows, cells = config.text.vocab_size, sum(h * w for h, w in grids)
         layout["input_ids"] = layout["input_ids"].clamp(0, rows - 1)
         layout["feature_index"] = layout["feature_index"].clamp(-1, cells - 1)
@@ -184,19 +184,23 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
             is_label = layout["labels"] != NO_LABEL
             layout["labels"] = layout["labels"].clamp(0, rows - 1).where(is_label, NO_LABEL)
 
-    restored: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
-    restored["position_ids"] = restored.pop("rope_positions").transpose(0, 1)
-    restored |= {"tokens": tokens, "answer_tokens": answers, "valid": valid, "labels_valid": labels_valid}
-    if grids:
-        pixels, orders = batch["pixel_values"], batch["raster_order"]
-        restored["as_list"] = not isinstance(pixels, Tensor)
-        if restored["as_list"] and len(set(grids)) == 1:
-            pixels, orders = torch.stack(list(pixels), dim=1), orders[0]
-        restored["pixel_values"], restored["raster_order"] = (_to(x, device) for x in (pixels, orders))
-    return restored
+    pixels = batch.get("pixel_values")
+    as_list = isinstance(pixels, (list, tuple))
+    if as_list and len(set(grids)) == 1:
+        pixels = torch.stack(list(pixels), dim=1)
+    return Batch(
+        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
+        pixel_values=pixels if pixels is None else _to(pixels, device),
+        valid=valid,
+        labels_valid=labels_valid,
+        grids=tuple(grids),
+        as_list=as_list,
+        tokens=tokens,
+        answer_tokens=answers,
+    )
 
 
-def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> list[tuple[int, int]]:
+def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
     """Checks all that can be seen without a look at values; the grid of each camera's image."""
     if not isinstance(batch[MARKER], HostFacts):
         raise TypeError(f"{MARKER} must be what the processor returned, got {type(batch[MARKER]).__name__}")
@@ -241,7 +245,7 @@ def _count(marks: Tensor, known: int | None, most: int) -> int:
 
 
 def _faults(
-    layout: Mapping[str, Tensor], grids: list[tuple[int, int]], config: QwenVLConfig, tokens: int
+    layout: Mapping[str, Tensor], grids: Sequence[Grid], config: QwenVLConfig, tokens: int
 ) -> dict[str, Tensor]:
     """What each sample (B,) does wrong, by what would be right.
 
@@ -296,10 +300,6 @@ def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: i
         "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
         "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
     }
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _to(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-Grid = tuple[int, int]  # height and width of an image in merged cells
+from qwen_batched.inputs.batch import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +35,13 @@ class Prompts:
 class Request:
     """A checked call: its tensors, and all that the host knows of them.
 
+    To PyTorch's pytrees its tensors are children, and all else that shapes the batch is the structure, hashable.
+
     Attributes:
         frames: (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text
-            alone.
+            only.
         camera_mask: Bool (B, V) on `device`, False where a camera is absent; None where none is.
-        prompts: Tokens on `device`; None for images alone.
+        prompts: Tokens on `device`; None for images only.
         grids: Of each camera's image.
         device: Where the batch goes.
         as_list: Whether image features are to be a list, of one tensor for each camera.
@@ -51,27 +54,26 @@ class Request:
     device: torch.device
     as_list: bool = False
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All tensors that differ from call to call."""
-        return *self.frames, *(x for x in self._others if x is not None)
 
-    @property
-    def key(self) -> tuple[Hashable, ...]:
-        """All else that shapes the batch."""
-        prompts = self.prompts
-        sizes = None if prompts is None else (prompts.length, prompts.tokens, prompts.answer_tokens)
-        return len(self.frames), *(x is not None for x in self._others), self.grids, sizes, self.device, self.as_list
+def _flatten(request: Request) -> tuple[list[Tensor], Hashable]:
+    mask, prompts = request.camera_mask, request.prompts
+    tensors, sizes = [*request.frames], None
+    if mask is not None:
+        tensors.append(mask)
+    if prompts is not None:
+        tensors += [prompts.ids] if prompts.answers is None else [prompts.ids, prompts.answers]
+        sizes = (prompts.length, prompts.tokens, prompts.answers is not None, prompts.answer_tokens)
+    return tensors, (len(request.frames), mask is not None, sizes, request.grids, request.device, request.as_list)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Request:
-        """The same request for other `tensors` of the same shapes."""
-        rest = list(tensors)
-        frames = tuple(rest.pop(0) for _ in self.frames)
-        mask, ids, answers = (None if x is None else rest.pop(0) for x in self._others)
-        prompts = None if self.prompts is None else replace(self.prompts, ids=ids, answers=answers)
-        return replace(self, frames=frames, camera_mask=mask, prompts=prompts)
 
-    @property
-    def _others(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        ids, answers = (None, None) if self.prompts is None else (self.prompts.ids, self.prompts.answers)
-        return self.camera_mask, ids, answers
+def _unflatten(tensors: Sequence[Tensor], context: tuple) -> Request:
+    count, has_mask, sizes, grids, device, as_list = context
+    frames, rest, prompts = tuple(tensors[:count]), list(tensors[count:]), None
+    mask = rest.pop(0) if has_mask else None
+    if sizes is not None:
+        length, tokens, has_answers, answer_tokens = sizes
+        prompts = Prompts(rest[0], length, tokens, rest[1] if has_answers else None, answer_tokens)
+    return Request(frames, mask, prompts, grids, device, as_list)
+
+
+_pytree.register_pytree_node(Request, _flatten, _unflatten)

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from qwen_batched.inputs.batch import Batch, Features
 from qwen_batched.inputs.sequence import place_features
 from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.training.process_groups import needs_collective_participation
 
-Features = Tensor | list[Tensor]
 
-
-def embed(
-    visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: dict[str, Any]
-) -> tuple[Tensor, Features | None]:
+def embed(visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: Batch) -> tuple[Tensor, Features | None]:
     """The embeddings, and the image features (see `BatchedVisionTransformer.forward`); None without images.
 
-    A batch may hold the features already, in place of pixels. Samples that are not `valid` become NaN.
+    Samples that are not `valid` become NaN.
     """
-    features = batch.get("features")
-    if "pixel_values" in batch:
-        features = visual(batch["pixel_values"], batch["raster_order"], batch.get("camera_present"))
-        features = as_given(features, batch["as_list"])
-    embeds_BSD = decoder.embed_tokens(batch["input_ids"])
+    features = batch.features if batch.pixel_values is None else image_features(visual, batch)
+    embeds_BSD = decoder.embed_tokens(batch.input_ids)
     placed = features
     if features is None and needs_collective_participation(visual):
         # The others may have images: so one blank cell goes through the tower, and to no place.
-        placed = _blank_feature(visual, batch["input_ids"])
+        placed = _blank_feature(visual, batch.input_ids)
     if placed is not None:
-        embeds_BSD = place_features(embeds_BSD, placed, batch["feature_index"])
-    valid_B = batch.get("valid")
-    if valid_B is not None:
-        embeds_BSD = embeds_BSD.masked_fill(~valid_B[:, None, None], torch.nan)
+        embeds_BSD = place_features(embeds_BSD, placed, batch.feature_index)
+    if batch.valid is not None:
+        embeds_BSD = embeds_BSD.masked_fill(~batch.valid[:, None, None], torch.nan)
     return embeds_BSD, features
 
 
-def as_given(features: Features, as_list: bool) -> Features:
+def image_features(visual: BatchedVisionTransformer, batch: Batch, **options: object) -> Features | list[Features]:
+    """The features of a batch's pixels, with `layers` those of each layer, in the form in which cameras were given."""
+    features = visual(batch.pixel_values, batch.grids, batch.camera_present, **options)
+    if options.get("layers") is not None:
+        return [_as_given(output, batch.as_list) for output in features]
+    return _as_given(features, batch.as_list)
+
+
+def _as_given(features: Features, as_list: bool) -> Features:
     """Features (B, V, ...) as one tensor for each camera, where cameras were given so."""
     if not as_list or not isinstance(features, Tensor):
         return features
@@ -49,5 +48,5 @@ def _blank_feature(visual: BatchedVisionTransformer, input_ids: Tensor) -> Tenso
     """(B, 1, 1, 1, D)."""
     config = visual.config
     pixel_values = torch.zeros(1, 1, config.cell_patches, config.patch_dim, device=input_ids.device)
-    feature = visual(pixel_values, input_ids.new_zeros(1, 1, 1))
+    feature = visual(pixel_values, ((1, 1),))
     return feature.expand(len(input_ids), -1, -1, -1, -1)

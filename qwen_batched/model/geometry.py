@@ -16,10 +16,12 @@ from einops import rearrange
 from torch import Tensor
 
 from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS, TextConfig, VisionConfig, Yarn
+from qwen_batched.inputs.checks import MAX_ASPECT_RATIO
 from qwen_batched.ops.segments import Run, Segments
+from qwen_batched.runtime.lru_cache import LRUCache
 
-MAX_ASPECT_RATIO = 200
 MAX_REDUCTION_ON_GPU = 64
+MAX_PLANS = 64
 # H200, bf16: products over 16384 rows take 0.85 to 0.96 of the time per row of those over 65536, and memory is bounded.
 PATCHES_PER_PASS = 16384
 
@@ -98,6 +100,11 @@ def resize_axis(source: int, target: int, device: torch.device) -> tuple[Tensor,
     return starts.int(), weights.gather(0, pixels).contiguous()
 
 
+def vision_plan(cache: LRUCache, config: VisionConfig, h: int, w: int, device: torch.device) -> VisionPlan:
+    """The plan of an image of `h` x `w` merged cells, built once per size and device."""
+    return cache.get((config, h, w, device), lambda: make_vision_plan(config, h, w, device))
+
+
 def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device) -> VisionPlan:
     """The plan of an image of `h` x `w` merged cells."""
     # Made on the host: the tables are small, and their values do not depend on the GPU's arithmetic.
@@ -113,14 +120,6 @@ def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device)
         cos=cos.to(device),
         sin=sin.to(device),
     )
-
-
-def make_patch_order(config: VisionConfig, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`window_order` and `raster_order` of `VisionPlan` alone: all that cutting frames into patches needs."""
-    with torch.device("cpu"):
-        window_order, _ = _window_order(config, h, w)
-        raster_order = torch.argsort(window_order).view(h, w)
-    return window_order.to(device), raster_order.to(device)
 
 
 def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[Run, ...]]:

@@ -1,7 +1,7 @@
 """Camera frames and texts -> everything the model needs, as tensors on the frames' device.
 
 frames (B, V, 3, H, W) -> resize -> normalise -> patches in window order (B, V, P, patch_dim)
-texts, targets -> token ids -> sequences with a place for each image cell and labels (B, S), rope positions (3, B, S)
+texts, targets -> token ids -> sequences with a place for each image cell and labels (B, S), rope positions (B, 3, S)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
 from qwen_batched.checkpoint.folder import Checkpoint, naming
 from qwen_batched.checkpoint.options import ProcessorOptions, read_options
 from qwen_batched.checkpoint.weights import resolve_device
+from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import (
     Resize,
     check_camera_mask,
@@ -36,10 +37,10 @@ from qwen_batched.inputs.checks import (
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
-from qwen_batched.inputs.request import Grid, Request
+from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.resample_backend import resolve_resample_backend
 from qwen_batched.inputs.sequence import Sequences, expand_prompts, label_answers
-from qwen_batched.model.geometry import make_patch_order, resize_axis, smart_resize
+from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smart_resize, vision_plan
 from qwen_batched.runtime.host_copies import copied, copy_to
 from qwen_batched.runtime.lru_cache import LRUCache
 
@@ -70,6 +71,7 @@ class TensorProcessor:
         self.padding_side = padding_side
         self.resample_backend = resolve_resample_backend(resample_backend)
         self._rows = PromptRows()
+        self.plans = LRUCache(MAX_PLANS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
         self._masks = LRUCache(MAX_CACHED_MASKS)  # apart: many masks must not drive out the tables
 
@@ -181,7 +183,7 @@ class TensorProcessor:
             max_new_tokens=max_new_tokens,
             system=system,
         )
-        return prepare(self.batch(request, dtype))
+        return self.prepared(request, dtype)
 
     @torch.compiler.disable  # work of the host, different at every call
     def request(
@@ -231,24 +233,30 @@ class TensorProcessor:
         )
 
     @torch.compiler.disable
-    def batch(self, request: Request, dtype: torch.dtype) -> dict[str, Any]:
-        """The batch of a request, computed on its device without a look at any value.
-
-        `pixel_values` and `raster_order` as `BatchedVisionTransformer.forward` takes them, `camera_present`, the fields
-        of `Sequences`, `labels`; and of the host `tokens` and `answer_tokens`, see `Prompts`, and `as_list`.
-        """
-        batch: dict[str, Any] = {"as_list": request.as_list}
+    def batch(self, request: Request, dtype: torch.dtype) -> Batch:
+        """The batch of a request, computed on its device without a look at any value."""
+        fields: dict[str, Any] = {}
         if request.frames:
-            batch.update(self._pixels(request, dtype))
-        if request.camera_mask is not None:
-            batch["camera_present"] = request.camera_mask
+            fields = {"pixel_values": self._pixels(request, dtype), "grids": request.grids}
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
-            batch.update(vars(sequences), tokens=prompts.tokens)
+            fields |= {
+                "input_ids": sequences.input_ids,
+                "attention_mask": sequences.attention_mask,
+                "rope_positions": sequences.position_ids.transpose(0, 1),
+                "camera_ids": sequences.camera_ids,
+                "feature_index": sequences.feature_index,
+                "tokens": prompts.tokens,
+            }
             if prompts.answers is not None:
-                batch["labels"] = label_answers(sequences, prompts.answers)
-                batch["answer_tokens"] = prompts.answer_tokens
-        return batch
+                fields["labels"] = label_answers(sequences, prompts.answers)
+                fields["answer_tokens"] = prompts.answer_tokens
+        return Batch(camera_present=request.camera_mask, as_list=request.as_list, **fields)
+
+    def prepared(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor] | HostFacts]:
+        """The same for loaders, see `__call__`."""
+        orders = [self._plan(grid, request.device).raster_order for grid in request.grids]
+        return prepare(self.batch(request, dtype), orders)
 
     def _check_images(
         self,
@@ -283,8 +291,8 @@ class TensorProcessor:
             return smart_resize(height, width, factor, self.image.min_pixels, self.image.max_pixels)
         return resize
 
-    def _pixels(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor]]:
-        """`pixel_values` and `raster_order`."""
+    def _pixels(self, request: Request, dtype: torch.dtype) -> Tensor | list[Tensor]:
+        """`pixel_values` of a batch."""
         patches, camera = [], 0
         for frames in request.frames:
             cameras = slice(camera, camera + frames.shape[1])
@@ -292,12 +300,9 @@ class TensorProcessor:
             frames = frames.to(request.device, non_blocking=True)
             patches.append(self._patches(frames, request.grids[camera], mask, dtype))
             camera = cameras.stop
-        samples = request.frames[0].shape[0]
-        orders = [self._patch_order(grid, request.device)[1].expand(samples, -1, -1) for grid in request.grids]
         if len(set(request.grids)) == 1:
-            pixel_values = patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
-            return {"pixel_values": pixel_values, "raster_order": orders[0]}
-        return {"pixel_values": [part[:, 0] for part in patches], "raster_order": orders}
+            return patches[0] if len(patches) == 1 else torch.cat(patches, dim=1)
+        return [part[:, 0] for part in patches]
 
     def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
@@ -312,7 +317,7 @@ class TensorProcessor:
             scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
             mean=mean,
             std=std,
-            window_order=self._patch_order(grid, frames.device)[0],
+            window_order=self._plan(grid, frames.device).window_order,
             patch_size=vision.patch_size,
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
@@ -344,10 +349,8 @@ class TensorProcessor:
         rows = tuple(map(tuple, camera_mask.tolist()))
         return copied(self._masks, (rows, device), lambda: copy_to(device, camera_mask.clone())).clone()
 
-    def _patch_order(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Window order and raster order of the cells of an image."""
-        vision = self.config.vision
-        return self._tables.get(("patch order", vision, grid, device), lambda: make_patch_order(vision, *grid, device))
+    def _plan(self, grid: Grid, device: torch.device) -> VisionPlan:
+        return vision_plan(self.plans, self.config.vision, *grid, device)
 
     def _resize_tables(
         self, source: tuple[int, int], target: tuple[int, int], device: torch.device

@@ -25,6 +25,7 @@ from qwen_batched.checkpoint.weights import (
     build_on_meta,
     load_weights,
 )
+from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import (
     check_camera_mask,
     check_chunk_size,
@@ -34,7 +35,7 @@ from qwen_batched.inputs.checks import (
 )
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
-from qwen_batched.model.geometry import VisionPlan, make_vision_plan, split_into_passes
+from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, split_into_passes, vision_plan
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
 from qwen_batched.model.parts.mlps import SwiGLU
 from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
@@ -43,8 +44,6 @@ from qwen_batched.runtime.fast_path import can_fuse
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
 from qwen_batched.training.process_groups import needs_collective_participation
-
-MAX_PLANS = 64
 
 
 class BatchedVisionTransformer(GradientCheckpointing):
@@ -60,7 +59,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
-        self._plans = LRUCache(MAX_PLANS)
+        self.plans = LRUCache(MAX_PLANS)  # a processor may share it
 
     @classmethod
     def from_pretrained(
@@ -85,13 +84,12 @@ class BatchedVisionTransformer(GradientCheckpointing):
     @torch.compiler.assume_constant_result
     def plan(self, h: int, w: int, device: torch.device) -> VisionPlan:
         """The geometry of an image of `h` x `w` merged cells, made once."""
-        config = self.config
-        return self._plans.get((config, h, w, device), lambda: make_vision_plan(config, h, w, device))
+        return vision_plan(self.plans, self.config, h, w, device)
 
     def forward(
         self,
         pixel_values: Tensor | Sequence[Tensor],
-        raster_order: Tensor | Sequence[Tensor],
+        raster_order: Tensor | Sequence[Tensor] | tuple[Grid, ...],
         camera_present: Tensor | None = None,
         layers: Sequence[int] | None = None,
         chunk_size: int | None = None,
@@ -101,7 +99,8 @@ class BatchedVisionTransformer(GradientCheckpointing):
         Args:
             pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ.
             raster_order: Int64 (B, h, w), or V tensors (B, h_v, w_v): the place in window order of each merged cell.
-                Its shape is the images' grid, so that geometry is known without reading the device.
+                Its shape is the images' grid, so that geometry is known without reading the device; its values are not
+                read. Or the grid (h, w) of each camera, as numbers.
             camera_present: Bool (B, V), False where a camera is absent; those features are zero. None where none is.
             layers: None for the merged features. Or block indices, 0 to depth - 1, negative from the end: the outputs
                 of these blocks; later blocks are not run.

@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import Uses
+from qwen_batched.runtime.arena import Arena
 from qwen_batched.runtime.fast_path import has_global_hooks
 from qwen_batched.runtime.lru_cache import hold_values
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
-Outputs = Tensor | list["Outputs"] | None
+Outputs = Any  # a pytree of tensors, and of what is the same at every call
 MAX_GRAPHS = 32
-STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in turn
 NAMED_PRECISIONS = torch.__version__ >= "2.9"  # since then, reading the old setting raises where the new one was used
 
 
@@ -37,7 +37,7 @@ class CudaGraphs:
         self.max_graphs = max_graphs
         self._prepare = prepare
         self._calls: dict[Hashable, CapturedCall] = {}
-        self._displaced: list[CapturedCall] = []  # that may still run
+        self._evicted: list[CapturedCall] = []  # that may still run
         self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
@@ -58,19 +58,18 @@ class CudaGraphs:
         Args:
             modules: Whose parameters `function` reads.
             key: All else that shapes what `function` does, but the shapes and dtypes of `inputs`.
-            function: Takes tensors and returns a tensor, None, or nested lists of them. It must not wait for the
-                device.
+            function: Takes tensors and returns a pytree. It must not wait for the device.
             inputs: On `device`, or on the host.
             device: Where the work is done.
             stateful: Whether `function` changes something, so that it must not run in vain.
         """
-        if not _graphs_serve(inputs) or self._wants_gradient(modules, inputs):
+        if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
         key = (key, device, torch.is_grad_enabled(), _numerics(), *((x.shape, x.dtype) for x in inputs))
         obstacle = None
         with self._lock:
-            self._let_go()
+            self._release_finished()
             call = self._calls.get(key)
             if call is None and self._earns_graph(key) and self._still_matches(modules):
                 call, obstacle = self._capture(key, function, inputs, device)
@@ -85,7 +84,7 @@ class CudaGraphs:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if not _have_gradients(outputs):
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(outputs)):
             self._remember(modules, key)
         return outputs
 
@@ -102,8 +101,8 @@ class CudaGraphs:
         """Forgets all calls; their memory stays for others."""
         with self._lock:
             for key in list(self._calls):
-                self._displace(key)
-            self._let_go(wait=True)
+                self._evict(key)
+            self._release_finished(wait=True)
             self._uses.clear()
             self._snapshot = None  # the last to go: it keeps what running graphs read
 
@@ -163,14 +162,14 @@ class CudaGraphs:
     ) -> tuple[CapturedCall | None, str | None]:
         """The call as a graph, or why there is none."""
         if len(self._calls) >= self.max_graphs:
-            self._displace(self._uses.least_common(self._calls))
-            self._let_go()
+            self._evict(self._uses.least_common(self._calls))
+            self._release_finished()
         try:
             self._arena = Arena.of(device)
             try:
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
             except torch.OutOfMemoryError:
-                self._let_go(wait=True)
+                self._release_finished(wait=True)
                 torch.cuda.empty_cache()  # which the allocator cannot do by itself inside a capture
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
@@ -178,16 +177,16 @@ class CudaGraphs:
             return None, str(error)
         return self._calls[key], None
 
-    def _displace(self, key: Hashable) -> None:
+    def _evict(self, key: Hashable) -> None:
         """A graph gives up its place; its memory is no one else's until the device is through with it."""
-        self._displaced.append(self._calls.pop(key))
+        self._evicted.append(self._calls.pop(key))
 
-    def _let_go(self, wait: bool = False) -> None:
-        """Lets go of displaced graphs that do not run any more, or waits until none does."""
+    def _release_finished(self, wait: bool = False) -> None:
+        """Lets go of evicted graphs that do not run any more, or waits until none does."""
         if wait:
-            for call in self._displaced:
+            for call in self._evicted:
                 call.wait()
-        self._displaced = [call for call in self._displaced if not call.is_done()]
+        self._evicted = [call for call in self._evicted if not call.is_done()]
 
 
 class CapturedCall:
@@ -202,7 +201,7 @@ class CapturedCall:
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
             with hold_values() as self.tables, arena.capture() as self.graph, backend.reading_ahead():
-                self.outputs = function(*self.inputs)
+                self.outputs, self._spec = tree_flatten(function(*self.inputs))
 
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:
         """The outputs for `inputs`, as copies."""
@@ -210,7 +209,7 @@ class CapturedCall:
             for buffer, value in zip(self.inputs, inputs, strict=True):
                 buffer.copy_(value, non_blocking=True)
             self.graph.replay()
-            return _copies(self.outputs)
+            return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.outputs], self._spec)
 
     def is_done(self) -> bool:
         """Whether the device is through with the last replay."""
@@ -222,94 +221,9 @@ class CapturedCall:
             self._done.synchronize()
 
 
-class Arena:
-    """Where all graphs of a device are captured: one memory pool, and a stream of its own.
-
-    The pool is shared, since graphs run one after the other. cuBLAS keeps a workspace for each stream, and graphs go on
-    using the one that they were captured with. So it must lie in the pool: nothing of ours runs on the stream but
-    captures, and of the streams of high priority, which PyTorch hands out in turn, each serves one arena only.
-    """
-
-    _living: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
-    _used_streams: ClassVar[set[tuple[torch.device, int]]] = set()
-    _immortal: ClassVar[list[Arena]] = []
-    _lock = threading.Lock()
-    _one_capture = threading.Lock()  # PyTorch allows one at a time in a process
-
-    @classmethod
-    def of(cls, device: torch.device) -> Arena:
-        """The arena of `device`. It lives as long as anything captured there."""
-        with cls._lock:
-            arena = cls._living.get(device)
-            if arena is None:
-                arena = cls._living[device] = cls(device)
-            return arena
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._turn = threading.Lock()
-        self._last_use = torch.cuda.Event()
-        self._stream = self._unused_stream()
-        # A graph of its own keeps the pool when all others have gone.
-        self._pool = None
-        with torch.inference_mode(False), torch.no_grad(), self.capture() as self._anchor:
-            torch.zeros(1, device=device)
-        self._pool = self._anchor.pool()
-        self._used_streams.add((device, self._stream.cuda_stream))
-        if sum(used == device for used, _ in self._used_streams) == STREAMS_OF_A_PRIORITY:
-            self._immortal.append(self)  # there is no stream for another
-
-    def _unused_stream(self) -> torch.cuda.Stream:
-        """A stream whose workspace does not lie in the pool of an arena that is gone."""
-        while True:
-            stream = torch.cuda.Stream(self.device, priority=-1)
-            if (self.device, stream.cuda_stream) not in self._used_streams:
-                return stream
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
-        """Captures what is done inside the `with` block.
-
-        Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with self._one_capture, self._turn, torch.cuda.stream(self._stream):
-            # Room for what a capture begins with: PyTorch 2.11 aborts the process where there is none.
-            spare = torch.empty(1, device=self.device)
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                yield graph
-            finally:
-                self._end(graph)
-        del spare
-
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
-            # every later capture.
-            if self._pool is not None:
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
-            raise
-
-    @contextlib.contextmanager
-    def in_turn(self) -> Iterator[torch.cuda.Event]:
-        """One replay after the other, on whatever streams and from whatever threads; yields the event of its end."""
-        with self._turn, torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(self._last_use)
-            self._last_use = torch.cuda.Event()
-            try:
-                yield self._last_use
-            finally:
-                self._last_use.record(stream)
-
-
-def _graphs_serve(inputs: Sequence[Tensor]) -> bool:
-    """Whether a call now could come from a graph: plain tensors, no derivative, no cast, no capture of one's own."""
-    return not (
+def _must_run_eagerly(inputs: Sequence[Tensor]) -> bool:
+    """Under a compiler, autocast, an enclosing capture, global hooks or a transform, or with tensors of other types."""
+    return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cuda")
         or torch.cuda.is_current_stream_capturing()
@@ -333,15 +247,3 @@ def _numerics() -> tuple[Hashable, ...]:
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
     )
-
-
-def _have_gradients(outputs: Outputs) -> bool:
-    if isinstance(outputs, Tensor):
-        return outputs.requires_grad
-    return outputs is not None and any(map(_have_gradients, outputs))
-
-
-def _copies(outputs: Outputs) -> Outputs:
-    if outputs is None:
-        return None
-    return outputs.clone() if isinstance(outputs, Tensor) else [_copies(output) for output in outputs]

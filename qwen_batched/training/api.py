@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qwen_batched.checkpoint.weights import NESTED_PREFIXES
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
-from qwen_batched.training.tied_head import TiedHead
+from qwen_batched.checkpoint.weights import EMBEDDING_NAME, HEAD_NAME, NESTED_PREFIXES
+from qwen_batched.training import tied_head
+from qwen_batched.training.checkpointing import GradientCheckpointing
 
 
-class Trainable(TiedHead):
-    """A model of a vision transformer, a decoder and an output projection.
+class Trainable(GradientCheckpointing):
+    """A model of a vision transformer, a decoder and an output projection that may be tied to the embedding.
 
     Attributes:
+        config: Says whether head and embedding are tied.
         visual: The vision transformer.
         model: The decoder.
-        device: Where the parameters are.
+        lm_head: The output projection; None where it was left out.
     """
 
     # Where peft looks for what transformers has renamed, when it loads an adapter.
     _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {
         f"^{re.escape(nested)}": published for nested, published in NESTED_PREFIXES
     }
-    visual: BatchedVisionTransformer
-    model: BatchedDecoder
-    device: torch.device
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -39,10 +37,46 @@ class Trainable(TiedHead):
         """
         return [*self.visual.blocks, *self.model.layers]
 
-    def check_no_gradient_in_a_capture(self, images: object = None) -> None:
-        """Raises `ValueError` where gradients of parameters or `images` are wanted while a CUDA graph is captured."""
-        if not torch.is_grad_enabled() or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            return
-        frames = images if isinstance(images, list | tuple) else [images]
-        if any(getattr(tensor, "requires_grad", False) for tensor in (*frames, *self.parameters())):
-            raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What peft and transformers ask which parameters the config ties to which."""
+        return {} if self.lm_head is None else {HEAD_NAME: EMBEDDING_NAME}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output projection; None where it was left out."""
+        return self.lm_head
+
+    def tie_weights(self) -> None:
+        """Makes the embedding's parameter the head's, where the config ties them."""
+        if self.lm_head is not None and self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether head and embedding share a parameter; merging an adapter can part them."""
+        return len(tied_head.shared_names(self)) > 0
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
+        """The tensors by their published names, of which a tied head has none."""
+        state = super().state_dict(*arguments, **keywords)
+        if HEAD_NAME in tied_head.shared_names(self):
+            prefix = arguments[1] if len(arguments) > 1 else keywords.get("prefix", "")
+            state.pop(prefix + HEAD_NAME, None)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *arguments: Any
+    ) -> None:
+        tied_head.add_head(self, state_dict, prefix, assign=local_metadata.get("assign_to_params_buffers", False))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> Trainable:
+        """`.to()` and the like: some make new parameters, of the head and of the embedding each its own."""
+        shared = tied_head.shared_names(self)
+        super()._apply(*arguments, **keywords)
+        tied_head.share(self, shared)
+        return self

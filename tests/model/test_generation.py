@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.generation import STEPS_BETWEEN_LOOKS, Sampling
+from qwen_batched.generation import STEPS_PER_POLL, Sampling
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
@@ -193,7 +193,7 @@ def test_generation_stops_early_once_every_sample_has_ended(tmp_path, device, ex
     assert tokens(out) == [ids[:1] for ids in expected[True]]
     assert out.finish_reasons == ["eos"] * 4
     # A GPU is one stretch ahead of the host.
-    assert len(steps) == (1 if device == "cpu" else 2 * STEPS_BETWEEN_LOOKS)
+    assert len(steps) == (1 if device == "cpu" else 2 * STEPS_PER_POLL)
 
 
 def test_an_end_token_as_the_last_allowed_token_is_an_end(tmp_path, device, expected):
@@ -240,7 +240,7 @@ def test_streamed_pieces_are_the_texts(tmp_path, device, special_token_start):
     assert tokens(out) == tokens(expected)
     assert all(isinstance(pieces, list) and len(pieces) == len(TEXTS) for pieces in calls)
     assert ["".join(pieces) for pieces in zip(*calls, strict=True)] == out.texts == expected.texts
-    assert len(calls) >= NEW_TOKENS / STEPS_BETWEEN_LOOKS, "text must come as it is made, not at the end"
+    assert len(calls) >= NEW_TOKENS / STEPS_PER_POLL, "text must come as it is made, not at the end"
 
 
 @settings(max_examples=15, deadline=None)
@@ -284,10 +284,10 @@ def test_a_progress_bar_comes_on_request_only(model, capsys):
 def test_tokens_are_looked_at_every_few_steps_and_never_waited_for(load):
     model = load(device="cuda").requires_grad_(False)
     model.generation_config = dataclasses.replace(model.generation_config, eos_token_ids=(10**6,))
-    model.generate(None, ["a"], max_new_tokens=4 * STEPS_BETWEEN_LOOKS)
+    model.generate(None, ["a"], max_new_tokens=4 * STEPS_PER_POLL)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.generate(None, ["a"], max_new_tokens=4 * STEPS_BETWEEN_LOOKS)
+        model.generate(None, ["a"], max_new_tokens=4 * STEPS_PER_POLL)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -7,17 +7,16 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from qwen_batched.runtime import cuda_graphs
 
 
 def overwrite(outputs, values):
     """As a replay does: new values in the same memory."""
-    if isinstance(outputs, torch.Tensor):
-        outputs.copy_(values)
-    elif outputs is not None:
-        for output, value in zip(outputs, values, strict=True):
-            overwrite(output, value)
+    for output, value in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
+        if isinstance(output, torch.Tensor):
+            output.copy_(value)
 
 
 class FakeArena:

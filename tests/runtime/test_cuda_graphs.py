@@ -15,7 +15,7 @@ import torch
 from qwen_batched import ops
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import USES_THAT_REPAY
-from qwen_batched.runtime.cuda_graphs import Arena
+from qwen_batched.runtime.arena import Arena
 from tests.support import Scaled, assert_equal_to, photos
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +48,7 @@ def warm(model, images, **options):
 
 
 def captured(model):
-    return sum(map(bool, model._vision_graphs._calls.values()))
+    return sum(map(bool, model._calls.tower._calls.values()))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -285,17 +285,17 @@ def test_trap25_earlier_results_are_not_overwritten(own):
 
 
 def test_graphs_beyond_the_limit_give_way(own):
-    own._vision_graphs.max_graphs = 3
+    own._calls.tower.max_graphs = 3
     sizes = [(28, 28 * width) for width in range(1, 7)]
     for _ in range(3):
         for size in sizes:
             for _ in range(3):
                 assert torch.equal(encode(own, frames(*size)), eager(own, frames(*size)))
-            assert len(own._vision_graphs) <= 3
+            assert len(own._calls.tower) <= 3
 
 
 def test_a_graph_that_gives_way_while_it_runs_gives_its_result_and_nobody_waits(own):
-    own._vision_graphs.max_graphs = 1
+    own._calls.tower.max_graphs = 1
     a, b = frames(56, 84), frames(84, 56)
     expected = [eager(own, images) for images in (a, b)]
     warm(own, a)
@@ -308,17 +308,17 @@ def test_a_graph_that_gives_way_while_it_runs_gives_its_result_and_nobody_waits(
         ours = [encode(own, a)]
     ours.append(encode(own, b))
     assert not side.query(), "captured and launched while the first was waiting its turn"
-    assert len(own._vision_graphs._displaced) == 1
+    assert len(own._calls.tower._evicted) == 1
     junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(32)]
     torch.cuda.synchronize()
     assert all(map(torch.equal, ours, expected))
     assert torch.equal(encode(own, b), expected[1])
-    assert own._vision_graphs._displaced == []
+    assert own._calls.tower._evicted == []
     del junk
 
 
 def test_shapes_beyond_the_limit_in_random_order_give_right_results(own):
-    own._vision_graphs.max_graphs = 3
+    own._calls.tower.max_graphs = 3
     sizes = [(28, 28 * width) for width in range(1, 7)]
     expected = {size: eager(own, frames(*size)) for size in sizes}
     generator = random.Random(0)
@@ -339,7 +339,7 @@ def test_a_copy_of_a_model_with_graphs_works(own, way):
         torch.save(own, file)
         file.seek(0)
         other = torch.load(file, weights_only=False)
-    assert len(other._vision_graphs) == 0
+    assert len(other._calls.tower) == 0
     for parameter in other.parameters():
         parameter.mul_(1.1)
     for _ in range(3):
@@ -361,7 +361,7 @@ def test_trap27_under_grad_mode_there_is_no_graph(own):
 def test_graphs_can_be_turned_off(own):
     for _ in range(3):
         eager(own, frames(56, 84))
-    assert len(own._vision_graphs) == 0
+    assert len(own._calls.tower) == 0
 
 
 def test_autocast_makes_no_graph_and_is_not_served_by_one(own):
@@ -514,7 +514,7 @@ def test_the_memory_of_graphs_goes_with_their_models(load):
 
 
 def test_memory_does_not_grow(own):
-    own._vision_graphs.max_graphs = 4
+    own._calls.tower.max_graphs = 4
     sizes = [(28, 28), (56, 84), (84, 56), (140, 112), (112, 112), (252, 308)]
     images = {size: frames(*size) for size in sizes}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.image_encoder import ImageEncoder
+from qwen_batched.calls import Calls
 from tests.support import assert_equal_to, photos
 
 TEXTS = ["Pick up the red block.", "a"]
@@ -23,7 +23,7 @@ CALLS = {
 @pytest.fixture
 def frozen(load, fake, monkeypatch):
     """A model whose decoder is trained and whose graphs only pretend to be CUDA's."""
-    monkeypatch.setattr(ImageEncoder, "_graphs_may_serve", lambda self, wanted: wanted)
+    monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     return freeze_tower(load())
 
 
@@ -72,7 +72,7 @@ def test_on_a_gpu_the_tower_is_replayed_and_gradients_are_the_same(load, name):
         for ours, theirs in zip(step(model, CALLS[name](seed)), expected, strict=True):
             if theirs is not None:
                 assert_equal_to(ours, theirs)
-    assert sum(map(bool, model._vision_graphs._calls.values())) == 1
+    assert sum(map(bool, model._calls.tower._calls.values())) == 1
 
 
 def test_features_of_a_step_outlive_the_next(frozen):
@@ -102,16 +102,15 @@ def test_generation_takes_its_features_from_a_graph(frozen, fake):
     expected = frozen.generate(images, TEXTS, max_new_tokens=1, cuda_graph=False).texts
     for count in range(3):  # one token takes no step, and so no graph of its own
         assert frozen.generate(images, TEXTS, max_new_tokens=1).texts == expected
-        assert len(frozen._vision_graphs) == min(count, 1) == fake.captured
+        assert len(frozen._calls.tower) == min(count, 1) == fake.captured
 
 
 def test_a_processor_with_a_method_of_its_own_makes_no_graph(load):
     """It may train something, say."""
-    model = load()
-    model.__class__ = type("OnAGpu", (QwenBatchedVL,), {"device": torch.device("cuda")})
-    assert model._graphs_may_serve(True)
-    model.processor.batch = model.processor.batch
-    assert not model._graphs_may_serve(True)
+    calls, processor, gpu = Calls(), load().processor, torch.device("cuda")
+    assert calls._may_use_graphs(processor, gpu, True)
+    processor.batch = processor.batch
+    assert not calls._may_use_graphs(processor, gpu, True)
 
 
 def test_what_a_hidden_wrapper_trains_is_never_captured(frozen, fake, monkeypatch):
@@ -139,7 +138,7 @@ def test_hooks_of_the_tower_see_the_same_arguments_in_every_call(frozen):
 
 
 def test_a_tower_put_in_the_place_of_a_trained_one_is_replayed(load, fake, monkeypatch):
-    monkeypatch.setattr(ImageEncoder, "_graphs_may_serve", lambda self, wanted: wanted)
+    monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     model, frozen_tower = load(), freeze_tower(load()).visual
     with torch.no_grad():
         model.encode_images(photos(2, 2, 56, 84))
@@ -211,5 +210,5 @@ def test_a_model_on_the_cpu_trains_without_graphs(load):
     model = freeze_tower(load())
     for seed in range(3):
         step(model, CALLS["uniform"](seed))
-    assert len(model._vision_graphs) == 0
+    assert len(model._calls.tower) == 0
     assert isinstance(model, QwenBatchedVL)

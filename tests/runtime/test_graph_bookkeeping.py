@@ -411,4 +411,4 @@ def test_a_model_on_the_cpu_makes_no_graph(load):
     with torch.no_grad():
         for _ in range(3):
             model.encode_images(photos(1, 1, 28, 28))
-    assert len(model._vision_graphs) == 0
+    assert len(model._calls.tower) == 0

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding
 from qwen_batched.testing import write_checkpoint
@@ -18,7 +19,7 @@ TEXTS = ["Pick up the red block.", "a"]
 @pytest.fixture
 def own(load, fake, monkeypatch):
     """A model whose graphs only pretend to be CUDA's."""
-    monkeypatch.setattr(QwenBatchedVL, "_graphs_may_serve", lambda self, wanted: wanted)
+    monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     return load().requires_grad_(False)
 
 
@@ -168,7 +169,7 @@ def test_capture_makes_the_graph_ahead_of_time(own, fake):
 
 
 def test_capture_makes_the_graph_though_all_places_are_taken(own, fake):
-    own._graphs.max_graphs = 1
+    own._calls.whole.max_graphs = 1
     for _ in range(4):
         call(own, None, TEXTS)
     own.capture(torch.zeros_like(frames()), TEXTS)
@@ -232,11 +233,11 @@ def test_a_batch_made_elsewhere_and_gradients_make_no_graph(own, fake):
 
 def test_a_processor_of_another_class_makes_no_graph(load):
     """It may draw at random, say: a graph would always give what came when it was captured."""
-    model = load()
-    assert model._graphs_may_serve(True) == (model.device.type == "cuda")
-    model.processor.__class__ = type("Augmenting", (type(model.processor),), {})
-    model.__class__ = type("OnAGpu", (QwenBatchedVL,), {"device": torch.device("cuda")})
-    assert not model._graphs_may_serve(True)
+    calls, processor, gpu = Calls(), load().processor, torch.device("cuda")
+    assert calls._may_use_graphs(processor, gpu, True)
+    assert not calls._may_use_graphs(processor, torch.device("cpu"), True)
+    processor.__class__ = type("Augmenting", (type(processor),), {})
+    assert not calls._may_use_graphs(processor, gpu, True)
 
 
 # --- generation, a graph for a step ---
@@ -268,14 +269,14 @@ def test_steps_after_the_first_replay(own, fake, name, penalty):
 
 def test_a_step_leaves_nothing_behind(own, fake):
     own.generate(frames(), TEXTS, max_new_tokens=4)
-    assert len(own._step_graphs) == 0
-    assert own._step_graphs._snapshot is None
+    assert len(own._calls.steps) == 0
+    assert own._calls.steps._snapshot is None
 
 
 def test_an_error_in_the_stream_leaves_nothing_behind(own, fake):
     with pytest.raises(ZeroDivisionError):
         own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: 1 / 0)
-    assert len(own._step_graphs) == 0
+    assert len(own._calls.steps) == 0
     assert_generates_the_same(own)
 
 
@@ -328,7 +329,7 @@ def test_hooks_see_every_step(own, fake):
 
 
 def test_a_head_of_its_own_and_weights_changed_between_calls(tmp_path, fake, monkeypatch):
-    monkeypatch.setattr(QwenBatchedVL, "_graphs_may_serve", lambda self, wanted: wanted)
+    monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     folder = write_checkpoint(tmp_path / "checkpoint", tied=False, image={"min_pixels": 28 * 28})
     model = QwenBatchedVL.from_pretrained(folder, device="cpu").requires_grad_(False)
     assert_generates_the_same(model)
@@ -365,7 +366,7 @@ def test_a_graph_of_the_whole_call_gives_bitwise_what_the_call_gives(on_gpu, nam
         arguments = to_gpu(arguments)
         ours = call(on_gpu, *arguments, **options)
         assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
-    assert sum(map(bool, on_gpu._graphs._calls.values())) == 1
+    assert sum(map(bool, on_gpu._calls.whole._calls.values())) == 1
 
 
 @pytest.mark.gpu
@@ -420,7 +421,7 @@ def test_pinned_host_frames_are_copied_without_a_stall(on_gpu):
 
 @pytest.mark.gpu
 def test_memory_is_flat_over_many_shapes(on_gpu):
-    on_gpu._graphs.max_graphs = 4
+    on_gpu._calls.whole.max_graphs = 4
 
     def round_trip(calls):
         for index in range(calls):
@@ -431,4 +432,4 @@ def test_memory_is_flat_over_many_shapes(on_gpu):
     round_trip(90)
     before = round_trip(90)
     assert round_trip(360) <= before + 2**20
-    assert len(on_gpu._graphs) <= 4
+    assert len(on_gpu._calls.whole) <= 4

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen_batched.model.head
 from qwen_batched import QwenBatchedVL
-from qwen_batched.inputs.prepared import prepare
 from qwen_batched.inputs.prompt_rows import TextCall
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.sequence import NO_LABEL
+from qwen_batched.model import pipeline
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, own_tokens, photos
@@ -279,7 +279,7 @@ def test_a_mask_that_only_the_device_knows_gives_the_same_loss(models, template)
         prompts = processor._rows.lay_out_on_device(call, MASK)
         assert prompts.tokens is None and prompts.answer_tokens >= int((host["labels"] != NO_LABEL).sum())
         frames = tuple(x[:, None] for x in images)
-        batch = prepare(processor.batch(Request(frames, MASK, prompts, sizes, MASK.device), torch.float32))
+        batch = processor.prepared(Request(frames, MASK, prompts, sizes, MASK.device), torch.float32)
         for i in range(3):
             mine, other = (own_tokens(b["labels"], b["attention_mask"], i) for b in (batch, host))
             assert torch.equal(mine, other)
@@ -348,8 +348,8 @@ def test_the_logits_of_all_tokens_are_never_there(load, monkeypatch, frozen_deco
 
 def test_the_head_sees_only_tokens_that_predict_an_answer(models, monkeypatch):
     model, rows = models["left"], []
-    project = model.logits
-    monkeypatch.setattr(model, "logits", lambda x: (rows.append(len(x)), project(x))[1])
+    project = pipeline.apply_linear
+    monkeypatch.setattr(pipeline, "apply_linear", lambda head, x: (rows.append(len(x)), project(head, x))[1])
     images = photos(3, 2, 84, 140).to(model.device)
     answers = model.processor(images, TEXTS, targets=TARGETS)["prepared"].answer_tokens
     model(images, TEXTS, targets=TARGETS)

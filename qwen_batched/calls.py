@@ -1,0 +1,183 @@
+"""Eager, graph or compiled: how a model's calls run is decided here and nowhere else.
+
+A captured graph holds the whole call (frames to result), image features only, or one step of generation. Under
+torch.compile everything runs eagerly, for the compiler to see in one piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from qwen_batched.generation import Decoding
+from qwen_batched.inputs.batch import Batch, Features
+from qwen_batched.inputs.request import Request
+from qwen_batched.linear.fused import pack
+from qwen_batched.model import pipeline
+from qwen_batched.model.embedding import image_features
+from qwen_batched.model.pipeline import Network, Wanted
+from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.outputs import VLOutput
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
+
+
+class Calls:
+    """Runs the calls of one model, and keeps their graphs.
+
+    Attributes:
+        whole: Graphs of whole calls.
+        tower: Graphs of image features, which stay true whatever happens to the decoder.
+        steps: The graph of a step of generation, while there is one.
+    """
+
+    def __init__(self) -> None:
+        self.whole, self.tower = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
+        self.steps = CudaGraphs(max_graphs=1)
+
+    def forward(
+        self,
+        network: Network,
+        processor: TensorProcessor,
+        request: Request,
+        wanted: Wanted,
+        dtype: torch.dtype,
+        graph: bool,
+    ) -> VLOutput:
+        """The result of a request with texts; `graph` is the caller's leave to use graphs."""
+        if torch.is_grad_enabled():
+            return pipeline.run(network, self.batch(network, processor, request, dtype, graph), wanted)
+
+        def run(request: Request) -> VLOutput:
+            return pipeline.run(network, processor.batch(request, dtype), wanted)
+
+        if not self._may_use_graphs(processor, request.device, graph):
+            return run(request)
+        modules = [module for module in network if module is not None]
+        return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, request)
+
+    def batch(
+        self, network: Network, processor: TensorProcessor, request: Request, dtype: torch.dtype, graph: bool
+    ) -> Batch:
+        """The processor's batch; on a GPU with `features` in place of pixels.
+
+        Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
+        as the GPU, and the decoder waits for both.
+        """
+        if not request.frames or not self._may_use_graphs(processor, request.device, graph):
+            return processor.batch(request, dtype)
+        features = self.encode(network, processor, replace(request, prompts=None), dtype, graph)
+        return replace(processor.batch(replace(request, frames=()), dtype), features=features)
+
+    def encode(
+        self,
+        network: Network,
+        processor: TensorProcessor,
+        request: Request,
+        dtype: torch.dtype,
+        graph: bool,
+        layers: Sequence[int] | None = None,
+        chunk_size: int | None = None,
+    ) -> Features | list[Features]:
+        """The features of a request for images only."""
+        visual = network.visual
+        # Without either it is called as `embed` calls it: hooks see the same arguments.
+        options = {} if layers is None and chunk_size is None else {"layers": layers, "chunk_size": chunk_size}
+
+        def run(request: Request) -> Features | list[Features]:
+            return image_features(visual, processor.batch(request, dtype), **options)
+
+        if not self._may_use_graphs(processor, request.device, graph):
+            return run(request)
+        key = (repr(options), *_settings(processor, dtype))
+        return self._by_graph(self.tower, [visual], key, run, request)
+
+    @contextlib.contextmanager
+    def stepping(self, decoding: Decoding, processor: TensorProcessor, graph: bool) -> Iterator[Callable[[], None]]:
+        """`decoding.step`, or its CUDA graph, which is gone after the `with` block: it holds the cache."""
+        device = decoding.tokens.device
+        if not self._may_use_graphs(processor, device, graph):
+            yield decoding.step
+            return
+
+        @torch.no_grad()
+        def step() -> None:
+            self.steps.run(decoding.modules, decoding, decoding.step, device=device, stateful=True)
+
+        try:
+            yield step
+        finally:
+            self.steps.forget()
+
+    def clear(self) -> None:
+        """Forgets all graphs, and frees their memory."""
+        for graphs in (self.tower, self.whole, self.steps):
+            graphs.clear()
+
+    def _may_use_graphs(self, processor: TensorProcessor, device: torch.device, wanted: bool) -> bool:
+        """What a call decides before its tensors are looked at; `CudaGraphs.run` looks at these."""
+        if not wanted or device.type != "cuda" or torch.compiler.is_compiling():
+            return False
+        # A processor of another class, or with methods of its own, may decide in Python what it does at every call.
+        return type(processor) is TensorProcessor and vars(TensorProcessor).keys().isdisjoint(vars(processor))
+
+    def _by_graph(
+        self,
+        graphs: CudaGraphs,
+        modules: Sequence[nn.Module],
+        key: tuple[Hashable, ...],
+        run: Callable[[Request], object],
+        request: Request,
+    ) -> object:
+        tensors, spec = _pytree.tree_flatten(request)
+
+        def on_tensors(*tensors: Tensor) -> object:
+            return run(_pytree.tree_unflatten(tensors, spec))
+
+        return graphs.run(modules, (*key, spec.context), on_tensors, *tensors, device=request.device)
+
+
+def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:
+    """Raises `ValueError` where gradients of parameters or `images` are wanted while a CUDA graph is captured."""
+    if not torch.is_grad_enabled() or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return
+    frames = images if isinstance(images, list | tuple) else [images]
+    if any(getattr(tensor, "requires_grad", False) for tensor in (*frames, *module.parameters())):
+        raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")
+
+
+def advise_no_grad(module: nn.Module, device: torch.device) -> None:
+    """Logs, once in a process, that a model in eval mode is called with gradients on a GPU, and so without a graph."""
+    if not torch.is_grad_enabled() or module.training or device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        _log_advice()
+
+
+@functools.cache
+def _log_advice() -> None:
+    logging.getLogger(__name__).warning(
+        "the model is in eval mode and gradients are enabled, so no CUDA graph of the whole call is used, and results "
+        "keep what a backward pass needs: call it under torch.no_grad() or inference_mode()"
+    )
+
+
+def out_of_memory(images: Tensor | Sequence[Tensor], chunk_size: int | None, reason: str) -> torch.OutOfMemoryError:
+    """What `encode_images` raises where `images` did not fit."""
+    sizes = ", ".join(str(tuple(frames.shape)) for frames in ([images] if isinstance(images, Tensor) else images))
+    return torch.OutOfMemoryError(
+        f"encode_images ran out of memory for images {sizes} with chunk_size={chunk_size}; a smaller chunk_size "
+        f"(images per pass) needs less. {reason}"
+    )
+
+
+def _settings(processor: TensorProcessor, dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """What shapes a call besides its arguments and tensors."""
+    tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
+    return dtype, processor, processor.image, *tokens

@@ -1,0 +1,73 @@
+"""What the network runs on: the typed form of a batch inside the package.
+
+`processor(...)` gives loaders a dict of its tensors, see `inputs.prepared`, and `model(**batch)` turns that into this
+once. Registered with PyTorch's pytrees: tensors are children, all else is the structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils import _pytree
+
+Grid = tuple[int, int]  # height and width of an image in merged cells
+Features = Tensor | list[Tensor]  # (B, V, h, w, D), or one (B, h, w, D) for each camera
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first.
+
+    Attributes:
+        input_ids: Int64 (B, S); like the other four of `Sequences` None for images without texts.
+        attention_mask: Bool (B, S), False on padding.
+        rope_positions: Int64 (B, 3, S), temporal, height and width positions.
+        camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
+        feature_index: Int64 (B, S), see `Sequences`.
+        labels: Int64 (B, S), see `label_answers`; None without targets.
+        pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ; None
+            without images, or with `features`.
+        camera_present: Bool (B, V), False where a camera is absent; None where none is.
+        features: Image features in place of pixels.
+        valid: Bool (B,), False for samples whose hidden states become NaN; None where the host has checked them.
+        labels_valid: Bool (B,), the same of what the loss needs.
+        grids: Of each camera's image, where there are pixels.
+        as_list: Whether image features are a list, of one tensor for each camera.
+        tokens: How many tokens are not padding; None where only the device knows.
+        answer_tokens: How many labels there are, or the most there can be where only the device knows.
+    """
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    rope_positions: Tensor | None = None
+    camera_ids: Tensor | None = None
+    feature_index: Tensor | None = None
+    labels: Tensor | None = None
+    pixel_values: Tensor | list[Tensor] | None = None
+    camera_present: Tensor | None = None
+    features: Features | None = None
+    valid: Tensor | None = None
+    labels_valid: Tensor | None = None
+    grids: tuple[Grid, ...] = ()
+    as_list: bool = False
+    tokens: int | None = None
+    answer_tokens: int | None = None
+
+
+HOST_FIELDS = ("grids", "as_list", "tokens", "answer_tokens")
+TENSOR_FIELDS = tuple(name for name in Batch.__dataclass_fields__ if name not in HOST_FIELDS)
+
+
+def _flatten(batch: Batch) -> tuple[list[Tensor | list[Tensor]], Hashable]:
+    given = tuple(name for name in TENSOR_FIELDS if getattr(batch, name) is not None)
+    return [getattr(batch, name) for name in given], (given, *(getattr(batch, name) for name in HOST_FIELDS))
+
+
+def _unflatten(children: Sequence[Tensor | list[Tensor]], context: tuple) -> Batch:
+    given, *facts = context
+    return Batch(**dict(zip(given, children, strict=True)), **dict(zip(HOST_FIELDS, facts, strict=True)))
+
+
+_pytree.register_pytree_node(Batch, _flatten, _unflatten)

@@ -1,0 +1,73 @@
+"""The network as a function: its modules and a typed batch -> a typed result. Embed, place, decode, head.
+
+No class around it: this is what a CUDA graph captures, what torch.compile sees and what can be exported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from qwen_batched.inputs.batch import Batch
+from qwen_batched.linear.apply import apply_linear
+from qwen_batched.model.embedding import embed
+from qwen_batched.model.head import answer_loss, last_tokens
+from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.outputs import VLOutput
+
+
+class Network(NamedTuple):
+    """The modules of a model: the vision transformer, the decoder, and the output projection or None."""
+
+    visual: BatchedVisionTransformer
+    decoder: BatchedDecoder
+    head: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call asks for.
+
+    Attributes:
+        layers: Indices of hidden states, 0 for the input embeddings.
+        norm: "post" or "pre", see `BatchedDecoder.forward`.
+        logits: None, "last" or "all".
+    """
+
+    layers: tuple[int, ...]
+    norm: str
+    logits: str | None
+
+
+def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
+    """The result of a batch with texts."""
+    decoder, head = network.decoder, network.head
+    inputs_embeds, features = embed(network.visual, decoder, batch)
+    mask, position_ids = batch.attention_mask, batch.rope_positions.transpose(0, 1)
+    needs_last = wanted.logits is not None or batch.labels is not None
+    layers = [*wanted.layers, decoder.config.num_hidden_layers] if needs_last else wanted.layers
+    hidden_states = decoder(inputs_embeds, position_ids, mask, layers, wanted.norm, tokens=batch.tokens)
+    logits = loss = None
+    if needs_last:
+        last = hidden_states.pop()
+        last = last if wanted.norm == "post" else decoder.norm(last)[0]
+    if wanted.logits is not None:
+        logits = apply_linear(head, last_tokens(last, mask) if wanted.logits == "last" else last)
+    if batch.labels is not None:
+        loss = answer_loss(last, mask, batch.labels, batch.answer_tokens, lambda x: apply_linear(head, x))
+        if batch.labels_valid is not None:
+            loss = loss.masked_fill(~batch.labels_valid.all(), torch.nan)
+    return VLOutput(
+        hidden_states=hidden_states,
+        attention_mask=mask,
+        image_mask=batch.feature_index >= 0,
+        camera_ids=batch.camera_ids,
+        position_ids=position_ids,
+        input_ids=batch.input_ids,
+        image_features=features,
+        logits=logits,
+        loss=loss,
+    )

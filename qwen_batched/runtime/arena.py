@@ -1,0 +1,98 @@
+"""Where the CUDA graphs of a device are captured: one memory pool, cuBLAS's workspaces in it, and a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in turn
+
+
+class Arena:
+    """Where all graphs of a device are captured: one memory pool, and a stream of its own.
+
+    The pool is shared, since graphs run one after the other. cuBLAS keeps a workspace for each stream, and graphs go on
+    using the one that they were captured with. So it must lie in the pool: nothing of ours runs on the stream but
+    captures, and of the streams of high priority, which PyTorch hands out in turn, each serves one arena only.
+    """
+
+    _living: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
+    _used_streams: ClassVar[set[tuple[torch.device, int]]] = set()
+    _immortal: ClassVar[list[Arena]] = []
+    _lock = threading.Lock()
+    _one_capture = threading.Lock()  # PyTorch allows one at a time in a process
+
+    @classmethod
+    def of(cls, device: torch.device) -> Arena:
+        """The arena of `device`. It lives as long as anything captured there."""
+        with cls._lock:
+            arena = cls._living.get(device)
+            if arena is None:
+                arena = cls._living[device] = cls(device)
+            return arena
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._turn = threading.Lock()
+        self._last_use = torch.cuda.Event()
+        self._stream = self._unused_stream()
+        # A graph of its own keeps the pool when all others have gone.
+        self._pool = None
+        with torch.inference_mode(False), torch.no_grad(), self.capture() as self._anchor:
+            torch.zeros(1, device=device)
+        self._pool = self._anchor.pool()
+        self._used_streams.add((device, self._stream.cuda_stream))
+        if sum(used == device for used, _ in self._used_streams) == STREAMS_OF_A_PRIORITY:
+            self._immortal.append(self)  # there is no stream for another
+
+    def _unused_stream(self) -> torch.cuda.Stream:
+        """A stream whose workspace does not lie in the pool of an arena that is gone."""
+        while True:
+            stream = torch.cuda.Stream(self.device, priority=-1)
+            if (self.device, stream.cuda_stream) not in self._used_streams:
+                return stream
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """Captures what is done inside the `with` block.
+
+        Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with self._one_capture, self._turn, torch.cuda.stream(self._stream):
+            # Room for what a capture begins with: PyTorch 2.11 aborts the process where there is none.
+            spare = torch.empty(1, device=self.device)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                yield graph
+            finally:
+                self._end(graph)
+        del spare
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
+            # every later capture.
+            if self._pool is not None:
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            raise
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[torch.cuda.Event]:
+        """One replay after the other, on whatever streams and from whatever threads; yields the event of its end."""
+        with self._turn, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._last_use)
+            self._last_use = torch.cuda.Event()
+            try:
+                yield self._last_use
+            finally:
+                self._last_use.record(stream)
