@@ -40,7 +40,7 @@ def as_int(name: str, value: object, low: int, high: int | None = None) -> int:
     Raises:
         ValueError: It is not an integer from `low` to `high`, or of at least `low` where `high` is None.
     """
-    number = integer(value)
+    number = value if type(value) is int else integer(value)
     if type(number) is not int or number < low or (high is not None and number > high):
         expected = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} must be an int {expected}, got {shown(value)}")

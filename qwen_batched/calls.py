@@ -51,13 +51,16 @@ class Calls:
         graph: bool,
     ) -> VLOutput:
         """The result of a request with texts; `graph` is the caller's leave to use graphs."""
+        may_use_graphs = self._may_use_graphs(processor, request.device, graph)
         if torch.is_grad_enabled():
+            if may_use_graphs and not network.decoder.training:
+                _advise_no_grad(network)
             return pipeline.run(network, self.batch(network, processor, request, dtype, graph), wanted)
 
         def run(request: Request) -> VLOutput:
             return pipeline.run(network, processor.batch(request, dtype), wanted)
 
-        if not self._may_use_graphs(processor, request.device, graph):
+        if not may_use_graphs:
             return run(request)
         modules = [module for module in network if module is not None]
         return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, request)
@@ -152,11 +155,10 @@ def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, imag
         raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")
 
 
-def advise_no_grad(module: nn.Module, device: torch.device) -> None:
-    """Logs, once in a process, that a model in eval mode is called with gradients on a GPU, and so without a graph."""
-    if not torch.is_grad_enabled() or module.training or device.type != "cuda" or torch.compiler.is_compiling():
-        return
-    if any(parameter.requires_grad for parameter in module.parameters()):
+def _advise_no_grad(network: Network) -> None:
+    """Logs, once in a process, that parameters which want gradients keep a call in eval mode from a graph."""
+    modules = [module for module in network if module is not None]
+    if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
         _log_advice()
 
 

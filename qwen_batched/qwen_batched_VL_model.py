@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
-from qwen_batched.calls import Calls, advise_no_grad, check_no_gradient_in_a_capture, out_of_memory
+from qwen_batched.calls import Calls, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
@@ -271,7 +271,6 @@ class QwenBatchedVL(Trainable):
         request = self.processor.request(
             images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
         )
-        advise_no_grad(self, device)
         return self._calls.forward(self._network, self.processor, request, wanted, self.dtype, cuda_graph)
 
     def encode_images(
@@ -312,7 +311,6 @@ class QwenBatchedVL(Trainable):
         device = self.device
         check_no_gradient_in_a_capture(self, device, images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
-        advise_no_grad(self.visual, device)
         try:
             return self._calls.encode(
                 self._network, self.processor, request, self.dtype, cuda_graph, layers, chunk_size

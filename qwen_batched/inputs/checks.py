@@ -48,11 +48,12 @@ def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tenso
         raise TypeError(f"images must be a tensor or a list of tensors, got {_describe(images)}")
     for group in groups:
         _check_group(group, min_side)
-    batches, devices = [group.shape[0] for group in groups], {group.device for group in groups}
-    if len(set(batches)) > 1:
-        raise ValueError(f"all cameras must have the same batch size, got {batches}")
-    if len(devices) > 1:
-        raise ValueError(f"all cameras must be on one device, got {sorted(map(str, devices))}")
+    if len(groups) > 1:
+        batches, devices = [group.shape[0] for group in groups], {group.device for group in groups}
+        if len(set(batches)) > 1:
+            raise ValueError(f"all cameras must have the same batch size, got {batches}")
+        if len(devices) > 1:
+            raise ValueError(f"all cameras must be on one device, got {sorted(map(str, devices))}")
     return groups
 
 
@@ -117,10 +118,14 @@ def check_system(system: str | None, texts: Sequence[str] | None, template: str)
 
 
 def _check_strings(name: str, strings: Sequence[str]) -> None:
-    if not isinstance(strings, (list, tuple)) or not all(isinstance(string, str) for string in strings):
+    # Of strings of a class of their own each is looked at.
+    if not isinstance(strings, (list, tuple)) or not (
+        {*map(type, strings)} <= {str} or all(isinstance(string, str) for string in strings)
+    ):
         raise TypeError(f"{name} must be a list of str, got {_describe(strings)}")
     for index, string in enumerate(strings):
-        check_unicode(f"{name}[{index}]", string)
+        if not string.isascii():
+            check_unicode(f"{name}[{index}]", string)
 
 
 def check_unicode(name: str, string: str) -> None:
@@ -242,12 +247,15 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
         TypeError: `layers` is not a list or tuple of ints.
         ValueError: It is empty, or an index is out of range.
     """
-    if not isinstance(layers, (list, tuple)) or not all(type(integer(layer)) is int for layer in layers):
-        raise TypeError(f"layers must be a list or tuple of ints, got {shown(layers)}")
-    indices = [integer(layer) for layer in layers]
-    if not indices or not all(-size <= index < size for index in indices):
+    given, resolved = [], []
+    for layer in layers if isinstance(layers, (list, tuple)) else (None,):
+        given.append(layer if type(layer) is int else integer(layer))
+        if type(given[-1]) is not int:
+            raise TypeError(f"layers must be a list or tuple of ints, got {shown(layers)}")
+        resolved.append(given[-1] % size)
+    if not given or min(given) < -size or max(given) >= size:
         raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {shown(layers)}")
-    return [index % size for index in indices]
+    return resolved
 
 
 def check_norm(norm: str) -> None:
@@ -277,7 +285,8 @@ def check_decoder_inputs(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
         check_plain(name, tensor)
-        check_same_device(name, [tensor], inputs_embeds)
+        if tensor.device != inputs_embeds.device:
+            check_same_device(name, [tensor], inputs_embeds)
     check_same_device("inputs_embeds", [inputs_embeds], like)
     width = like.shape[-1]
     if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != width or inputs_embeds.numel() == 0:
@@ -301,11 +310,9 @@ def check_decoder_inputs(
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:
     """Raises `ValueError` where one of `tensors` is not where `parameter` is; one that is offloaded comes to them."""
-    if parameter.is_meta:
-        return
-    wrong = [tensor for tensor in tensors if tensor.device != parameter.device]
-    if wrong:
-        raise ValueError(f"{name} must be on {parameter.device}, got {wrong[0].device}")
+    for tensor in tensors:
+        if tensor.device != parameter.device and not parameter.is_meta:
+            raise ValueError(f"{name} must be on {parameter.device}, got {tensor.device}")
 
 
 def _check_activations(name: str, x: Tensor, parameter: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from qwen_batched import ops
 from qwen_batched.checkpoint.config import TextConfig
 from qwen_batched.inputs.prompt import Cameras, PromptEncoder
 from qwen_batched.inputs.request import Grid, Prompts
-from qwen_batched.runtime.host_copies import copied, copy_to
+from qwen_batched.runtime.host_copies import cached_h2d, h2d
 from qwen_batched.runtime.lru_cache import LRUCache
 
 MAX_CACHED_TEXTS, MAX_CACHED_BYTES = 4096, 64 << 20
@@ -72,13 +73,15 @@ class PromptRows:
         """
         batch, cameras = len(call.texts), len(call.grids)
         present = [[True] * cameras] * batch if camera_mask is None else camera_mask.tolist()
-        rows, lengths = self._rows_of(call, [[here] for here in present])
-        before = [length - row.answer_tokens for row, length in zip(rows, lengths, strict=True)]
-        if min(before) == 0:
-            raise ValueError(f"a prompt must have at least one token, got none for sample {before.index(0)}")
+        rows, lengths = self._rows_of(call, list(zip(present)))
+        ids, answer_tokens = [], 0
+        for sample, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if length == row.answer_tokens:
+                raise ValueError(f"a prompt must have at least one token, got none for sample {sample}")
+            ids.append(row.ids)
+            answer_tokens += row.answer_tokens
         answers = None if call.targets is None else torch.cat([row.count for row in rows])
-        answer_tokens = sum(row.answer_tokens for row in rows)
-        return Prompts(_as_one([row.ids for row in rows]), max(lengths), sum(lengths), answers, answer_tokens)
+        return Prompts(_pad_rows(ids), max(lengths), sum(lengths), answers, answer_tokens)
 
     def lay_out_on_device(self, call: TextCall, camera_mask: Tensor) -> Prompts:
         """The same where only the device knows the mask: whatever it may be is laid out, and the device chooses.
@@ -94,7 +97,7 @@ class PromptRows:
             chosen = (camera_mask.long() << bits).sum(dim=1, keepdim=True)
         else:
             chosen = camera_mask.sum(dim=1, keepdim=True)
-        ids = _as_one([row.ids for row in rows]).unflatten(0, (batch, len(options)))
+        ids = _pad_rows([row.ids for row in rows]).unflatten(0, (batch, len(options)))
         ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
         if call.targets is None:
             return Prompts(ids, max(lengths), tokens=None)
@@ -136,17 +139,18 @@ class PromptRows:
                 ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
             _check_length(config, len(ids) + span, call.max_new_tokens)
             _check_embedding(encoder, config, ids)
-            both = copy_to(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
+            both = h2d(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
         key = (text, answer, call.template, call.system, cameras, stamp, encoder, encoder.chat, call.device)
-        row = copied(self._rows, key, make)
-        _check_length(config, len(row.ids) + span, call.max_new_tokens)  # which are not in the key
+        row = cached_h2d(self._rows, key, make)
+        if len(row.ids) + span + call.max_new_tokens > config.max_position_embeddings:  # which are not in the key
+            _check_length(config, len(row.ids) + span, call.max_new_tokens)
         return row
 
 
 def _cells(call: TextCall) -> list[int]:
-    return [height * width for height, width in call.grids]
+    return list(itertools.starmap(operator.mul, call.grids))
 
 
 def _check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
@@ -182,7 +186,7 @@ def _options(cells: Sequence[int], has_slots: bool) -> list[tuple[bool, ...]]:
     return [choice[::-1] for choice in itertools.product((False, True), repeat=len(cells))]
 
 
-def _as_one(rows: list[Tensor]) -> Tensor:
+def _pad_rows(rows: list[Tensor]) -> Tensor:
     """Rows of ids as a tensor (rows, longest), filled up with `NO_TOKEN`."""
     if len(rows) == 1:
         return rows[0][None]  # a control loop's only prompt: two launches less

@@ -108,7 +108,7 @@ class AttentionRows:
         return x if self.slots is None else x.index_select(0, self.slots)
 
 
-def back_to_back(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
+def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
     """How `tokens` tokens of (B, S) stand back to back: all real ones, and padding where there is more room.
 
     Returns:

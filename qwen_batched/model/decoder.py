@@ -33,7 +33,7 @@ from qwen_batched.inputs.checks import (
 )
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
-from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, back_to_back
+from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
 from qwen_batched.model.geometry import decoder_frequencies
 from qwen_batched.model.parts.mlps import SwiGLU
 from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
@@ -122,7 +122,7 @@ class BatchedDecoder(GradientCheckpointing):
         check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
         tokens = attention_mask.numel() if tokens is None else tokens
-        places_T, rows = back_to_back(attention_mask, tokens)
+        places_T, rows = unpad(attention_mask, tokens)
         rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
         context = PromptContext(*rope, places_T, rows, cache)
         hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm)

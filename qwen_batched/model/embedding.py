@@ -32,16 +32,14 @@ def embed(visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: Batc
 def image_features(visual: BatchedVisionTransformer, batch: Batch, **options: object) -> Features | list[Features]:
     """The features of a batch's pixels, with `layers` those of each layer, in the form in which cameras were given."""
     features = visual(batch.pixel_values, batch.grids, batch.camera_present, **options)
-    if options.get("layers") is not None:
-        return [_as_given(output, batch.as_list) for output in features]
-    return _as_given(features, batch.as_list)
-
-
-def _as_given(features: Features, as_list: bool) -> Features:
-    """Features (B, V, ...) as one tensor for each camera, where cameras were given so."""
-    if not as_list or not isinstance(features, Tensor):
+    if not batch.as_list:
         return features
-    return [camera.contiguous() for camera in features.unbind(1)]
+    return [*map(_by_camera, features)] if options.get("layers") is not None else _by_camera(features)
+
+
+def _by_camera(features: Features) -> list[Tensor]:
+    """Features (B, V, ...) as one tensor for each camera."""
+    return [camera.contiguous() for camera in features.unbind(1)] if isinstance(features, Tensor) else features
 
 
 def _blank_feature(visual: BatchedVisionTransformer, input_ids: Tensor) -> Tensor:

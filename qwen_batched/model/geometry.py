@@ -169,10 +169,14 @@ def split_into_passes(counts: Sequence[int], patches: Sequence[int], chunk_size:
     Returns:
         For each pass, by size, the images of that size in it.
     """
+    total = done = 0
+    for count, cost in zip(counts, patches, strict=True):
+        total += count * (cost if chunk_size is None else 1)
+    number = -(-total // (chunk_size or PATCHES_PER_PASS))
+    if number == 1:
+        return [{size: slice(0, count) for size, count in enumerate(counts) if count}]
     images = [(size, image) for size, count in enumerate(counts) for image in range(count)]
     costs = [patches[size] if chunk_size is None else 1 for size, _ in images]
-    total, done = sum(costs), 0
-    number = -(-total // (chunk_size or PATCHES_PER_PASS))
     passes: list[dict[int, slice]] = [{} for _ in range(number)]
     for (size, image), cost in zip(images, costs, strict=True):
         rows = passes[done * number // total]

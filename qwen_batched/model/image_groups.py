@@ -14,14 +14,11 @@ from qwen_batched.model.geometry import VisionPlan
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """`count` images of one size, back to back."""
+    """`count` images of one size, back to back: `patches` in all."""
 
     count: int
     plan: VisionPlan
-
-    @property
-    def patches(self) -> int:
-        return self.count * len(self.plan.cos)
+    patches: int
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

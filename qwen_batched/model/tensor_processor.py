@@ -41,7 +41,7 @@ from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.resample_backend import resolve_resample_backend
 from qwen_batched.inputs.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smart_resize, vision_plan
-from qwen_batched.runtime.host_copies import copied, copy_to
+from qwen_batched.runtime.host_copies import cached_h2d, h2d
 from qwen_batched.runtime.lru_cache import LRUCache
 
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
@@ -201,21 +201,25 @@ class TensorProcessor:
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
-        resize = check_resize(resize, self.config.vision.cell_size)
-        groups, device = self._check_images(images, camera_mask, device)
+        factor = self.config.vision.cell_size
+        resize = check_resize(resize, factor)
+        groups, device = self._check_images(images, camera_mask, device, factor)
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
+        grids: tuple[Grid, ...] = ()
+        for group in groups or ():
+            height, width = self._target_size(group, resize, factor)
+            grids += ((height // factor, width // factor),) * group.shape[1]
         if texts is not None:
             texts = check_texts(texts, groups[0].shape[0] if groups else None)
-            self.prompts.check_template(template, sum(group.shape[1] for group in groups or ()))
-            check_unicode("template", template)
+            self.prompts.check_template(template, len(grids))
+            if not template.isascii():
+                check_unicode("template", template)
         if targets is not None:
             targets = check_targets(targets, texts)
             self.prompts.end_token(template)
-        check_system(system, texts, template)
-        sizes = [self._target_size(group, resize) for group in groups or () for _ in range(group.shape[1])]
-        factor = self.config.vision.cell_size
-        grids = tuple((height // factor, width // factor) for height, width in sizes)
+        if system is not None:
+            check_system(system, texts, template)
         prompts = None
         if texts is not None:
             text = self.config.text
@@ -225,7 +229,7 @@ class TensorProcessor:
             prompts = lay_out(call, camera_mask)
         return Request(
             frames=tuple(groups or ()),
-            camera_mask=self._mask_on_device(camera_mask, device),
+            camera_mask=None if camera_mask is None else self._mask_on_device(camera_mask, device),
             prompts=prompts,
             grids=grids,
             device=device,
@@ -263,9 +267,9 @@ class TensorProcessor:
         images: Tensor | Sequence[Tensor] | None,
         camera_mask: Tensor | None,
         device: torch.device | str | None,
+        factor: int,
     ) -> tuple[list[Tensor] | None, torch.device]:
         """The cameras' frames by size, and the device of the batch."""
-        factor = self.config.vision.cell_size
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
@@ -279,10 +283,9 @@ class TensorProcessor:
         check_float_range(groups, camera_mask)
         return groups, device
 
-    def _target_size(self, frames: Tensor, resize: Resize) -> tuple[int, int]:
-        """The size in pixels at which the vision transformer sees these frames."""
+    def _target_size(self, frames: Tensor, resize: Resize, factor: int) -> tuple[int, int]:
+        """The size in pixels at which the vision transformer sees these frames, in multiples of `factor`."""
         height, width = frames.shape[-2:]
-        factor = self.config.vision.cell_size
         if resize is None:
             if height % factor or width % factor:
                 raise ValueError(f"resize=None needs frames in multiples of {factor} pixels, got {height} x {width}")
@@ -306,18 +309,19 @@ class TensorProcessor:
 
     def _patches(self, frames: Tensor, grid: Grid, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Frames (B, V, 3, H, W) to patches (B, V, P, patch_dim); an absent camera's are zero whatever it shows."""
-        vision = self.config.vision
-        height, width = (side * vision.cell_size for side in grid)
+        vision, plan = self.config.vision, self._plan(grid, frames.device)
+        factor = vision.cell_size
+        height, width = grid[0] * factor, grid[1] * factor
         mean, std = self._normalisation(frames.device)
         patches = ops.frames_to_patches(
             frames.flatten(0, 1),
             height,
             width,
-            self._resize_tables(frames.shape[-2:], (height, width), frames.device),
+            self._resize_tables(frames.shape[-2:], (height, width), frames.device) if frames.is_cuda else None,
             scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
             mean=mean,
             std=std,
-            window_order=self._plan(grid, frames.device).window_order,
+            window_order=plan.window_order,
             patch_size=vision.patch_size,
             merge=vision.spatial_merge_size,
             repeat=vision.temporal_patch_size,
@@ -339,15 +343,15 @@ class TensorProcessor:
             image_token_id=self.config.image_token_id,
             pad_token_id=self.prompts.pad_token_id,
             length=prompts.length,
-            padding_side=self.padding_side,
+            padding_side=self._padding_side,
         )
 
-    def _mask_on_device(self, camera_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    def _mask_on_device(self, camera_mask: Tensor, device: torch.device) -> Tensor:
         """A host mask on the device, copied there the first time only."""
-        if camera_mask is None or camera_mask.device == device:
+        if camera_mask.device == device:
             return camera_mask
         rows = tuple(map(tuple, camera_mask.tolist()))
-        return copied(self._masks, (rows, device), lambda: copy_to(device, camera_mask.clone())).clone()
+        return cached_h2d(self._masks, (rows, device), lambda: h2d(device, camera_mask.clone())).clone()
 
     def _plan(self, grid: Grid, device: torch.device) -> VisionPlan:
         return vision_plan(self.plans, self.config.vision, *grid, device)
@@ -356,7 +360,7 @@ class TensorProcessor:
         self, source: tuple[int, int], target: tuple[int, int], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """The width's and the height's tables for the GPU's kernel; None where it needs none."""
-        if device.type != "cuda" or tuple(source) == target:
+        if tuple(source) == target:
             return None
 
         def axis(index: int) -> tuple[Tensor, Tensor]:

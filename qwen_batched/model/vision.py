@@ -149,7 +149,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
 
     def _run_pass(self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None) -> list[list[Tensor]]:
         """The same for images that go through the blocks at once, with their plans."""
-        groups = tuple(ImageGroup(len(pixels), plan) for pixels, plan in parts)
+        groups = tuple(ImageGroup(len(pixels), plan, len(pixels) * len(plan.cos)) for pixels, plan in parts)
         x_TC = self.patch_embed(join([pixels.flatten(0, 1) for pixels, _ in parts]))
         outputs_TC = self._run_blocks(x_TC, groups, wanted)
         if wanted is None:

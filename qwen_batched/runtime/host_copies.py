@@ -13,7 +13,7 @@ from qwen_batched.runtime.lru_cache import LRUCache
 T = TypeVar("T")
 
 
-def copied(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+def cached_h2d(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
     """What `make` copies to the device without a wait, once for each stream: others may not read it yet.
 
     The key ends with the device. A capture takes what was copied on any stream: it reads nothing before a replay.
@@ -30,7 +30,7 @@ def copied(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]) ->
     return cache.get((*key, torch.cuda.current_stream(device).cuda_stream), make_for_all)
 
 
-def copy_to(device: torch.device, value: Tensor) -> Tensor:
+def h2d(device: torch.device, value: Tensor) -> Tensor:
     """`value`, which lies in pageable memory of our own, without a wait; in a capture with one, which is refused."""
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return value.to(device, non_blocking=not capturing)

@@ -61,18 +61,17 @@ class LRUCache:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value under `key`, from `make()` where it is not known. An error of `make` leaves the cache as it was."""
-        value = self._find_or_make(key, make)
+        with self._lock:
+            entry = self._values.get(key)
+            if entry is not None:
+                self._values.move_to_end(key)
+        value = self._make(key, make) if entry is None else entry[0]
         held = _held.get()
         if held is not None:
             held.append(value)
         return value
 
-    def _find_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
-        with self._lock:
-            entry = self._values.get(key)
-            if entry is not None:
-                self._values.move_to_end(key)
-                return entry[0]
+    def _make(self, key: Hashable, make: Callable[[], T]) -> T:
         with _outside_all_modes():
             value = make()
         size = 0 if self._bytes_of is None else self._bytes_of(key, value)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_batched.model.attention import AttentionRows, back_to_back
+from qwen_batched.model.attention import AttentionRows, unpad
 from tests.support import assert_equal_to, own_tokens, photos
 
 TEXTS = ["Pick up the red block.", "a", "open the top drawer\n" * 6]
@@ -25,7 +25,7 @@ def masks(draw):
 def test_every_token_has_a_slot_of_its_own_in_its_samples_row(case):
     mask, tokens = case
     length = mask.shape[1]
-    places, rows = back_to_back(mask, tokens)
+    places, rows = unpad(mask, tokens)
     assert places.shape == (tokens,)
     assert len(set(places.tolist())) == tokens
     assert set(mask.flatten().nonzero()[:, 0].tolist()) <= set(places.tolist()), "no real token is left out"
@@ -45,7 +45,7 @@ def test_every_token_has_a_slot_of_its_own_in_its_samples_row(case):
 @settings(max_examples=15, deadline=None)
 def test_rows_give_back_the_tokens_that_filled_them(case):
     mask, tokens = case
-    _, rows = back_to_back(mask, tokens)
+    _, rows = unpad(mask, tokens)
     x = torch.randn(tokens, 2, 3, generator=torch.Generator().manual_seed(0))
     slots = torch.arange(tokens) if rows.slots is None else rows.slots
     filled = x.new_zeros(mask.numel(), 2, 3).index_copy(0, slots, x).view(*mask.shape, 2, 3)

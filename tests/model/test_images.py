@@ -458,11 +458,11 @@ def test_trap10_frames_on_a_gpu_are_resized_as_by_transformers_there(checkpoint,
 def test_each_stream_has_its_own_copies_and_a_capture_takes_any(monkeypatch):
     made, cache, key = [], LRUCache(8), ("text", torch.device("cuda"))
 
-    def copied(stream, capturing=False):
+    def copy_on(stream, capturing=False):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        return host_copies.copied(cache, key, lambda: made.append(stream) or len(made))
+        return host_copies.cached_h2d(cache, key, lambda: made.append(stream) or len(made))
 
-    assert [copied(7), copied(7), copied(8), copied(7)] == [1, 1, 2, 1]
-    assert copied(9, capturing=True) == 1
+    assert [copy_on(7), copy_on(7), copy_on(8), copy_on(7)] == [1, 1, 2, 1]
+    assert copy_on(9, capturing=True) == 1
     assert made == [7, 8]
