@@ -31,8 +31,6 @@ ORDER = (
     ("profile",),
     ("deviation",),
 )
-# Imports that do not fit the order yet.
-EXCEPTIONS = set()
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")
 
@@ -83,15 +81,11 @@ def test_a_module_imports_from_lower_packages_only(name):
         assert imported in SOURCES, f"{name} imports {imported}, which does not exist"
         assert imported or own > rank("qwen_batched_VL_model"), f"{name} imports its own package"
         is_fitting = not imported or rank(imported) < own or imported.split(".")[0] == name.split(".")[0]
-        assert is_fitting or (name, imported) in EXCEPTIONS, f"{name} imports {imported}, which is not below it"
+        assert is_fitting, f"{name} imports {imported}, which is not below it"
 
 
 def test_no_imports_go_in_circles():
-    below = {
-        name: {imported for imported in imports_of(name) if (name, imported) not in EXCEPTIONS} - {name}
-        for name in SOURCES
-        if name
-    }
+    below = {name: set(imports_of(name)) - {name} for name in SOURCES if name}
     while ready := [name for name, imported in below.items() if not imported & below.keys()]:
         for name in ready:
             del below[name]
@@ -108,7 +102,7 @@ def test_ops_have_one_door():
         if name.split(".")[0] == "ops":
             assert "ops" not in imports_of(name), f"{name} imports the door from inside"
             continue
-        used = {i for i in imports_of(name) if i.startswith("ops.") and (name, i) not in EXCEPTIONS}
+        used = {i for i in imports_of(name) if i.startswith("ops.")}
         assert used <= {"ops.low_rank", "ops.segments"}, f"{name} goes past qwen_batched.ops: {used}"
 
 
