@@ -29,6 +29,7 @@ import torch
 
 from qwen_batched import BatchedVisionTransformer, QwenBatchedVL
 from qwen_batched.checkpoint import weights
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.testing import PRESETS, write_checkpoint
 
 GB = 10**9
@@ -58,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
         started = time.perf_counter()
         folder = write(Path(tmp) / "checkpoint", args.size_gb, args.shards)
-        stored = weights.find_tensors(folder)
+        stored = weights.find_tensors(folder, FAMILY.keys)
         summary = {
             "checkpoint_bytes": sum(map(stored_bytes, stored.values())),
             "largest_tensor_bytes": max(map(stored_bytes, stored.values())),

@@ -14,8 +14,8 @@ from qwen_batched.arguments import shown
 from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KVCache
+from qwen_batched.model.decoder import BatchedDecoder
 from qwen_batched.model.head import last_tokens
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder
 from qwen_batched.outputs import GenerateOutput
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.

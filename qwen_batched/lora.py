@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.atomic_save import naming, replacing
 from qwen_batched.checkpoint.folder import ADAPTER_FILE, find_folder
-from qwen_batched.checkpoint.weights import nested_name, published_name, write_tensors
+from qwen_batched.checkpoint.weights import write_tensors
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.training.adapter_files import PREFIX, WEIGHTS_FILE, matches, read_settings, read_tensors
 
@@ -63,14 +63,15 @@ def load_adapter(
             f"adapter_name must be new to the model, not empty and without a dot, got {shown(adapter_name)}"
         )
     folder = find_folder(name)
-    settings, stored = read_settings(folder), read_tensors(folder)
+    keys = model.family.keys
+    settings, stored = read_settings(folder), read_tensors(folder, keys)
     layers = _layers(stored)
-    unknown = {published_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
+    unknown = {keys.module_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
     if unknown or not layers:
         raise ValueError(
             f"adapter {folder} must be for layers of the model, got {shown(sorted(unknown)) if unknown else 'none'}"
         )
-    weights = {PREFIX + published_name(key): tensor for key, tensor in stored.items()}
+    weights = {PREFIX + keys.module_name(key): tensor for key, tensor in stored.items()}
     try:
         config = _config_for(model, settings, stored)
         config.inference_mode = not is_trainable
@@ -118,13 +119,14 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
     _check_whole(adapted, state, front)
 
     config = copy.deepcopy(config)
+    keys = model.family.keys
     wrapped = _wrapped_modules(model, adapter_name)
     layers = {layer: layer.removeprefix(front) for layer in _layers(state)}
     _name_layers(config, layers)
-    config.modules_to_save = sorted(map(nested_name, wrapped["modules_to_save"])) or None
+    config.modules_to_save = sorted(map(keys.adapter_name, wrapped["modules_to_save"])) or None
     if isinstance(config.trainable_token_indices, dict):
         config.trainable_token_indices = {
-            nested_name(name): indices
+            keys.adapter_name(name): indices
             for entry, indices in config.trainable_token_indices.items()
             for name in wrapped["token_adapter"]
             if (front + name).endswith(entry)
@@ -132,7 +134,7 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
     if front and config.trainable_token_indices is not None and model.has_tied_head:
         raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
-    weights = {PREFIX + nested_name(key.removeprefix(front)): tensor for key, tensor in state.items()}
+    weights = {PREFIX + keys.adapter_name(key.removeprefix(front)): tensor for key, tensor in state.items()}
     _write(folder, config, weights)
 
 
@@ -203,10 +205,11 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    layers = {layer: published_name(layer) for layer in _layers(stored)}
+    keys = model.family.keys
+    layers = {layer: keys.module_name(layer) for layer in _layers(stored)}
     names = [name for name, _ in model.named_modules() if name]
     # The settings name modules as the model did that was trained, and so do the keys.
-    theirs = nested_name if any(published_name(key) != key for key in stored) else str
+    theirs = keys.adapter_name if any(keys.module_name(key) != key for key in stored) else str
     config = LoraConfig(**settings)
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from qwen_batched.checkpoint.config import QwenVLConfig
-from qwen_batched.checkpoint.weights import resolve_device
+from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL

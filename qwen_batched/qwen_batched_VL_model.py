@@ -15,16 +15,10 @@ from qwen_batched.calls import Calls, check_no_gradient_in_a_capture, out_of_mem
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
+from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME, unread_layers
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
-from qwen_batched.checkpoint.weights import (
-    EMBEDDING_NAME,
-    HEAD_NAME,
-    build_on_meta,
-    load_weights,
-    save_weights,
-    unread_layers,
-    whole_tensors,
-)
+from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
+from qwen_batched.families import read_config
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.inputs.batch import Features
 from qwen_batched.inputs.checks import (
@@ -41,7 +35,6 @@ from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
 from qwen_batched.model.embedding import embed
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
@@ -81,9 +74,9 @@ class QwenBatchedVL(Trainable):
         self.processor = processor
         self.checkpoint = checkpoint
         self.generation_config = checkpoint.generation_config()
-        self.visual = BatchedVisionTransformer(config.vision)
+        self.visual = self.family.build_vision(config)
         self.visual.plans = processor.plans  # the geometry of a size is built once for both
-        self.model = BatchedDecoder(config.text)
+        self.model = self.family.build_decoder(config)
         self.has_lm_head = lm_head
         text, device = config.text, "meta" if config.tie_word_embeddings else None  # no memory for what is shared
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
@@ -133,7 +126,7 @@ class QwenBatchedVL(Trainable):
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
-        stored = checkpoint.model_config()
+        stored = read_config(checkpoint)
         config = stored if num_layers is None else stored.truncated(num_layers)
         processor = TensorProcessor.from_checkpoint(
             checkpoint, padding_side, min_pixels, max_pixels, resample_backend, added_tokens
@@ -144,6 +137,7 @@ class QwenBatchedVL(Trainable):
         load_weights(
             model,
             checkpoint,
+            model.family.keys,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             skip=lambda name: unread(name) or name == HEAD_NAME,
@@ -193,7 +187,7 @@ class QwenBatchedVL(Trainable):
         )
         with replacing(folder, stale=is_checkpoint_file, last=CONFIG_FILE) as staged:
             checkpoint.write(staged)
-            save_weights(tensors, staged)
+            save_weights({self.family.keys.saved_name(name): x for name, x in tensors.items()}, staged)
         warn_of_adapter(Path(folder))
 
     @property

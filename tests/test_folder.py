@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from packaging.version import Version
 
 from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, TensorProcessor
-from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS, QwenVLConfig
+from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS
 from qwen_batched.checkpoint.folder import Checkpoint
 from qwen_batched.checkpoint.generation_config import HARMLESS, NEUTRAL, GenerationConfig
+from qwen_batched.families import read_config
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.model.geometry import decoder_frequencies, smart_resize
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
@@ -84,7 +86,7 @@ def their_pixels(folder):
 def our_pixels(folder):
     checkpoint = Checkpoint.open(folder)
     try:
-        image = checkpoint.image_config(checkpoint.model_config().vision)
+        image = checkpoint.image_config(read_config(checkpoint).vision, FAMILY.image)
     except ValueError as error:
         assert str(folder) in str(error)
         return None
@@ -269,7 +271,7 @@ def test_trap36_what_config_json_says_twice_is_read_as_transformers_reads_it(raw
 
     theirs = their_config(raw)
     try:
-        ours = QwenVLConfig.from_dict(raw)
+        ours = FAMILY.read_config(raw)
     except ValueError as error:
         assert theirs is None, f"refused alone: {error}"
         return

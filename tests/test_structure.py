@@ -18,6 +18,7 @@ ORDER = (
     ("runtime",),
     ("ops",),
     ("checkpoint",),
+    ("families",),
     ("linear",),
     ("training",),
     ("inputs",),
@@ -109,6 +110,48 @@ def test_ops_have_one_door():
 @pytest.mark.parametrize("name", [name for name in SOURCES if name.split(".")[0] in INDEPENDENT])
 def test_the_yardstick_uses_none_of_the_code_that_it_judges(name):
     assert {imported.split(".")[0] for imported in imports_of(name)} <= {name.split(".")[0]}
+
+
+# --- families ---
+
+FAMILY_NAME = re.compile("qwen2|qwen3|llava", re.IGNORECASE)
+MAY_NAME_FAMILIES = ("families", "integrations", "testing", "transformers_reference")
+
+
+def names_and_strings(tree):
+    """Identifiers, imported names and string constants, docstrings left out."""
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "name", "arg", "module", "asname"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield value
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0].value.value = None
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_module_of_all_families_names_one(name):
+    if name.split(".")[0] in MAY_NAME_FAMILIES or name.startswith("model.modeling_"):
+        return
+    public = {"qwen_batched.model.modeling_qwen2_5_vl_batched"} if name == "" else set()
+    tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+    assert {found for found in names_and_strings(tree) if FAMILY_NAME.search(found)} == public
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from transformers import Qwen2Tokenizer", True),
+        ("import a.llava", True),
+        ("def f(x): return x.model_type == 'qwen3_vl'", True),
+        ("def f(is_qwen2): pass", True),
+        ("def f(): 'As in Qwen2-VL.'", False),
+        ("x = 1  # Qwen2-VL", False),
+    ],
+)
+def test_the_search_for_families_finds_one(code, found):
+    assert any(map(FAMILY_NAME.search, names_and_strings(ast.parse(code)))) == found
 
 
 # --- importing ---

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from qwen_batched import BatchedDecoder, BatchedVisionTransformer, QwenBatchedVL, TensorProcessor, testing
 from qwen_batched.checkpoint import weights
-from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import Checkpoint
+from qwen_batched.families import read_config
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.testing import random_tensor, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
@@ -261,7 +262,7 @@ def test_state_dict_has_the_names_and_shapes_of_the_published_checkpoint(tmp_pat
     shapes = {}
     monkeypatch.setattr(testing.checkpoints, "write_weights", lambda folder, published, *rest: shapes.update(published))
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, preset))
-    config = QwenVLConfig.from_dict(checkpoint.config)
+    config = read_config(checkpoint)
     model = weights.build_on_meta(lambda: QwenBatchedVL(config, None, checkpoint))
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
     assert count is None or len(shapes) == count  # what the published index files count
@@ -288,7 +289,7 @@ def reads(monkeypatch):
             return self.part.get_dtype()
 
         def __getitem__(self, index):
-            counts[weights.published_name(self.key)] += 1
+            counts[FAMILY.keys.module_name(self.key)] += 1
             return self.part[index]
 
     class CountingFile:
@@ -309,7 +310,7 @@ def reads(monkeypatch):
             return CountingSlice(self.tensors, key)
 
         def get_tensor(self, key):
-            counts[weights.published_name(key)] += 1
+            counts[FAMILY.keys.module_name(key)] += 1
             return self.tensors.get_tensor(key)
 
     monkeypatch.setattr(weights, "safe_open", CountingFile)
@@ -317,7 +318,7 @@ def reads(monkeypatch):
 
 
 def stored_names(folder):
-    return {weights.published_name(key) for key in read_tensors(folder)}
+    return {FAMILY.keys.module_name(key) for key in read_tensors(folder)}
 
 
 def is_block_from(name, first):
@@ -445,7 +446,7 @@ def test_load_save_load_is_bitwise_and_transformers_loads_it_too(tmp_path, optio
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = theirs.state_dict()
     for name, value in state.items():
-        published = weights.published_name(name)
+        published = FAMILY.keys.module_name(name)
         mine = model.state_dict().get(published, model.model.embed_tokens.weight)
         assert torch.equal(value.to(mine.dtype), mine), name
     if loading.get("num_layers"):

@@ -1,8 +1,8 @@
 """What `config.json` and `preprocessor_config.json` say, as frozen dataclasses.
 
-Field names are the files'; defaults are those of transformers' own configuration classes, because a file saved by
-transformers leaves a default out. Where a file says a thing twice, transformers' order of reading holds. Errors do not
-name the file: `Checkpoint`, which knows its path, does.
+Field names are the files'. What a file leaves out is the family's default, because transformers leaves defaults out
+when it saves. Where a file says a thing twice, transformers' order of reading holds. Errors do not name the file; who
+reads it does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 
 from qwen_batched.arguments import MAX_INT, as_int, shown
 
-MODEL_TYPE = "qwen2_5_vl"
 # Beyond this a config is damaged: no module should be built to find that out.
 MAX_BLOCKS = 1024
 YARN_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -29,18 +28,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class VisionConfig:
     """The vision transformer: `config.json`'s `vision_config`."""
 
-    depth: int = 32
-    hidden_size: int = 3584
-    intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
-    window_size: int = 112
-    out_hidden_size: int = 3584
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    rope_theta: float = 10000.0
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    window_size: int
+    out_hidden_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    rope_theta: float
 
     def __post_init__(self) -> None:
         _check_blocks("vision_config.depth", self.depth)
@@ -105,16 +104,16 @@ class Yarn:
 class TextConfig:
     """The decoder: the text fields of `config.json`, flat (published) or under `text_config` (transformers 5)."""
 
-    vocab_size: int = 152064
-    hidden_size: int = 8192
-    intermediate_size: int = 29568
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 8
-    rms_norm_eps: float = 1e-5
-    max_position_embeddings: int = 32768
-    rope_theta: float = 1000000.0
-    mrope_section: tuple[int, ...] = (16, 24, 24)
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
     yarn: Yarn | None = None  # None: rope is not scaled
 
     def __post_init__(self) -> None:
@@ -140,24 +139,20 @@ class TextConfig:
 class QwenVLConfig:
     """`config.json`."""
 
+    model_type: str
     vision: VisionConfig
     text: TextConfig
-    image_token_id: int = 151655
+    image_token_id: int
     tie_word_embeddings: bool = False
     dtype: torch.dtype | None = None  # None where the file does not say
 
-    def __post_init__(self) -> None:
-        if self.vision.out_hidden_size != self.text.hidden_size:
-            raise ValueError(
-                "vision_config.out_hidden_size must be the decoder's hidden_size "
-                f"{self.text.hidden_size}, got {self.vision.out_hidden_size}"
-            )
-
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> QwenVLConfig:
-        """Reads either layout. Raises `ValueError` for what this package does not implement."""
-        if raw.get("model_type") != MODEL_TYPE:
-            raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {shown(raw.get('model_type'))}")
+    def from_dict(cls, raw: Mapping[str, Any], defaults: QwenVLConfig) -> QwenVLConfig:
+        """Reads either layout; what the file leaves out is as in `defaults`.
+
+        Raises:
+            ValueError: The file says what this package does not implement.
+        """
         if raw.get("quantization_config"):
             raise ValueError("quantized checkpoints (quantization_config) are not supported")
         vision = _section(raw, "vision_config")
@@ -165,16 +160,23 @@ class QwenVLConfig:
         text = raw if raw.get("text_config") is None else _section(raw, "text_config")
         # transformers 4 wrote the tie into text_config at times; transformers 5 honours either place.
         tied = [bool(_flag(section, "tie_word_embeddings")) for section in (raw, text)]
-        image_token_id = raw.get("image_token_id", cls.image_token_id)
+        image_token_id = raw.get("image_token_id", defaults.image_token_id)
         if not fits(image_token_id, int):
             raise ValueError(f"image_token_id must be an int, got {shown(image_token_id)}")
-        return cls(
-            vision=_vision_config(vision),
-            text=_text_config(text, nested=text is not raw),
+        config = cls(
+            model_type=defaults.model_type,
+            vision=_vision_config(vision, defaults.vision),
+            text=_text_config(text, defaults.text, nested=text is not raw),
             image_token_id=image_token_id,
             tie_word_embeddings=any(tied),
             dtype=_dtype(raw),
         )
+        if config.vision.out_hidden_size != config.text.hidden_size:
+            raise ValueError(
+                "vision_config.out_hidden_size must be the decoder's hidden_size "
+                f"{config.text.hidden_size}, got {config.vision.out_hidden_size}"
+            )
+        return config
 
     def truncated(self, num_layers: int) -> QwenVLConfig:
         """The same model ending after `num_layers` decoder blocks."""
@@ -192,16 +194,16 @@ class QwenVLConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """`preprocessor_config.json`. Defaults are transformers' `Qwen2VLImageProcessor`'s (CLIP's mean and deviation)."""
+    """`preprocessor_config.json`."""
 
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    min_pixels: int
+    max_pixels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
 
     def __post_init__(self) -> None:
         for name in ("min_pixels", "max_pixels"):
@@ -224,7 +226,7 @@ class ImageConfig:
             )
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ImageConfig:
+    def from_dict(cls, raw: Mapping[str, Any], defaults: ImageConfig) -> ImageConfig:
         """Reads `min_pixels`/`max_pixels` or `size.shortest_edge`/`size.longest_edge`; the former win."""
         for flag in ("do_resize", "do_rescale", "do_normalize"):
             if not raw.get(flag, True):
@@ -241,18 +243,18 @@ class ImageConfig:
                 size[name] = next((value for value in found if value is not None), None)
                 if size[name] is None:
                     raise ValueError(f"size must have {keys[0]} where {name} is not given, got {shown(dict(given))}")
-        return _from_fields(cls, {**raw, **size})
+        return _from_fields(defaults, {**raw, **size})
 
 
-def _vision_config(raw: Mapping[str, Any]) -> VisionConfig:
+def _vision_config(raw: Mapping[str, Any], defaults: VisionConfig) -> VisionConfig:
     _require(raw, "vision_config.hidden_act", "hidden_act", ("silu",))
     rope = _rope(raw)
     _require(rope, "the vision's rope_type", "rope_type", ("axial", "default"))
     # The published files also have in_chans and spatial_patch_size; transformers reads neither.
-    return _from_fields(VisionConfig, {**raw, **_given(rope, "rope_theta")}, "vision_config.")
+    return _from_fields(defaults, {**raw, **_given(rope, "rope_theta")}, "vision_config.")
 
 
-def _text_config(raw: Mapping[str, Any], nested: bool) -> TextConfig:
+def _text_config(raw: Mapping[str, Any], defaults: TextConfig, nested: bool) -> TextConfig:
     _require(raw, "hidden_act", "hidden_act", ("silu",))
     if raw.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not supported")
@@ -268,8 +270,8 @@ def _text_config(raw: Mapping[str, Any], nested: bool) -> TextConfig:
     _require(rope, "the rope type", "rope_type", ("default", "mrope", "yarn"))
     merged = {**raw, "mrope_section": rope.get("mrope_section"), **_given(rope, "rope_theta")}
     if "num_key_value_heads" in merged and merged["num_key_value_heads"] is None:
-        merged["num_key_value_heads"] = merged.get("num_attention_heads", TextConfig.num_attention_heads)
-    config = _from_fields(TextConfig, {**merged, "yarn": None})
+        merged["num_key_value_heads"] = merged.get("num_attention_heads", defaults.num_attention_heads)
+    config = _from_fields(defaults, {**merged, "yarn": None})
     if raw.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"head_dim must be {config.head_dim}, got {shown(raw['head_dim'])}")
     if rope["rope_type"] != "yarn":
@@ -356,19 +358,19 @@ def _require(raw: Mapping[str, Any], what: str, name: str, allowed: tuple[str, .
 C = TypeVar("C")
 
 
-def _from_fields(cls: type[C], raw: Mapping[str, Any], where: str = "") -> C:
-    """Builds `cls` from those keys of `raw` that are its fields, each checked against its default's type."""
+def _from_fields(defaults: C, raw: Mapping[str, Any], where: str = "") -> C:
+    """`defaults` with those keys of `raw` that are its fields, each checked against the default's type."""
     values = {}
-    for field in fields(cls):
-        value = raw.get(field.name)
+    for field in fields(defaults):
+        value, default = raw.get(field.name), getattr(defaults, field.name)
         if value is None:
             continue
         if isinstance(value, list):
             value = tuple(value)
-        if not _like_default(value, field.default):
-            raise ValueError(f"{where}{field.name} must be like {field.default!r}, got {shown(value)}")
+        if not _like_default(value, default):
+            raise ValueError(f"{where}{field.name} must be like {default!r}, got {shown(value)}")
         values[field.name] = value
-    return cls(**values)
+    return replace(defaults, **values)
 
 
 def _like_default(value: object, default: object) -> bool:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.atomic_save import recover, write_file
-from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
+from qwen_batched.checkpoint.config import ImageConfig, VisionConfig
 from qwen_batched.checkpoint.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 
@@ -156,13 +156,8 @@ class Checkpoint:
         if _stamp(self.folder) != self.stamp:
             raise ValueError(f"checkpoint folder {self.folder} was saved over while it was loaded: load it again")
 
-    def model_config(self) -> QwenVLConfig:
-        """The model's shape. Raises `ValueError`, naming the file, for what this package does not implement."""
-        with naming(self.folder / CONFIG_FILE):
-            return QwenVLConfig.from_dict(self.config)
-
-    def image_config(self, vision: VisionConfig) -> ImageConfig:
-        """How images are prepared for `vision`.
+    def image_config(self, vision: VisionConfig, defaults: ImageConfig) -> ImageConfig:
+        """How images are prepared for `vision`; what the file leaves out is as in `defaults`.
 
         Raises:
             ValueError: The file says what this package does not implement or the model does not take. It is named.
@@ -170,7 +165,7 @@ class Checkpoint:
         if self.preprocessor is None:
             raise ValueError(f"checkpoint folder {self.folder} has no {PREPROCESSOR_FILE}")
         with naming(self.folder / self.preprocessor_file):
-            image = ImageConfig.from_dict(self.preprocessor)
+            image = ImageConfig.from_dict(self.preprocessor, defaults)
             image.check_patches(vision)
         return image
 

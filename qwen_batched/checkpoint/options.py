@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from qwen_batched.arguments import as_int, shown
+from qwen_batched.checkpoint.device import resolve_device, resolve_dtype
 from qwen_batched.checkpoint.folder import HubOptions
-from qwen_batched.checkpoint.weights import resolve_device, resolve_dtype
 
 Device = torch.device | str | int | None
 O = TypeVar("O", bound=HubOptions)

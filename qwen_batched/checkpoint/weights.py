@@ -1,10 +1,10 @@
-"""Safetensors files -> parameters: streamed one tensor at a time, strictly checked, in either key layout; and back."""
+"""Safetensors files -> parameters: streamed one tensor at a time, strictly checked, in any key layout; and back."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,21 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qwen_batched.arguments import as_int, cut, shown
+from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.atomic_save import write_file
-from qwen_batched.checkpoint.config import DTYPES
+from qwen_batched.checkpoint.device import resolve_device, resolve_dtype
 from qwen_batched.checkpoint.files import is_file, read_json
 from qwen_batched.checkpoint.folder import Checkpoint
+from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME, KeyLayout
 
-VISION_PREFIX = "visual."
-TEXT_PREFIX = "model."
-HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
-# Prefixes in files saved by transformers 4.52 and later, and their published names.
-NESTED_PREFIXES = (("model.visual.", VISION_PREFIX), ("model.language_model.", TEXT_PREFIX))
-# Of one saved from `Qwen2_5_VLModel`, which has no head; its "visual." is the published one.
-HEADLESS_PREFIX = "language_model."
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-BLOCK_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,6 +54,7 @@ def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> 
 def load_weights(
     module: M,
     checkpoint: Checkpoint,
+    keys: KeyLayout,
     *,
     dtype: torch.dtype | str | None,
     device: torch.device | str | None,
@@ -71,12 +65,13 @@ def load_weights(
     """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
 
     Args:
-        module: Its parameters' names, after `prefix`, are the published ones.
+        module: Its parameters' names, after `prefix`, are those of the whole model.
         checkpoint: Its folder has the files.
+        keys: How the files may spell those names.
         dtype: Of the parameters; None or "auto" for the stored one.
         device: Of the parameters; None for CUDA where there is any, else the CPU.
         prefix: The part of the checkpoint that the module is.
-        skip: Says of a published name that the module lacks whether it may be left unread.
+        skip: Says of a name that the module lacks whether it may be left unread.
         tied_head: The module's output projection is its embedding; one that is stored all the same must be equal.
 
     Raises:
@@ -84,7 +79,7 @@ def load_weights(
                 the tied head differs; the folder is saved over meanwhile.
     """
     folder = checkpoint.folder
-    stored = find_tensors(folder)
+    stored = find_tensors(folder, keys)
     wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
     _check_names(folder, wanted, stored, skip)
     for name, parameter in wanted.items():
@@ -106,22 +101,6 @@ def load_weights(
         setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value))
     checkpoint.check_unchanged()
     return module
-
-
-def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
-    """Says of a published name whether it belongs to a decoder block above those kept.
-
-    Args:
-        names: Those of the parameters wanted, of which block 0's stand for every block's.
-        kept: How many decoder blocks are wanted.
-        stored: How many the checkpoint has.
-    """
-
-    def unread(name: str) -> bool:
-        match = BLOCK_NAME.fullmatch(name)
-        return bool(match) and kept <= int(match[1]) < stored and f"{TEXT_PREFIX}layers.0.{match[2]}" in names
-
-    return unread
 
 
 def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
@@ -175,61 +154,20 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(int(number[1]) if number else None, str(error), str(file)) from error
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder's safetensors files, by its published name. Reads the files' headers only."""
+def find_tensors(folder: Path, keys: KeyLayout) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's safetensors files, by its module's name. Reads the files' headers only."""
     found: dict[str, StoredTensor] = {}
     for file in _files(folder):
         for tensor in _read_header(file):
-            name = published_name(tensor.key)
+            if tensor.key.startswith(keys.ignored):
+                continue
+            name = keys.module_name(tensor.key)
             if name in found:
                 raise ValueError(
                     f"{cut(tensor.key)} is in {file} and, as {cut(found[name].key)}, in {found[name].file}"
                 )
             found[name] = tensor
     return found
-
-
-def published_name(key: str) -> str:
-    """The key that the published checkpoints use."""
-    for nested, published in NESTED_PREFIXES:
-        if key.startswith(nested):
-            return published + key.removeprefix(nested)
-    if key.startswith(HEADLESS_PREFIX):
-        return TEXT_PREFIX + key.removeprefix(HEADLESS_PREFIX)
-    return key
-
-
-def nested_name(name: str) -> str:
-    """The key that transformers 4.52 and later use, of a published one."""
-    for nested, published in NESTED_PREFIXES:
-        if name.startswith(published):
-            return nested + name.removeprefix(published)
-    return name
-
-
-def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None) -> torch.dtype | None:
-    """`dtype`, which may be given by its name, or `stored` for None and "auto"."""
-    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        return stored
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise ValueError(
-            f"dtype must be 'auto', a torch.dtype or the name of one ({', '.join(DTYPES)}), got {shown(dtype)}"
-        )
-    return found
-
-
-def resolve_device(device: torch.device | str | int | None) -> torch.device:
-    """`device`, or CUDA where there is any, else the CPU. Raises `ValueError` where it cannot be used."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(device, (str, torch.device)):
-        device = as_int("device", device, 0)
-    try:
-        # A tensor's device has its index: "cuda" becomes "cuda:0", and equal devices compare equal.
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device has its own way to be missing
-        raise ValueError(f"device {shown(device)} cannot be used here: {cut(error)}") from error
 
 
 def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

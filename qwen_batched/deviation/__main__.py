@@ -18,8 +18,8 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import find_folder
-from qwen_batched.checkpoint.weights import resolve_device
 from qwen_batched.deviation import batch_effect, cases, report
 from qwen_batched.deviation.bounds import misses
 from qwen_batched.deviation.cases import Case, Size

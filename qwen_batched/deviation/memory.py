@@ -14,6 +14,7 @@ from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.deviation.cases import Case
 from qwen_batched.deviation.stages import Stages
+from qwen_batched.families import family_of
 from qwen_batched.model.tensor_processor import TensorProcessor
 
 # Kernels, cuBLAS and the allocator's rounding; over a case's stages, what exists besides them for a while.
@@ -45,7 +46,8 @@ class Needs:
         cls, folder: Path, processor: TensorProcessor, cases: Sequence[Case], stages: Stages, new_tokens: int
     ) -> Needs:
         """From the files' headers and the sizes of the resized frames; nothing is read or computed."""
-        parameters = sum(math.prod(tensor.shape) for tensor in find_tensors(folder).values())
+        stored = find_tensors(folder, family_of(processor.config.model_type).keys)
+        parameters = sum(math.prod(tensor.shape) for tensor in stored.values())
         sizes = tuple(_stage_bytes(processor, case, stages, new_tokens) for case in cases)
         return cls(parameters, sizes, max(_scores(processor, case) for case in cases))
 

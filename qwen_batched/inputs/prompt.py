@@ -18,15 +18,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qwen_batched.arguments import cut
+from qwen_batched.families import PromptStyle
 from qwen_batched.inputs.chat_template import ANSWER_MARK, SYSTEM_MARK, TEXT_MARK, ChatTemplate
 from qwen_batched.inputs.vocabulary import Vocabulary
 from qwen_batched.runtime.lru_cache import LRUCache
 
-IMAGE_TOKEN = "<|image_pad|>"
-IMAGE = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
 MAX_LAYOUTS, MAX_LAYOUT_BYTES = 256, 16 << 20
-DEFAULT_PAD = "<|endoftext|>"  # of a tokenizer that names neither a pad nor an end token
-_FIELDS = re.compile("(" + "|".join(map(re.escape, ("{text}", "{images}", "{image}", IMAGE))) + ")")
+_FIELDS = ("{text}", "{images}", "{image}")
 _BOTH = (TEXT_MARK, SYSTEM_MARK)
 _MARKS = re.compile("(" + "|".join(_BOTH) + ")")
 _STAND_INS = range(0x2A00, 0x2B00)  # mathematical symbols, as "<" is one: to every test of a character the same
@@ -67,8 +65,8 @@ class PromptEncoder:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | Mapping[str, str] | Sequence[Mapping[str, str]] | None,
         image_token_id: int,
+        style: PromptStyle,
         *,
-        family: str = "qwen2_5_vl",
         added_tokens: Sequence[str] | None = None,
     ) -> None:
         """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
@@ -77,23 +75,25 @@ class PromptEncoder:
             tokenizer: A fast one.
             chat_template: One, or several by name, of which "default" is taken; None for the tokenizer's.
             image_token_id: The model's.
-            family: Whose control tokens stay text in texts, see `CONTROL_TOKENS`.
+            style: The family's.
             added_tokens: Which of the other added tokens are read in texts, see `select_added_tokens`; None for all.
 
         Raises:
             TypeError, ValueError: An argument is not as described, the tokenizer's image token is not the model's, or
                 the chat template takes more work than any has to.
         """
-        self._vocabulary = Vocabulary(tokenizer, family, added_tokens)
+        self._vocabulary = Vocabulary(tokenizer, style.control_tokens, added_tokens)
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         control_ids = self._vocabulary.control_ids
-        if control_ids.get(IMAGE_TOKEN) != image_token_id:
+        if control_ids.get(style.image_token) != image_token_id:
             raise ValueError(
-                f"config.json's image_token_id is {image_token_id}, but the tokenizer's {IMAGE_TOKEN} is "
-                f"{control_ids.get(IMAGE_TOKEN)}"
+                f"config.json's image_token_id is {image_token_id}, but the tokenizer's {style.image_token} is "
+                f"{control_ids.get(style.image_token)}"
             )
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(DEFAULT_PAD), 0)
+        self._image = style.image
+        self._fields = re.compile("(" + "|".join(map(re.escape, (*_FIELDS, style.image))) + ")")
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(style.default_pad), 0)
         self.pad_token_id = next(index for index in pads if index is not None)
         self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
         self._without_default: list[str] | None = None
@@ -279,8 +279,8 @@ class PromptEncoder:
         return self._layouts.get(("slots", template), lambda: self._count_slots(template))
 
     def _count_slots(self, template: str) -> int | None:
-        fields = _FIELDS.findall(template)
-        slots = fields.count("{image}") + fields.count(IMAGE)
+        fields = self._fields.findall(template)
+        slots = fields.count("{image}") + fields.count(self._image)
         for name, few in (("{text}", 1), ("{images}", 0)):
             if not few <= fields.count(name) <= 1:
                 raise ValueError(
@@ -326,12 +326,12 @@ class PromptEncoder:
         """A layout that is no chat template, with marks."""
         present = (True,) * cameras if isinstance(cameras, int) else cameras
         if template == "plain":
-            return " ".join([TEXT_MARK] + [IMAGE] * sum(present))
+            return " ".join([TEXT_MARK] + [self._image] * sum(present))
         self.check_template(template, len(present))
         slots = iter(present)
-        fields = {"{text}": lambda: TEXT_MARK, "{images}": lambda: IMAGE * sum(present)}
-        fields |= dict.fromkeys(("{image}", IMAGE), lambda: IMAGE if next(slots) else "")
-        return "".join(fields[part]() if part in fields else part for part in _FIELDS.split(template))
+        fields = {"{text}": lambda: TEXT_MARK, "{images}": lambda: self._image * sum(present)}
+        fields |= dict.fromkeys(("{image}", self._image), lambda: self._image if next(slots) else "")
+        return "".join(fields[part]() if part in fields else part for part in self._fields.split(template))
 
     def _pieces(self, text: str) -> tuple[int | tuple[str, ...], ...]:
         return tuple(

@@ -11,11 +11,9 @@ from transformers.utils import is_torchvision_available
 
 from qwen_batched import ops
 
-IMAGE_PROCESSOR = "Qwen2VLImageProcessor"  # of the published checkpoints
-
 
 def resolve_resample_backend(
-    chosen: str | None, image_processor_type: str | None = IMAGE_PROCESSOR, release: str = transformers.__version__
+    chosen: str | None, image_processor_type: str | None, published: str, release: str = transformers.__version__
 ) -> str:
     """`chosen`, or where that is None what transformers' AutoImageProcessor would use on this machine.
 
@@ -24,6 +22,7 @@ def resolve_resample_backend(
     Args:
         chosen: "pillow", "torchvision" or None.
         image_processor_type: The class that the checkpoint's image processor config names; None where it names none.
+        published: The class that the family's published checkpoints name.
         release: transformers' version.
 
     Raises:
@@ -32,15 +31,15 @@ def resolve_resample_backend(
     if chosen is not None:
         ops.check_resample_backend(chosen)
         return chosen
-    takes_torchvision = is_torchvision_available() and _prefers_torchvision(image_processor_type, release)
+    takes_torchvision = is_torchvision_available() and _prefers_torchvision(image_processor_type, published, release)
     return ops.TORCHVISION if takes_torchvision else ops.PILLOW
 
 
-def _prefers_torchvision(image_processor_type: str | None, release: str) -> bool:
+def _prefers_torchvision(image_processor_type: str | None, published: str, release: str) -> bool:
     """The default of `use_fast`, since 5.4 of `backend`, by the release (`models/auto/image_processing_auto.py`)."""
     numbers, name = Version(release).release, image_processor_type or ""
     if numbers >= (5, 4):
         return True
     if numbers >= (5,):
         return name != ""
-    return name.endswith("Fast") or (numbers >= (4, 54) and name == IMAGE_PROCESSOR)
+    return name.endswith("Fast") or (numbers >= (4, 54) and name == published)

@@ -12,34 +12,6 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-# The added tokens of each family's published tokenizers, whether they are "special" there or not. In a user's text they
-# stay text. Every other added token of a checkpoint was added by whoever fine-tuned it, and is read as that token.
-CONTROL_TOKENS = {
-    "qwen2_5_vl": (
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|object_ref_start|>",
-        "<|object_ref_end|>",
-        "<|box_start|>",
-        "<|box_end|>",
-        "<|quad_start|>",
-        "<|quad_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|vision_pad|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-        "<tool_call>",
-        "</tool_call>",
-        "<|fim_prefix|>",
-        "<|fim_middle|>",
-        "<|fim_suffix|>",
-        "<|fim_pad|>",
-        "<|repo_name|>",
-        "<|file_sep|>",
-    ),
-}
 # What `lstrip` and `rstrip` of a token take: Unicode's White_Space, which is not what str.strip() takes.
 _SPACE = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+"
 _LEADING, _TRAILING = re.compile(rf"\A{_SPACE}"), re.compile(rf"{_SPACE}\Z")
@@ -55,9 +27,9 @@ class Vocabulary:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, family: str, added_tokens: Sequence[str] | None = None
+        self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], added_tokens: Sequence[str] | None = None
     ) -> None:
-        """Takes the checkpoint's tokenizer, and which of its own added tokens texts may use, see `select_added_tokens`.
+        """Takes the checkpoint's tokenizer, its family's control tokens, and which others texts may use.
 
         Raises:
             TypeError, ValueError: `added_tokens` is not as described, or the tokenizer is not one that this reads.
@@ -67,7 +39,7 @@ class Vocabulary:
                 f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {type(tokenizer).__name__}"
             )
         added = tokenizer.get_added_vocab()
-        readable = select_added_tokens(added, CONTROL_TOKENS[family], added_tokens)
+        readable = select_added_tokens(added, control, added_tokens)
         self.control_ids = {token: index for token, index in added.items() if token not in readable}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         flags = {entry["content"]: entry for entry in state["added_tokens"]}

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 from qwen_batched import ops
 from qwen_batched.checkpoint.config import TextConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint
+from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, unread_layers
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
-from qwen_batched.checkpoint.weights import (
-    HEAD_NAME,
-    TEXT_PREFIX,
-    VISION_PREFIX,
-    build_on_meta,
-    load_weights,
-    unread_layers,
-)
+from qwen_batched.checkpoint.weights import build_on_meta, load_weights
+from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs.checks import (
     check_decoder_inputs,
     check_norm,
@@ -73,7 +68,7 @@ class BatchedDecoder(GradientCheckpointing):
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
-        stored = checkpoint.model_config()
+        stored = read_config(checkpoint)
         config = stored if num_layers is None else stored.truncated(num_layers)
         model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
@@ -81,6 +76,7 @@ class BatchedDecoder(GradientCheckpointing):
         load_weights(
             model,
             checkpoint,
+            family_of(config.model_type).keys,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=TEXT_PREFIX,

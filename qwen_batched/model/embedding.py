@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qwen_batched.inputs.batch import Batch, Features
 from qwen_batched.inputs.sequence import place_features
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.model.decoder import BatchedDecoder
+from qwen_batched.model.vision import BatchedVisionTransformer
 from qwen_batched.training.process_groups import needs_collective_participation
 
 

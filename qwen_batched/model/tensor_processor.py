@@ -17,9 +17,10 @@ from torch import Tensor
 from qwen_batched import ops
 from qwen_batched.arguments import as_int, shown
 from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
+from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint, naming
 from qwen_batched.checkpoint.options import ProcessorOptions, read_options
-from qwen_batched.checkpoint.weights import resolve_device
+from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import (
     Resize,
@@ -69,7 +70,8 @@ class TensorProcessor:
         self.image = image
         self.prompts = prompts
         self.padding_side = padding_side
-        self.resample_backend = resolve_resample_backend(resample_backend)
+        published = family_of(config.model_type).image_processor
+        self.resample_backend = resolve_resample_backend(resample_backend, published, published)
         self._rows = PromptRows()
         self.plans = LRUCache(MAX_PLANS)
         self._tables = LRUCache(MAX_CACHED_TABLES)
@@ -116,17 +118,20 @@ class TensorProcessor:
         Raises:
             ValueError: The folder lacks a file, or says something that this package does not implement.
         """
-        config = checkpoint.model_config()
+        config = read_config(checkpoint)
+        family = family_of(config.model_type)
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        image = replace(checkpoint.image_config(config.vision), **{k: v for k, v in given.items() if v is not None})
+        image = checkpoint.image_config(config.vision, family.image)
+        image = replace(image, **{k: v for k, v in given.items() if v is not None})
         tokenizer = load_tokenizer(checkpoint.folder)
         with naming(checkpoint.folder):
             prompts = PromptEncoder(
-                tokenizer, checkpoint.chat_template, config.image_token_id, added_tokens=added_tokens
+                tokenizer, checkpoint.chat_template, config.image_token_id, family.prompt, added_tokens=added_tokens
             )
             config.check_embedded("the ids of images, padding and ends", *prompts.written_ids())
             config.check_embedded("eos_token_id", *checkpoint.generation_config().eos_token_ids)
-        backend = resolve_resample_backend(resample_backend, checkpoint.preprocessor.get("image_processor_type"))
+        named = checkpoint.preprocessor.get("image_processor_type")
+        backend = resolve_resample_backend(resample_backend, named, family.image_processor)
         return cls(config, image, prompts, padding_side, backend)
 
     def __call__(

@@ -17,14 +17,10 @@ from torch import Tensor, nn
 from qwen_batched import ops
 from qwen_batched.checkpoint.config import VisionConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint
+from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
-from qwen_batched.checkpoint.weights import (
-    HEAD_NAME,
-    TEXT_PREFIX,
-    VISION_PREFIX,
-    build_on_meta,
-    load_weights,
-)
+from qwen_batched.checkpoint.weights import build_on_meta, load_weights
+from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import (
     check_camera_mask,
@@ -69,10 +65,11 @@ class BatchedVisionTransformer(GradientCheckpointing):
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
-        config = checkpoint.model_config()
+        config = read_config(checkpoint)
         model = load_weights(
             build_on_meta(lambda: cls(config.vision), checkpoint.folder / CONFIG_FILE),
             checkpoint,
+            family_of(config.model_type).keys,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=VISION_PREFIX,

@@ -17,7 +17,7 @@ from torch import Tensor
 from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.files import read_json
 from qwen_batched.checkpoint.folder import ADAPTER_FILE
-from qwen_batched.checkpoint.weights import published_name
+from qwen_batched.checkpoint.keys import KeyLayout
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key, before the name of a module
@@ -143,7 +143,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {name: raw[name] for name in (*REQUIRED, *OPTIONAL) if name in raw and name in defaults}
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, keys: KeyLayout) -> dict[str, Tensor]:
     """The adapter's tensors on the host, by their keys without `PREFIX`; modules by the names that the file has.
 
     Raises:
@@ -161,7 +161,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for key, tensor in stored.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: keys must begin with {PREFIX}, got {shown(key)}")
-        name = published_name(key.removeprefix(PREFIX))
+        name = keys.module_name(key.removeprefix(PREFIX))
         if name in names:
             raise ValueError(f"{file} has the same tensor twice: {shown(names[name])} and {shown(key)}")
         names[name] = key

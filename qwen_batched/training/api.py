@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint.weights import EMBEDDING_NAME, HEAD_NAME, NESTED_PREFIXES
+from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME
+from qwen_batched.families import Family, family_of
 from qwen_batched.training import tied_head
 from qwen_batched.training.checkpointing import GradientCheckpointing
 
@@ -23,10 +24,15 @@ class Trainable(GradientCheckpointing):
         lm_head: The output projection; None where it was left out.
     """
 
-    # Where peft looks for what transformers has renamed, when it loads an adapter.
-    _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {
-        f"^{re.escape(nested)}": published for nested, published in NESTED_PREFIXES
-    }
+    @property
+    def family(self) -> Family:
+        """What tells models of its `model_type` from others."""
+        return family_of(self.config.model_type)
+
+    @property
+    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
+        """Where peft looks for what transformers has renamed, when it loads an adapter."""
+        return {f"^{re.escape(stored)}": name for stored, name in self.family.keys.adapters}
 
     @property
     def blocks(self) -> list[nn.Module]:

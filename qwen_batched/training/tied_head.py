@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.checkpoint.weights import HEAD_NAME
+from qwen_batched.checkpoint.keys import HEAD_NAME
 
 
 def shared_names(model: nn.Module) -> dict[str, str]:

@@ -15,10 +15,12 @@ from random import Random
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.inputs.chat_template import ANSWER_MARK, SYSTEM_MARK, TEXT_MARK
-from qwen_batched.inputs.prompt import IMAGE, PromptEncoder
+from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
+IMAGE = FAMILY.prompt.image
 # A chat template that looks at its text takes another way through the encoder.
 TRIMMING = CHAT_TEMPLATE.replace("{{ content['text'] }}", "{{ content['text'] | trim }}")
 STRIPPING = {"<act_l>": (True, False), "<act_r>": (False, True), "<act_b>": (True, True), "end|>": (False, True)}
@@ -73,7 +75,8 @@ class Injection:
                 tokenizer = AutoTokenizer.from_pretrained(folder)
                 if new:
                     tokenizer.add_tokens(NEW_TOKENS)
-                encoder = PromptEncoder(tokenizer, template, tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+                image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+                encoder = PromptEncoder(tokenizer, template, image_id, FAMILY.prompt)
                 self._encoders.append((encoder, new, template == TRIMMING))
         self._control = {tokenizer.convert_tokens_to_ids(token): token for token in ADDED_TOKENS}
 

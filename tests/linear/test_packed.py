@@ -1,6 +1,7 @@
 """Packed weights: one product where there were two, and nobody can tell by the parameters."""
 
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.checkpoint.config import TextConfig
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.linear.fused import FusedLinear, pack
 from qwen_batched.linear.packed import PackedParameters
 from qwen_batched.linear.padded import PaddedLinear, apply_padded_linear
@@ -767,7 +768,8 @@ def test_can_be_packed_says_yes_on_a_gpu_and_no_to_a_mix():
 
 def make_attention(device="cpu", seed=0):
     torch.manual_seed(seed)
-    config = TextConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=2, mrope_section=(1, 1, 2))
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = dataclasses.replace(FAMILY.config.text, mrope_section=(1, 1, 2), **sizes)
     with torch.device(device):
         return DecoderAttention(config, 0).requires_grad_(False)
 

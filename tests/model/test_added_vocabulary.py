@@ -13,10 +13,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.inputs.prompt import IMAGE, PromptEncoder
-from qwen_batched.inputs.vocabulary import CONTROL_TOKENS
+from qwen_batched.families.qwen2_5_vl import FAMILY
+from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE, write_checkpoint
 
+IMAGE = FAMILY.prompt.image
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 NAMES = ["<act_0>", "<act_1>", "<act_12>", "<sep>", "robot", "[X]", "é", "<|im_", "|go|", "A B", "把", "end|>", "<|a|>"]
 ACTIONS = [f"<action_{index}>" for index in range(8)]
@@ -73,7 +74,7 @@ def rendered(tokenizer, text, template):
 def test_trap37_added_tokens_are_read_as_by_the_tokenizer(tokenizer_folder, added, text, template, data):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(added)
-    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer))
+    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer), FAMILY.prompt)
     if any(token in text for token in ADDED_TOKENS):
         return
     expected = tokenizer(rendered(tokenizer, text, template))["input_ids"]
@@ -88,7 +89,7 @@ def test_trap37_added_tokens_are_read_as_by_the_tokenizer(tokenizer_folder, adde
 def test_trap37_answers_are_those_of_a_conversation_tokenised_whole(tokenizer_folder, added, answer):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_tokens(added)
-    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer))
+    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer), FAMILY.prompt)
     turns = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("user", "a"), ("assistant", answer))
@@ -116,7 +117,7 @@ def test_trap37_flags_of_control_tokens_count_in_layouts(
                 entry.update(lstrip=lstrip, rstrip=rstrip)
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer))
+    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer), FAMILY.prompt)
     ids = encoder.encode(text, template, 1)
     if not any(token in text for token in ADDED_TOKENS):
         assert ids == tokenizer(rendered(tokenizer, text, template))["input_ids"]
@@ -138,7 +139,7 @@ def test_trap37_control_tokens_stay_text_beside_added_ones(tokenizer_folder, add
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     control = set(tokenizer.get_added_vocab().values())
     tokenizer.add_tokens(added)
-    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer))
+    encoder = PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer), FAMILY.prompt)
     laid_out = [index for index in encoder.encode("", template, 1) if index in control]
     text = "".join(text)
     assert [index for index in encoder.encode(text, template, 1) if index in control] == laid_out
@@ -147,7 +148,7 @@ def test_trap37_control_tokens_stay_text_beside_added_ones(tokenizer_folder, add
 
 
 def test_the_familys_control_tokens_are_those_of_its_published_tokenizers():
-    assert CONTROL_TOKENS["qwen2_5_vl"] == ADDED_TOKENS
+    assert FAMILY.prompt.control_tokens == ADDED_TOKENS
     assert len(ADDED_TOKENS) == 22
 
 
@@ -157,7 +158,7 @@ def test_a_control_token_that_is_a_single_word_is_refused(tokenizer_folder):
     state["added_tokens"][2]["single_word"] = True
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
     with pytest.raises(ValueError, match="single_word"):
-        PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer))
+        PromptEncoder(tokenizer, CHAT_TEMPLATE, image_id(tokenizer), FAMILY.prompt)
 
 
 # --- a checkpoint that has them ---

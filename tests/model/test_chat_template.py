@@ -17,12 +17,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import TensorProcessor
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.inputs.chat_template import ChatTemplate
-from qwen_batched.inputs.prompt import IMAGE
 from qwen_batched.inputs.template_sandbox import TemplateEnvironment
 from qwen_batched.testing import ADDED_TOKENS, CHAT_TEMPLATE
 
 SETTINGS = settings(max_examples=20, deadline=None)
+IMAGE = FAMILY.prompt.image
 TEXT = "{{ content['text'] }}"
 # What a template may do with its text T. Most of it is looking: ids differ from those of a layout filled in.
 LOOKING = [

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from qwen_batched.checkpoint.config import VisionConfig
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.model import geometry
 from qwen_batched.model.geometry import make_vision_plan, resize_axis, smart_resize, split_into_passes
 from tests.support import assert_equal_to
@@ -23,6 +24,7 @@ else:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as their_smart_resize
 
 CPU = torch.device("cpu")
+VISION = FAMILY.config.vision
 DEFAULT_LIMITS = (56 * 56, 28 * 28 * 1280)
 
 sides = st.integers(28, 3000)
@@ -33,9 +35,8 @@ cells = st.integers(1, 25)
 
 
 def config_of(patch_size, merge, window_size):
-    return VisionConfig(
-        hidden_size=48, num_heads=3, patch_size=patch_size, spatial_merge_size=merge, window_size=window_size
-    )
+    sizes = {"patch_size": patch_size, "spatial_merge_size": merge, "window_size": window_size}
+    return replace(VISION, hidden_size=48, num_heads=3, **sizes)
 
 
 def transformers_size(height, width, factor, min_pixels, max_pixels):
@@ -159,7 +160,7 @@ def test_trap01_every_segment_is_one_window_partial_ones_included(h, w, geometry
     [(8, 8, [64]), (4, 4, [64]), (4, 12, [64]), (8, 9, [64, 16]), (9, 8, [64, 16]), (9, 11, [64, 48, 16, 12])],
 )
 def test_trap02_grids_divisible_by_four_cells_have_no_empty_window(h, w, lengths):
-    runs = make_vision_plan(VisionConfig(), h, w, CPU).windows.runs
+    runs = make_vision_plan(VISION, h, w, CPU).windows.runs
     assert [run.length for run in runs] == lengths
     assert all(run.count > 0 for run in runs)
 
@@ -181,14 +182,7 @@ def test_trap02_windows_are_those_of_transformers(h, w, geometry):
 @given(h=cells, w=cells, geometry=geometries, theta=st.sampled_from([10000.0, 500.0]))
 def test_trap03_rotary_tables_follow_the_patches_into_their_windows(h, w, geometry, theta):
     patch_size, merge, window_size = geometry
-    config = VisionConfig(
-        hidden_size=48,
-        num_heads=3,
-        patch_size=patch_size,
-        spatial_merge_size=merge,
-        window_size=window_size,
-        rope_theta=theta,
-    )
+    config = replace(config_of(patch_size, merge, window_size), rope_theta=theta)
     plan = make_vision_plan(config, h, w, CPU)
     rows, columns = [], []
     for cell in plan.window_order.tolist():
@@ -207,11 +201,11 @@ def test_trap03_rotary_tables_follow_the_patches_into_their_windows(h, w, geomet
 
 
 def test_a_plan_made_under_another_default_device_or_dtype_is_the_same():
-    expected = make_vision_plan(VisionConfig(), 5, 6, CPU)
+    expected = make_vision_plan(VISION, 5, 6, CPU)
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            plan = make_vision_plan(VisionConfig(), 5, 6, CPU)
+            plan = make_vision_plan(VISION, 5, 6, CPU)
     finally:
         torch.set_default_dtype(torch.float32)
     for name in ("window_order", "raster_order", "cos", "sin"):
@@ -219,7 +213,7 @@ def test_a_plan_made_under_another_default_device_or_dtype_is_the_same():
 
 
 def test_a_plan_stands_on_the_device_asked_for(device):
-    plan = make_vision_plan(VisionConfig(), 5, 6, torch.device(device))
+    plan = make_vision_plan(VISION, 5, 6, torch.device(device))
     for name in ("window_order", "raster_order", "cos", "sin"):
         assert getattr(plan, name).device.type == device
 

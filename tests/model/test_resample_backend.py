@@ -18,6 +18,7 @@ from packaging.version import Version
 from transformers import AutoImageProcessor
 
 from qwen_batched import QwenBatchedVL, TensorProcessor, transformers_reference
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.inputs import resample_backend
 from qwen_batched.inputs.resample_backend import resolve_resample_backend
 from tests.support import noise
@@ -65,9 +66,9 @@ CHOICES = {
 @pytest.mark.parametrize(("release", "name"), CHOICES, ids=str)
 def test_the_default_is_that_of_the_transformers_release(installed, release, name):
     installed(True)
-    assert resolve_resample_backend(None, name, release) == CHOICES[release, name]
+    assert resolve_resample_backend(None, name, FAMILY.image_processor, release) == CHOICES[release, name]
     installed(False)
-    assert resolve_resample_backend(None, name, release) == "pillow"
+    assert resolve_resample_backend(None, name, FAMILY.image_processor, release) == "pillow"
 
 
 @pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", None])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qwen_batched import ops
-from qwen_batched.checkpoint.config import VisionConfig
+from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.model.geometry import make_vision_plan
 from qwen_batched.ops import reference
 from qwen_batched.ops.segments import Run, Segments
@@ -139,7 +139,7 @@ def check_attention(qkv, cos, sin, segments, num_heads):
 
 def check_windows(grid, num_heads, size, where, images=1, whole_image=False, **config):
     """The windows of an image of `grid` merged cells, in its own order and with its own rotary tables."""
-    config = dataclasses.replace(VisionConfig(), hidden_size=num_heads * size, num_heads=num_heads, **config)
+    config = dataclasses.replace(FAMILY.config.vision, hidden_size=num_heads * size, num_heads=num_heads, **config)
     plan = make_vision_plan(config, *grid, torch.device(where[0]))
     # Queries and keys large enough that attention is far from uniform.
     qkv = normal(images, plan.image.tokens, 3 * num_heads * size, where=where, scale=1.5)

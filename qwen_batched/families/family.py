@@ -1,0 +1,71 @@
+"""What tells one family of models from another, as one record of data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
+from qwen_batched.checkpoint.keys import KeyLayout
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a family writes prompts.
+
+    Attributes:
+        image_token: The token that stands for an image's features.
+        image: What a layout writes for an image; holds `image_token` once.
+        default_pad: Pads where the tokenizer names neither a pad nor an end token.
+        control_tokens: The added tokens of the family's published tokenizers, "special" there or not. In a user's text
+            they stay text. Every other added token of a checkpoint was added by its fine-tuner, and is read as a token.
+    """
+
+    image_token: str
+    image: str
+    default_pad: str
+    control_tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one `model_type`.
+
+    Attributes:
+        config: What config.json may leave out.
+        image: What the image processor's config may leave out.
+        image_processor: The class that the published image processor configs name.
+        keys: The layouts of stored keys.
+        prompt: How prompts are written.
+    """
+
+    config: QwenVLConfig
+    image: ImageConfig
+    image_processor: str
+    keys: KeyLayout
+    prompt: PromptStyle
+
+    @property
+    def model_type(self) -> str:
+        """Its name in config.json."""
+        return self.config.model_type
+
+    def read_config(self, raw: Mapping[str, Any]) -> QwenVLConfig:
+        """The model's shape. Raises `ValueError` for what this package does not implement."""
+        return QwenVLConfig.from_dict(raw, self.config)
+
+    def build_vision(self, config: QwenVLConfig) -> nn.Module:
+        """The vision transformer with fresh weights."""
+        return self._modeling().BatchedVisionTransformer(config.vision)
+
+    def build_decoder(self, config: QwenVLConfig) -> nn.Module:
+        """The decoder with fresh weights."""
+        return self._modeling().BatchedDecoder(config.text)
+
+    def _modeling(self) -> Any:
+        # By name: the networks are built from parts that know of families.
+        return importlib.import_module(f"qwen_batched.model.modeling_{self.model_type}_batched")
