@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qwen_batched.generation import Decoding
-from qwen_batched.inputs.batch import Batch, Features
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
 from qwen_batched.inputs.request import Request
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
-from qwen_batched.model.embedding import image_features
+from qwen_batched.model.embedding import block_outputs, image_features
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
@@ -87,18 +87,19 @@ class Calls:
         graph: bool,
         layers: Sequence[int] | None = None,
         chunk_size: int | None = None,
-    ) -> Features | list[Features]:
-        """The features of a request for images only."""
+    ) -> Features | list[FeatureMaps]:
+        """The features of a request for images only; with `layers` the outputs of these blocks."""
         visual = network.visual
-        # Without either it is called as `embed` calls it: hooks see the same arguments.
-        options = {} if layers is None and chunk_size is None else {"layers": layers, "chunk_size": chunk_size}
 
-        def run(request: Request) -> Features | list[Features]:
-            return image_features(visual, processor.batch(request, dtype), **options)
+        def run(request: Request) -> Features | list[FeatureMaps]:
+            batch = processor.batch(request, dtype)
+            if layers is None:
+                return image_features(visual, batch, chunk_size)
+            return block_outputs(visual, batch, layers, chunk_size)
 
         if not self._may_use_graphs(processor, request.device, graph):
             return run(request)
-        key = (repr(options), *_settings(processor, dtype))
+        key = (repr(layers), chunk_size, *_settings(processor, dtype))
         return self._by_graph(self.tower, [visual], key, run, request)
 
     @contextlib.contextmanager

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_batched.arguments import shown
+from qwen_batched.inputs.batch import Batch
 from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KVCache
-from qwen_batched.model.decoder import BatchedDecoder
+from qwen_batched.model.embedding import embed
 from qwen_batched.model.head import last_tokens
+from qwen_batched.model.pipeline import Network
 from qwen_batched.outputs import GenerateOutput
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.
@@ -103,14 +105,8 @@ class Decoding:
     @torch.no_grad()
     def __init__(
         self,
-        decoder: BatchedDecoder,
-        head: nn.Module,
-        inputs_embeds: Tensor,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        tokens: int | None,
-        *,
+        network: Network,
+        batch: Batch,
         max_new_tokens: int,
         sampling: Sampling,
         repetition_penalty: float,
@@ -118,40 +114,44 @@ class Decoding:
         """Runs the prompts and chooses the first token of each.
 
         Args:
-            decoder: The language model.
-            head: The output projection.
-            inputs_embeds: (B, S, D).
-            input_ids: Int64 (B, S); the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them.
-            position_ids: Int64 (3, B, S).
-            attention_mask: Bool (B, S).
-            tokens: As for `BatchedDecoder.forward`.
+            network: Its output projection is there.
+            batch: With texts; the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them too.
             max_new_tokens: At least 1.
             sampling: How tokens are chosen.
             repetition_penalty: 1 for none.
         """
-        batch, length = input_ids.shape
-        text, device = decoder.config, input_ids.device
-        self._decoder, self._head, self._sampling, self._penalty = decoder, head, sampling, repetition_penalty
+        visual, self._decoder, self._head = network
+        self._sampling, self._penalty = sampling, repetition_penalty
+        samples, length = batch.input_ids.shape
+        text, device, mask = self._decoder.config, batch.input_ids.device, batch.attention_mask
+        inputs_embeds, deep, _ = embed(visual, self._decoder, batch)
         self._cache = KVCache(
             text.num_hidden_layers,
-            batch,
+            samples,
             length + max_new_tokens,
             text.num_key_value_heads,
             text.head_dim,
             inputs_embeds,
         )
-        self._positions_B = position_ids.amax(dim=(0, 2))
+        self._positions_B = batch.rope_positions.amax(dim=(1, 2))
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
-        self._uniforms_BN = sampling.uniforms(batch, max_new_tokens, device)
-        self.tokens = torch.zeros(batch, max_new_tokens, dtype=torch.int64, device=device)
+        self._uniforms_BN = sampling.uniforms(samples, max_new_tokens, device)
+        self.tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
-        self._token_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._token_B = torch.zeros(samples, dtype=torch.int64, device=device)
         self._invalid = torch.full((), INVALID, device=device)
-        hidden_BSD = decoder(inputs_embeds, position_ids, attention_mask, cache=self._cache, tokens=tokens)[0]
-        logits_BW = self._logits(last_tokens(hidden_BSD, attention_mask))
+        hidden_BSD = self._decoder(
+            inputs_embeds,
+            batch.rope_positions.transpose(0, 1),
+            mask,
+            cache=self._cache,
+            tokens=batch.tokens,
+            deep_features=deep,
+        )[0]
+        logits_BW = self._logits(last_tokens(hidden_BSD, mask))
         self._seen_BW: Tensor | None = None
         if repetition_penalty != 1:
-            counts_BW = torch.zeros_like(logits_BW).scatter_add_(1, input_ids, attention_mask.float())
+            counts_BW = torch.zeros_like(logits_BW).scatter_add_(1, batch.input_ids, mask.float())
             self._seen_BW = counts_BW > 0
         self._append(logits_BW)
 

@@ -20,7 +20,7 @@ from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
 from qwen_batched.families import read_config
 from qwen_batched.generation import Decoding, Sampling, generate_texts
-from qwen_batched.inputs.batch import Features
+from qwen_batched.inputs.batch import FeatureMaps
 from qwen_batched.inputs.checks import (
     Resize,
     check_chunk_size,
@@ -34,7 +34,6 @@ from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restor
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
-from qwen_batched.model.embedding import embed
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
@@ -275,7 +274,7 @@ class QwenBatchedVL(Trainable):
         resize: Resize = "hf",
         chunk_size: int | None = None,
         cuda_graph: bool = True,
-    ) -> Features | list[Features]:
+    ) -> FeatureMaps | list[FeatureMaps]:
         """Image features without the decoder.
 
         On a GPU, where no gradient is wanted, shapes get CUDA graphs as in `forward`.
@@ -306,9 +305,10 @@ class QwenBatchedVL(Trainable):
         check_no_gradient_in_a_capture(self, device, images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
         try:
-            return self._calls.encode(
+            found = self._calls.encode(
                 self._network, self.processor, request, self.dtype, cuda_graph, layers, chunk_size
             )
+            return found.main if layers is None else found
         except torch.OutOfMemoryError as error:
             reason = str(error)
         self._calls.tower.clear()
@@ -408,19 +408,8 @@ class QwenBatchedVL(Trainable):
         )
         with torch.no_grad():
             batch = self._calls.batch(self._network, self.processor, request, self.dtype, cuda_graph)
-            inputs_embeds, _ = embed(self.visual, self.model, batch)
-        decoding = Decoding(
-            self.model,
-            self.lm_head,
-            inputs_embeds,
-            batch.input_ids,
-            batch.rope_positions.transpose(0, 1),
-            batch.attention_mask,
-            batch.tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            repetition_penalty=self.generation_config.repetition_penalty,
-        )
+        penalty = self.generation_config.repetition_penalty
+        decoding = Decoding(self._network, batch, max_new_tokens, sampling, penalty)
         prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
         with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
             return generate_texts(decoding, step, prompts, end_tokens, stream=stream, progress=progress)

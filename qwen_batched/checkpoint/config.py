@@ -36,13 +36,25 @@ class VisionConfig:
     patch_size: int
     spatial_merge_size: int
     temporal_patch_size: int
-    window_size: int
     out_hidden_size: int
-    fullatt_block_indexes: tuple[int, ...]
-    rope_theta: float
+    hidden_act: str
+    rope_theta: float | None = None  # None: no rotary embedding
+    window_size: int | None = None  # None: every block attends to whole images
+    fullatt_block_indexes: tuple[int, ...] | None = None
+    num_position_embeddings: int | None = None  # of a learned table, a square of rows and columns
+    deepstack_visual_indexes: tuple[int, ...] | None = None  # blocks whose outputs the decoder takes too
+    leading_tokens: int = 0  # learned ones before an image's patches
 
     def __post_init__(self) -> None:
         _check_blocks("vision_config.depth", self.depth)
+        table = (self.num_position_embeddings or 0) - self.leading_tokens
+        if self.num_position_embeddings is not None and (table < 1 or math.isqrt(table) ** 2 != table):
+            raise ValueError(
+                f"vision_config.num_position_embeddings must be a square and {self.leading_tokens} leading tokens, "
+                f"got {self.num_position_embeddings}"
+            )
+        if self.leading_tokens and self.window_size is not None:
+            raise ValueError(f"vision_config: leading tokens belong to no window, got window_size={self.window_size}")
         if self.in_channels != 3:
             raise ValueError(f"vision_config.in_channels must be 3 (RGB), got {self.in_channels}")
         if self.hidden_size % self.num_heads or self.head_dim % 4:
@@ -50,7 +62,7 @@ class VisionConfig:
                 "vision_config.hidden_size must be num_heads heads of a multiple of 4 (rotary over rows and columns), "
                 f"got hidden_size={self.hidden_size}, num_heads={self.num_heads}"
             )
-        if self.window_cells < 1:
+        if self.window_size is not None and self.window_cells < 1:
             raise ValueError(
                 f"vision_config.window_size must hold a merged cell of {self.cell_size} pixels, got {self.window_size}"
             )
@@ -114,11 +126,14 @@ class TextConfig:
     max_position_embeddings: int
     rope_theta: float
     mrope_section: tuple[int, ...]
+    hidden_act: str
+    explicit_head_dim: int | None = None  # None: the heads share the width
     yarn: Yarn | None = None  # None: rope is not scaled
 
     def __post_init__(self) -> None:
         _check_blocks("num_hidden_layers", self.num_hidden_layers)
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+        divides = self.explicit_head_dim is not None or self.hidden_size % self.num_attention_heads == 0
+        if not divides or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "text config: num_attention_heads must divide hidden_size and be a multiple of num_key_value_heads, "
                 f"got hidden_size={self.hidden_size}, num_attention_heads={self.num_attention_heads}, "
@@ -132,7 +147,7 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.explicit_head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass  # not frozen: where merging parts head and embedding, peft says so here
@@ -247,7 +262,7 @@ class ImageConfig:
 
 
 def _vision_config(raw: Mapping[str, Any], defaults: VisionConfig) -> VisionConfig:
-    _require(raw, "vision_config.hidden_act", "hidden_act", ("silu",))
+    _require(raw, "vision_config.hidden_act", "hidden_act", (defaults.hidden_act,))
     rope = _rope(raw)
     _require(rope, "the vision's rope_type", "rope_type", ("axial", "default"))
     # The published files also have in_chans and spatial_patch_size; transformers reads neither.
@@ -255,7 +270,7 @@ def _vision_config(raw: Mapping[str, Any], defaults: VisionConfig) -> VisionConf
 
 
 def _text_config(raw: Mapping[str, Any], defaults: TextConfig, nested: bool) -> TextConfig:
-    _require(raw, "hidden_act", "hidden_act", ("silu",))
+    _require(raw, "hidden_act", "hidden_act", (defaults.hidden_act,))
     if raw.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not supported")
     layer_types = raw.get("layer_types") or []
@@ -271,7 +286,9 @@ def _text_config(raw: Mapping[str, Any], defaults: TextConfig, nested: bool) -> 
     merged = {**raw, "mrope_section": rope.get("mrope_section"), **_given(rope, "rope_theta")}
     if "num_key_value_heads" in merged and merged["num_key_value_heads"] is None:
         merged["num_key_value_heads"] = merged.get("num_attention_heads", defaults.num_attention_heads)
-    config = _from_fields(defaults, {**merged, "yarn": None})
+    if defaults.explicit_head_dim is not None:
+        merged["explicit_head_dim"] = raw.get("head_dim")
+    config = _from_fields(defaults, merged)
     if raw.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"head_dim must be {config.head_dim}, got {shown(raw['head_dim'])}")
     if rope["rope_type"] != "yarn":
@@ -359,11 +376,14 @@ C = TypeVar("C")
 
 
 def _from_fields(defaults: C, raw: Mapping[str, Any], where: str = "") -> C:
-    """`defaults` with those keys of `raw` that are its fields, each checked against the default's type."""
+    """`defaults` with those keys of `raw` that are its fields, each checked against the default's type.
+
+    A field that is None there is nothing that files of the family say.
+    """
     values = {}
     for field in fields(defaults):
         value, default = raw.get(field.name), getattr(defaults, field.name)
-        if value is None:
+        if value is None or default is None:
             continue
         if isinstance(value, list):
             value = tuple(value)
@@ -374,6 +394,8 @@ def _from_fields(defaults: C, raw: Mapping[str, Any], where: str = "") -> C:
 
 
 def _like_default(value: object, default: object) -> bool:
+    if isinstance(default, str):
+        return value == default
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(fits(item, type(default[0])) and item >= 0 for item in value)
     return fits(value, type(default)) and value > 0

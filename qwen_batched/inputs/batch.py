@@ -8,12 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree
 
 Grid = tuple[int, int]  # height and width of an image in merged cells
-Features = Tensor | list[Tensor]  # (B, V, h, w, D), or one (B, h, w, D) for each camera
+FeatureMaps = Tensor | list[Tensor]  # (B, V, h, w, D), or one (B, h, w, D) for each camera
+
+
+class Features(NamedTuple):
+    """What the decoder takes of images.
+
+    Attributes:
+        main: (B, V, h, w, D), or V tensors (B, h_v, w_v, D).
+        deep: One such item for each of the config's `deepstack_visual_indexes`. The decoder adds the first to the image
+            tokens after its first block, and so on.
+    """
+
+    main: FeatureMaps
+    deep: list[FeatureMaps]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ K key/value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
 from qwen_batched.model.geometry import decoder_frequencies
-from qwen_batched.model.parts.mlps import SwiGLU
-from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
+from qwen_batched.model.parts.norms import AddNorm, stream_of
+from qwen_batched.model.parts.ropes import RopeRule
 from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
@@ -39,7 +39,7 @@ from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheck
 MAX_DEVICES = 8
 
 
-class BatchedDecoder(GradientCheckpointing):
+class Decoder(GradientCheckpointing):
     """The language model: causal grouped-query attention with multimodal rope.
 
     Inside, the tokens of all samples stand back to back, so that padding costs nothing. For attention alone each
@@ -47,12 +47,33 @@ class BatchedDecoder(GradientCheckpointing):
     whichever side the caller pads on, the same numbers come out.
     """
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        norm: Callable[[int], AddNorm],
+        mlp: Callable[[], nn.Module],
+        qkv_bias: bool,
+        qk_norm: Callable[[int], AddNorm] | None = None,
+        rope: RopeRule = ops.mrope_tables,
+    ) -> None:
+        """Builds the modules with fresh weights.
+
+        Args:
+            config: Sizes.
+            norm: Makes a block's norms and the final one, of so many channels.
+            mlp: Makes a block's MLP.
+            qkv_bias: Whether queries, keys and values have biases.
+            qk_norm: Makes the norms of a query's and a key's head, before they are rotated.
+            rope: Makes the rotation of positions.
+        """
         super().__init__()
         self.config = config
+        self.rope = rope
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderBlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(
+            DecoderBlock(config, index, norm, mlp, qkv_bias, qk_norm) for index in range(config.num_hidden_layers)
+        )
+        self.norm = norm(config.hidden_size)
         self._inv_freq = LRUCache(MAX_DEVICES)
 
     @classmethod
@@ -63,7 +84,7 @@ class BatchedDecoder(GradientCheckpointing):
         device: Device = None,
         num_layers: int | None = None,
         **options: Any,
-    ) -> BatchedDecoder:
+    ) -> Decoder:
         """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
@@ -94,6 +115,7 @@ class BatchedDecoder(GradientCheckpointing):
         norm: str = "post",
         cache: KVCache | None = None,
         tokens: int | None = None,
+        deep_features: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Hidden states of the `layers` asked for; blocks above the highest are not run.
 
@@ -106,6 +128,8 @@ class BatchedDecoder(GradientCheckpointing):
             cache: Takes the keys and values of the tokens.
             tokens: How many tokens to compute, no fewer than are not padding: the host's count of them, so that padding
                 is left out without reading the mask back. None computes padding too.
+            deep_features: Each (B, S, D), zero on tokens of text. The first is added to the output of the first block,
+                and so on; a layer's hidden states are those before that, as in transformers.
 
         Returns:
             One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
@@ -121,7 +145,7 @@ class BatchedDecoder(GradientCheckpointing):
         places_T, rows = unpad(attention_mask, tokens)
         rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
         context = PromptContext(*rope, places_T, rows, cache)
-        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm)
+        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm, deep_features)
         if cache is not None:
             cache.end_prompt(attention_mask.sum(dim=1))
         return [context.place(x_TD) for x_TD in hidden_states]
@@ -135,7 +159,7 @@ class BatchedDecoder(GradientCheckpointing):
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        cos, sin = ops.mrope_tables(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
+        cos, sin = self.rope(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
         if config.yarn is None:
             return cos, sin
         return cos * config.yarn.attention_factor, sin * config.yarn.attention_factor
@@ -145,7 +169,9 @@ class BatchedDecoder(GradientCheckpointing):
         config = self.config
         return self._inv_freq.get((config, device), lambda: decoder_frequencies(config).to(device))
 
-    def _run_blocks(self, x_TD: Tensor, context: Context, wanted: list[int], norm: str) -> list[Tensor]:
+    def _run_blocks(
+        self, x_TD: Tensor, context: Context, wanted: list[int], norm: str, deep_features: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         last = self.config.num_hidden_layers
         update, residual = x_TD, None
         outputs = {0: x_TD}
@@ -157,6 +183,8 @@ class BatchedDecoder(GradientCheckpointing):
                 update, residual = context.take(block(context.place(stream_TD), context)), None
             if index in wanted and index < last:
                 outputs[index] = stream_of(update, residual)
+            if index <= len(deep_features):
+                update, residual = stream_of(update, residual) + context.take(deep_features[index - 1]), None
         if last in wanted:
             normed, stream = self.norm(update, residual)
             outputs[last] = normed if norm == "post" else stream
@@ -166,12 +194,20 @@ class BatchedDecoder(GradientCheckpointing):
 class DecoderBlock(CheckpointedBlock):
     """Attention and MLP: (B, S, D) to (B, S, D)."""
 
-    def __init__(self, config: TextConfig, index: int) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        index: int,
+        norm: Callable[[int], AddNorm],
+        mlp: Callable[[], nn.Module],
+        qkv_bias: bool,
+        qk_norm: Callable[[int], AddNorm] | None,
+    ) -> None:
         super().__init__()
-        self.input_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DecoderAttention(config, index)
-        self.post_attention_layernorm = AddRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
+        self.input_layernorm = norm(config.hidden_size)
+        self.self_attn = DecoderAttention(config, index, qkv_bias, qk_norm)
+        self.post_attention_layernorm = norm(config.hidden_size)
+        self.mlp = mlp()
 
     def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         update_TD, residual_TD = self.advance(context.take(x_BSD), None, context)
@@ -191,20 +227,34 @@ class DecoderBlock(CheckpointedBlock):
 class DecoderAttention(nn.Module):
     """Causal grouped-query attention with multimodal rope."""
 
-    def __init__(self, config: TextConfig, index: int) -> None:
+    def __init__(
+        self, config: TextConfig, index: int, qkv_bias: bool, qk_norm: Callable[[int], AddNorm] | None
+    ) -> None:
         super().__init__()
-        self.index = index
-        self.num_kv_heads = config.num_key_value_heads
+        self.index, self.has_qk_norm = index, qk_norm is not None
+        self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         dim, kv_dim = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, kv_dim)
-        self.v_proj = nn.Linear(dim, kv_dim)
-        self.o_proj = nn.Linear(dim, dim, bias=False)
+        q_dim = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(dim, q_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, kv_dim, bias=qkv_bias)
+        self.v_proj = nn.Linear(dim, kv_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(q_dim, dim, bias=False)
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = qk_norm(config.head_dim), qk_norm(config.head_dim)
         self._qkv = FusedLinear(self, ("q_proj", "k_proj", "v_proj"))
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        qkv = self._qkv(self, x_TD)  # (T, D + 2 * K * E)
+        qkv = self._qkv(self, x_TD)  # (T, (N + 2 * K) * E)
+        if self.has_qk_norm:
+            qkv = self._normalise_heads(qkv)
         return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads))
+
+    def _normalise_heads(self, qkv: Tensor) -> Tensor:
+        """The same with each query's and key's head normalised."""
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        num_kv = self.num_kv_heads
+        q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
+        return torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> DecoderAttention:
         super()._apply(*arguments, **keywords)

@@ -2,50 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from qwen_batched.inputs.batch import Batch, Features
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
 from qwen_batched.inputs.sequence import place_features
-from qwen_batched.model.decoder import BatchedDecoder
-from qwen_batched.model.vision import BatchedVisionTransformer
+from qwen_batched.model.decoder import Decoder
+from qwen_batched.model.vision import VisionTransformer
 from qwen_batched.training.process_groups import needs_collective_participation
 
 
-def embed(visual: BatchedVisionTransformer, decoder: BatchedDecoder, batch: Batch) -> tuple[Tensor, Features | None]:
-    """The embeddings, and the image features (see `BatchedVisionTransformer.forward`); None without images.
+class Embedded(NamedTuple):
+    """What the decoder takes, and where it comes from.
 
-    Samples that are not `valid` become NaN.
+    Attributes:
+        inputs_embeds: (B, S, D).
+        deep: Deep features where the main ones stand, each (B, S, D) and zero on text: see `Decoder.forward`.
+        features: None without images.
     """
+
+    inputs_embeds: Tensor
+    deep: list[Tensor]
+    features: Features | None
+
+
+def embed(visual: VisionTransformer, decoder: Decoder, batch: Batch) -> Embedded:
+    """A batch's embeddings. Samples that are not `valid` become NaN."""
     features = batch.features if batch.pixel_values is None else image_features(visual, batch)
     embeds_BSD = decoder.embed_tokens(batch.input_ids)
     placed = features
     if features is None and needs_collective_participation(visual):
         # The others may have images: so one blank cell goes through the tower, and to no place.
-        placed = _blank_feature(visual, batch.input_ids)
+        placed = _blank_features(visual, batch.input_ids)
+    deep = []
     if placed is not None:
-        embeds_BSD = place_features(embeds_BSD, placed, batch.feature_index)
+        blank = torch.zeros_like(embeds_BSD) if placed.deep else None
+        deep = [place_features(blank, maps, batch.feature_index) for maps in placed.deep]
+        embeds_BSD = place_features(embeds_BSD, placed.main, batch.feature_index)
     if batch.valid is not None:
         embeds_BSD = embeds_BSD.masked_fill(~batch.valid[:, None, None], torch.nan)
-    return embeds_BSD, features
+    return Embedded(embeds_BSD, deep, features)
 
 
-def image_features(visual: BatchedVisionTransformer, batch: Batch, **options: object) -> Features | list[Features]:
-    """The features of a batch's pixels, with `layers` those of each layer, in the form in which cameras were given."""
-    features = visual(batch.pixel_values, batch.grids, batch.camera_present, **options)
-    if not batch.as_list:
-        return features
-    return [*map(_by_camera, features)] if options.get("layers") is not None else _by_camera(features)
+def image_features(visual: VisionTransformer, batch: Batch, chunk_size: int | None = None) -> Features:
+    """The features of a batch's pixels, in the form in which cameras were given."""
+    # No argument more than there must be, so that hooks see the call that users write.
+    options = {} if chunk_size is None else {"chunk_size": chunk_size}
+    if visual.config.deepstack_visual_indexes is None:
+        main, deep = visual(batch.pixel_values, batch.grids, batch.camera_present, **options), []
+    else:
+        main, deep = visual(batch.pixel_values, batch.grids, batch.camera_present, deepstack=True, **options)
+    return Features(_as_given(main, batch), [_as_given(maps, batch) for maps in deep])
 
 
-def _by_camera(features: Features) -> list[Tensor]:
-    """Features (B, V, ...) as one tensor for each camera."""
-    return [camera.contiguous() for camera in features.unbind(1)] if isinstance(features, Tensor) else features
+def block_outputs(
+    visual: VisionTransformer, batch: Batch, layers: Sequence[int], chunk_size: int | None
+) -> list[FeatureMaps]:
+    """The outputs of blocks for a batch's pixels, in the form in which cameras were given."""
+    outputs = visual(batch.pixel_values, batch.grids, batch.camera_present, layers=layers, chunk_size=chunk_size)
+    return [_as_given(maps, batch) for maps in outputs]
 
 
-def _blank_feature(visual: BatchedVisionTransformer, input_ids: Tensor) -> Tensor:
-    """(B, 1, 1, 1, D)."""
+def _as_given(maps: FeatureMaps, batch: Batch) -> FeatureMaps:
+    """One tensor (B, V, ...) as one for each camera, where cameras were given so."""
+    if not batch.as_list or not isinstance(maps, Tensor):
+        return maps
+    return [camera.contiguous() for camera in maps.unbind(1)]
+
+
+def _blank_features(visual: VisionTransformer, input_ids: Tensor) -> Features:
+    """Of one cell for each sample: (B, 1, 1, 1, D)."""
     config = visual.config
     pixel_values = torch.zeros(1, 1, config.cell_patches, config.patch_dim, device=input_ids.device)
-    feature = visual(pixel_values, ((1, 1),))
-    return feature.expand(len(input_ids), -1, -1, -1, -1)
+    main, deep = image_features(visual, Batch(pixel_values=pixel_values, grids=((1, 1),)))
+    shape = (input_ids.shape[0], -1, -1, -1, -1)
+    return Features(main.expand(shape), [maps.expand(shape) for maps in deep])

@@ -7,7 +7,7 @@ windows and its rotary tables, as tensors ready on a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from qwen_batched.inputs.checks import MAX_ASPECT_RATIO
 from qwen_batched.ops.segments import Run, Segments
 from qwen_batched.runtime.lru_cache import LRUCache
 
+IMAGE, WINDOWS = "image", "windows"  # what a block of the vision transformer attends within
 MAX_REDUCTION_ON_GPU = 64
 MAX_PLANS = 64
 # H200, bf16: products over 16384 rows take 0.85 to 0.96 of the time per row of those over 65536, and memory is bounded.
@@ -33,21 +34,44 @@ class VisionPlan:
     Patches stand in window order: windows of equal shape back to back, full ones first; inside a window, cells in
     raster order; inside a cell, patches in raster order. So every shape of window is one dense batch.
 
+    Where the vision transformer has leading tokens, an image has as many more tokens in front of its patches.
+
     Attributes:
         window_order: (M,) int64, the raster index of the cell at each place of the window order.
         raster_order: (h, w) int64, the place in window order of each cell; the inverse of `window_order`.
-        windows: The attention windows, at most four runs (full, right edge, bottom edge, corner), in patches.
-        image: The whole image as one segment.
-        cos: (P, head_dim / 2) float32, rotary table in window order: rows, then columns.
+        segments: By name, what a block may attend within: the whole image as one segment (`IMAGE`); and the attention
+            windows (`WINDOWS`), at most four runs (full, right edge, bottom edge, corner), where there are any.
+        cos: (P, head_dim / 2) float32, rotary table in window order: rows, then columns. Those of no rotation without
+            rotary embedding, and for leading tokens.
         sin: (P, head_dim / 2) float32.
+        taps: Where the tokens are in the learned position table; None where there is none.
+        leading: How many leading tokens an image has.
     """
 
     window_order: Tensor
     raster_order: Tensor
-    windows: Segments
-    image: Segments
+    segments: Mapping[str, Segments]
     cos: Tensor
     sin: Tensor
+    taps: Taps | None
+    leading: int
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Rows of a position table and their weights: token `t` gets the sum of `table[rows[t]] * weights[t]`.
+
+    Attributes:
+        rows: Int64 (P, 4).
+        weights: Float32 (P, 4).
+    """
+
+    rows: Tensor
+    weights: Tensor
+
+    def of(self, table: Tensor) -> Tensor:
+        """(P, C) of a table (rows, C), in its dtype; summed in float32."""
+        return (table[self.rows] * self.weights[..., None]).sum(dim=1).to(table.dtype)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -110,21 +134,28 @@ def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device)
     # Made on the host: the tables are small, and their values do not depend on the GPU's arithmetic.
     with torch.device("cpu"):
         window_order, windows = _window_order(config, h, w)
-        cos, sin = _rotary_tables(config, rows=window_order // w, columns=window_order % w)
         raster_order = torch.argsort(window_order).view(h, w)
+        places = _patch_places(config.spatial_merge_size, rows=window_order // w, columns=window_order % w)
+        cos, sin = _rotary_tables(config, places)
+        taps = _position_taps(config, places, [side * config.spatial_merge_size for side in (h, w)])
+    leading = config.leading_tokens
+    runs = {IMAGE: (Run(start=0, count=1, length=leading + h * w * config.cell_patches),)}
+    if config.window_size is not None:
+        runs[WINDOWS] = windows
     return VisionPlan(
         window_order=window_order.to(device),
         raster_order=raster_order.to(device),
-        windows=Segments.of(windows, device),
-        image=Segments.of((Run(start=0, count=1, length=h * w * config.cell_patches),), device),
+        segments={name: Segments.of(each, device) for name, each in runs.items()},
         cos=cos.to(device),
         sin=sin.to(device),
+        taps=None if taps is None else Taps(taps.rows.to(device), taps.weights.to(device)),
+        leading=leading,
     )
 
 
 def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[Run, ...]]:
     """Cells (raster index) in window order, and the runs of equal windows, in patches."""
-    side = config.window_cells
+    side = max(h, w) if config.window_size is None else config.window_cells
     cells = torch.arange(h * w).view(h, w)
     full_h, full_w = h - h % side, w - w % side
     # (rows, columns, window height, window width) of the full, right edge, bottom edge and corner windows
@@ -147,15 +178,46 @@ def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[R
     return torch.cat(order), tuple(runs)
 
 
-def _rotary_tables(config: VisionConfig, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (P, head_dim / 2): a quarter of the head turns with the patch's row, the next with its column."""
-    merge, axis_dim = config.spatial_merge_size, config.head_dim // 2
+def _patch_places(merge: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of each patch (P,), of cells (M,) at `rows` and `columns`."""
     inner_rows, inner_columns = torch.arange(merge).repeat_interleave(merge), torch.arange(merge).repeat(merge)
-    rows_P = (rows[:, None] * merge + inner_rows).flatten()
-    columns_P = (columns[:, None] * merge + inner_columns).flatten()
-    inv_freq = inverse_frequencies(axis_dim, config.rope_theta)
-    angles = torch.cat([x[:, None].float() * inv_freq for x in (rows_P, columns_P)], dim=1)
+    return (rows[:, None] * merge + inner_rows).flatten(), (columns[:, None] * merge + inner_columns).flatten()
+
+
+def _rotary_tables(config: VisionConfig, places: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin (P, head_dim / 2): a quarter of the head turns with the patch's row, the next with its column."""
+    if config.rope_theta is None:
+        inv_freq = torch.zeros(config.head_dim // 4, dtype=torch.float32)
+    else:
+        inv_freq = inverse_frequencies(config.head_dim // 2, config.rope_theta)
+    angles = torch.cat([x[:, None].float() * inv_freq for x in places], dim=1)
+    angles = F.pad(angles, (0, 0, config.leading_tokens, 0))
     return angles.cos(), angles.sin()
+
+
+def _position_taps(config: VisionConfig, places: tuple[Tensor, Tensor], sizes: Sequence[int]) -> Taps | None:
+    """Bilinear interpolation with aligned corners, of the table's sides to the image's `sizes` in patches.
+
+    In the order of transformers' operations (`get_vision_interpolation_indices_and_weights`), float32. The table's
+    first rows are those of leading tokens.
+    """
+    if config.num_position_embeddings is None:
+        return None
+    leading = config.leading_tokens
+    side = math.isqrt(config.num_position_embeddings - leading)
+    lows, highs, shares = [], [], []
+    for place_P, size in zip(places, sizes, strict=True):
+        at_P = place_P.float() * (side - 1) / max(size - 1, 1)
+        low_P = at_P.long()
+        lows.append(low_P)
+        highs.append((low_P + 1).clamp(max=side - 1))
+        shares.append(at_P - low_P)
+    (top, left), (bottom, right), (down, across) = lows, highs, shares
+    rows = torch.stack([row * side + column for row in (top, bottom) for column in (left, right)], dim=1)
+    weights = torch.stack([y * x for y in (1 - down, down) for x in (1 - across, across)], dim=1)
+    first_rows = torch.arange(leading)[:, None].expand(-1, 4)
+    first_weights = torch.eye(1, 4, dtype=torch.float32).expand(leading, -1)
+    return Taps(torch.cat((first_rows, rows + leading)), torch.cat((first_weights, weights)))
 
 
 def split_into_passes(counts: Sequence[int], patches: Sequence[int], chunk_size: int | None) -> list[dict[int, slice]]:

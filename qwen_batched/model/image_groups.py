@@ -14,11 +14,19 @@ from qwen_batched.model.geometry import VisionPlan
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """`count` images of one size, back to back: `patches` in all."""
+    """`count` images of one size, back to back: `tokens` in all."""
 
     count: int
     plan: VisionPlan
-    patches: int
+    tokens: int
+
+
+def without_leading(x: Tensor | None, groups: Sequence[ImageGroup]) -> Tensor | None:
+    """The tokens of all images, (T, C), without their leading ones; None stays None."""
+    if x is None or groups[0].plan.leading == 0:
+        return x
+    parts = zip(x.split([group.tokens for group in groups]), groups, strict=True)
+    return join([part.unflatten(0, (group.count, -1))[:, group.plan.leading :].flatten(0, 1) for part, group in parts])
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -13,17 +13,18 @@ from torch import nn
 
 from qwen_batched.inputs.batch import Batch
 from qwen_batched.linear.apply import apply_linear
+from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.embedding import embed
 from qwen_batched.model.head import answer_loss, last_tokens
-from qwen_batched.model.modeling_qwen2_5_vl_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.model.vision import VisionTransformer
 from qwen_batched.outputs import VLOutput
 
 
 class Network(NamedTuple):
     """The modules of a model: the vision transformer, the decoder, and the output projection or None."""
 
-    visual: BatchedVisionTransformer
-    decoder: BatchedDecoder
+    visual: VisionTransformer
+    decoder: Decoder
     head: nn.Module | None
 
 
@@ -33,7 +34,7 @@ class Wanted:
 
     Attributes:
         layers: Indices of hidden states, 0 for the input embeddings.
-        norm: "post" or "pre", see `BatchedDecoder.forward`.
+        norm: "post" or "pre", see `Decoder.forward`.
         logits: None, "last" or "all".
     """
 
@@ -45,11 +46,13 @@ class Wanted:
 def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
     """The result of a batch with texts."""
     decoder, head = network.decoder, network.head
-    inputs_embeds, features = embed(network.visual, decoder, batch)
+    inputs_embeds, deep, features = embed(network.visual, decoder, batch)
     mask, position_ids = batch.attention_mask, batch.rope_positions.transpose(0, 1)
     needs_last = wanted.logits is not None or batch.labels is not None
     layers = [*wanted.layers, decoder.config.num_hidden_layers] if needs_last else wanted.layers
-    hidden_states = decoder(inputs_embeds, position_ids, mask, layers, wanted.norm, tokens=batch.tokens)
+    hidden_states = decoder(
+        inputs_embeds, position_ids, mask, layers, wanted.norm, tokens=batch.tokens, deep_features=deep
+    )
     logits = loss = None
     if needs_last:
         last = hidden_states.pop()
@@ -67,7 +70,7 @@ def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
         camera_ids=batch.camera_ids,
         position_ids=position_ids,
         input_ids=batch.input_ids,
-        image_features=features,
+        image_features=None if features is None else features.main,
         logits=logits,
         loss=loss,
     )

@@ -7,7 +7,7 @@ K key/value heads, E head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import family_of, read_config
-from qwen_batched.inputs.batch import Grid
+from qwen_batched.inputs.batch import FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import (
     check_camera_mask,
     check_chunk_size,
@@ -31,36 +31,59 @@ from qwen_batched.inputs.checks import (
 )
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
-from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, split_into_passes, vision_plan
-from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster
-from qwen_batched.model.parts.mlps import SwiGLU
-from qwen_batched.model.parts.norms import AddRMSNorm, stream_of
-from qwen_batched.model.parts.patches import VISION_NORM_EPS, PatchEmbed, PatchMerger
+from qwen_batched.model.geometry import IMAGE, MAX_PLANS, WINDOWS, VisionPlan, split_into_passes, vision_plan
+from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster, without_leading
+from qwen_batched.model.parts.norms import AddNorm, stream_of
+from qwen_batched.model.parts.patches import PatchEmbed
 from qwen_batched.runtime.fast_path import can_fuse
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
 from qwen_batched.training.process_groups import needs_collective_participation
 
 
-class BatchedVisionTransformer(GradientCheckpointing):
-    """The vision tower: windowed attention in most blocks, attention over each whole image in a few.
+class VisionTransformer(GradientCheckpointing):
+    """The vision tower: attention within windows or within each whole image.
 
     Every image attends to itself only. Linear layers run over the patches of all images at once; attention runs as
     dense batches of equal windows, so memory grows linearly with the number of images.
     """
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        norm: Callable[[int], AddNorm],
+        mlp: Callable[[], nn.Module],
+        merger: Callable[[], nn.Module],
+        deep_merger: Callable[[], nn.Module] | None = None,
+        patch_bias: bool = False,
+    ) -> None:
+        """Builds the modules with fresh weights.
+
+        Args:
+            config: Sizes, and which parts there are.
+            norm: Makes a block's norms, of so many channels.
+            mlp: Makes a block's MLP.
+            merger: Makes what joins patches: an update and the residual stream, (T, C) each, to (M, D).
+            deep_merger: Makes those of `deepstack_visual_indexes`.
+            patch_bias: Whether the patch embedding has one.
+        """
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
+        self.patch_embed = PatchEmbed(config, patch_bias)
+        if config.leading_tokens:
+            self.class_embedding = nn.Parameter(torch.zeros(config.leading_tokens, config.hidden_size))
+        if config.num_position_embeddings is not None:
+            self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config, norm, mlp) for _ in range(config.depth))
+        self.merger = merger()
+        if config.deepstack_visual_indexes is not None:
+            self.deepstack_merger_list = nn.ModuleList(deep_merger() for _ in config.deepstack_visual_indexes)
         self.plans = LRUCache(MAX_PLANS)  # a processor may share it
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | str = "auto", device: Device = None, **options: Any
-    ) -> BatchedVisionTransformer:
+    ) -> VisionTransformer:
         """The vision transformer of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
@@ -90,7 +113,8 @@ class BatchedVisionTransformer(GradientCheckpointing):
         camera_present: Tensor | None = None,
         layers: Sequence[int] | None = None,
         chunk_size: int | None = None,
-    ) -> Tensor | list[Tensor] | list[Tensor | list[Tensor]]:
+        deepstack: bool = False,
+    ) -> FeatureMaps | list[FeatureMaps] | Features:
         """Features of a batch of images, as `TensorProcessor` prepares them.
 
         Args:
@@ -103,6 +127,7 @@ class BatchedVisionTransformer(GradientCheckpointing):
                 of these blocks; later blocks are not run.
             chunk_size: Most images per pass; None for about 16384 patches, or for one pass where other processes wait
                 (`needs_collective_participation`). It changes memory and speed, not results.
+            deepstack: Return `Features`; not with `layers`.
 
         Returns:
             (B, V, h, w, D), or V tensors (B, h_v, w_v, D) when sizes differ. With `layers`, a list of one such item
@@ -114,7 +139,10 @@ class BatchedVisionTransformer(GradientCheckpointing):
         """
         config = self.config
         chunk_size = check_chunk_size(chunk_size)
+        if deepstack and layers is not None:
+            raise ValueError(f"layers must be None with deepstack, got {layers!r:.200}")
         wanted = None if layers is None else resolve_layers(layers, config.depth)
+        deep = (config.deepstack_visual_indexes or ()) if deepstack else ()
         grids = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
@@ -125,51 +153,88 @@ class BatchedVisionTransformer(GradientCheckpointing):
             camera_present = camera_present.to(device, non_blocking=True)
         plans = [self.plan(*grid, device) for grid in (grids[:1] if uniform else grids)]
 
-        images = self._run_in_passes(pixels, plans, wanted, chunk_size)
+        images = self._run_in_passes(pixels, plans, wanted, deep, chunk_size)
         features = [by_camera(groups, batch, camera_present, uniform) for groups in images]
+        if deepstack:
+            return Features(features[0], features[1:])
         return features[0] if layers is None else features
 
     def _run_in_passes(
-        self, pixels: list[Tensor], plans: list[VisionPlan], wanted: list[int] | None, chunk_size: int | None
+        self,
+        pixels: list[Tensor],
+        plans: list[VisionPlan],
+        wanted: list[int] | None,
+        deep: Sequence[int],
+        chunk_size: int | None,
     ) -> list[list[Tensor]]:
         """Pixels (count, P, patch_dim) of each size: for each output, (count, rows, columns, width) of each size."""
-        collected = [[[] for _ in plans] for _ in wanted or (None,)]
-        counts, patches = [len(part) for part in pixels], [len(plan.cos) for plan in plans]
+        collected = [[[] for _ in plans] for _ in wanted or (None, *deep)]
+        counts, tokens = [len(part) for part in pixels], [len(plan.cos) for plan in plans]
         if chunk_size is None and needs_collective_participation(self):
             chunk_size = sum(counts)  # one pass: as many as the others make, whatever images they have
-        for rows in split_into_passes(counts, patches, chunk_size):
-            outputs = self._run_pass([(pixels[size][images], plans[size]) for size, images in rows.items()], wanted)
+        for rows in split_into_passes(counts, tokens, chunk_size):
+            parts = [(pixels[size][images], plans[size]) for size, images in rows.items()]
+            outputs = self._run_pass(parts, wanted, deep)
             for sizes, output in zip(collected, outputs, strict=True):
                 for size, part in zip(rows, output, strict=True):
                     sizes[size].append(part)
         return [[join(parts) for parts in sizes] for sizes in collected]
 
-    def _run_pass(self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None) -> list[list[Tensor]]:
+    def _run_pass(
+        self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None, deep: Sequence[int]
+    ) -> list[list[Tensor]]:
         """The same for images that go through the blocks at once, with their plans."""
         groups = tuple(ImageGroup(len(pixels), plan, len(pixels) * len(plan.cos)) for pixels, plan in parts)
         x_TC = self.patch_embed(join([pixels.flatten(0, 1) for pixels, _ in parts]))
-        outputs_TC = self._run_blocks(x_TC, groups, wanted)
-        if wanted is None:
-            return [self._in_raster_order(self.merger(*outputs_TC), groups, patch_rows=1)]
-        merge = self.config.spatial_merge_size
-        return [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
+        x_TC = self._with_positions(x_TC, groups)
+        depth = self.config.depth if wanted is None else max(wanted) + 1
+        *last_TC, outputs_TC = self._run_blocks(x_TC, groups, deep if wanted is None else wanted, depth)
+        outputs_TC = [without_leading(x_TC, groups) for x_TC in outputs_TC]
+        if wanted is not None:
+            merge = self.config.spatial_merge_size
+            return [self._in_raster_order(x_TC, groups, patch_rows=merge) for x_TC in outputs_TC]
+        merged_MD = [self.merger(*(without_leading(x_TC, groups) for x_TC in last_TC))]
+        if deep:
+            mergers = zip(self.deepstack_merger_list, outputs_TC, strict=True)
+            merged_MD += [merger(x_TC, None) for merger, x_TC in mergers]
+        return [self._in_raster_order(x_MD, groups, patch_rows=1) for x_MD in merged_MD]
+
+    def _with_positions(self, x_TC: Tensor, groups: tuple[ImageGroup, ...]) -> Tensor:
+        """Embedded patches with leading tokens before each image's, and their rows of the position table added."""
+        config = self.config
+        if not config.leading_tokens and config.num_position_embeddings is None:
+            return x_TC
+        parts = []
+        sizes = [group.tokens - group.count * config.leading_tokens for group in groups]
+        for part, group in zip(x_TC.split(sizes), groups, strict=True):
+            x_IPC = part.unflatten(0, (group.count, -1))
+            if config.leading_tokens:
+                x_IPC = torch.cat((self.class_embedding.expand(group.count, -1, -1), x_IPC), dim=1)
+            if group.plan.taps is not None:
+                x_IPC = x_IPC + group.plan.taps.of(self.pos_embed.weight)
+            parts.append(x_IPC.flatten(0, 1))
+        return join(parts)
+
+    def _segments(self, index: int) -> str:
+        """What block `index` attends within."""
+        config = self.config
+        return WINDOWS if config.window_size is not None and index not in config.fullatt_block_indexes else IMAGE
 
     def _run_blocks(
-        self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: list[int] | None
-    ) -> list[Tensor] | tuple[Tensor, Tensor]:
-        """The `wanted` blocks' outputs; with None, the last block's update and residual stream, for the merger."""
+        self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: Sequence[int], depth: int
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The update and the residual stream of block `depth`, for the merger, and the `wanted` blocks' outputs."""
         update, residual = x_TC, None
         outputs = {}
-        depth = self.config.depth if wanted is None else max(wanted) + 1
         for index, block in enumerate(self.blocks[:depth]):
-            whole_image = index in self.config.fullatt_block_indexes
+            segments = self._segments(index)
             if can_fuse(block, VisionBlock):
-                update, residual = block.advance(update, residual, groups, whole_image)
+                update, residual = block.advance(update, residual, groups, segments)
             else:
-                update, residual = block(stream_of(update, residual), groups, whole_image), None
-            if wanted is not None and index in wanted:
+                update, residual = block(stream_of(update, residual), groups, segments), None
+            if index in wanted:
                 outputs[index] = stream_of(update, residual)
-        return (update, residual) if wanted is None else [outputs[index] for index in wanted]
+        return update, residual, [outputs[index] for index in wanted]
 
     def _in_raster_order(self, x: Tensor, groups: tuple[ImageGroup, ...], patch_rows: int) -> list[Tensor]:
         """Tokens of all images in window order to one (count, rows, columns, width) per group, row-major.
@@ -184,28 +249,28 @@ class BatchedVisionTransformer(GradientCheckpointing):
 class VisionBlock(CheckpointedBlock):
     """Attention and MLP: (T, C) to (T, C), patches in window order."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, norm: Callable[[int], AddNorm], mlp: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.norm1 = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
+        self.norm1 = norm(config.hidden_size)
         self.attn = VisionAttention(config)
-        self.norm2 = AddRMSNorm(config.hidden_size, VISION_NORM_EPS)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+        self.norm2 = norm(config.hidden_size)
+        self.mlp = mlp()
 
-    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
-        update_TC, residual_TC = self.advance(x_TC, None, groups, whole_image)
+    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], segments: str) -> Tensor:
+        update_TC, residual_TC = self.advance(x_TC, None, groups, segments)
         return residual_TC + update_TC
 
     def advance(
-        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
+        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], segments: str
     ) -> tuple[Tensor, Tensor]:
         """The same with the last addition left to the next norm: an update and the residual stream, in and out."""
-        return self.run(self._compute, update_TC, residual_TC, groups, whole_image)
+        return self.run(self._compute, update_TC, residual_TC, groups, segments)
 
     def _compute(
-        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], whole_image: bool
+        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], segments: str
     ) -> tuple[Tensor, Tensor]:
         x_TC, residual_TC = self.norm1(update_TC, residual_TC)
-        x_TC, residual_TC = self.norm2(self.attn(x_TC, groups, whole_image), residual_TC)
+        x_TC, residual_TC = self.norm2(self.attn(x_TC, groups, segments), residual_TC)
         return self.mlp(x_TC), residual_TC
 
 
@@ -218,13 +283,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], whole_image: bool) -> Tensor:
-        parts = apply_linear(self.qkv, x_TC).split([group.patches for group in groups])
-        outs = [self._attend(qkv, group, whole_image) for qkv, group in zip(parts, groups, strict=True)]
+    def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], segments: str) -> Tensor:
+        parts = apply_linear(self.qkv, x_TC).split([group.tokens for group in groups])
+        outs = [self._attend(qkv, group, segments) for qkv, group in zip(parts, groups, strict=True)]
         return apply_linear(self.proj, join(outs))
 
-    def _attend(self, qkv: Tensor, group: ImageGroup, whole_image: bool) -> Tensor:
+    def _attend(self, qkv: Tensor, group: ImageGroup, segments: str) -> Tensor:
         plan = group.plan
-        segments = plan.image if whole_image else plan.windows
         qkv_IPC = qkv.unflatten(0, (group.count, -1))
-        return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, segments, self.num_heads).flatten(0, 1)
+        return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads).flatten(0, 1)

@@ -771,7 +771,7 @@ def make_attention(device="cpu", seed=0):
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
     config = dataclasses.replace(FAMILY.config.text, mrope_section=(1, 1, 2), **sizes)
     with torch.device(device):
-        return DecoderAttention(config, 0).requires_grad_(False)
+        return DecoderAttention(config, 0, qkv_bias=True, qk_norm=None).requires_grad_(False)
 
 
 def projections(attention, x):

@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.model import geometry
-from qwen_batched.model.geometry import make_vision_plan, resize_axis, smart_resize, split_into_passes
+from qwen_batched.model.geometry import IMAGE, WINDOWS, make_vision_plan, resize_axis, smart_resize, split_into_passes
 from tests.support import assert_equal_to
 
 if Version(transformers.__version__).release >= (5,):
@@ -110,7 +110,7 @@ def test_the_most_extreme_sizes_are_resized_as_in_transformers(size):
 
 def segments(plan, cell_patches):
     """Each window's cells, raster indices in the order in which the plan has them."""
-    for run in plan.windows.runs:
+    for run in plan.segments[WINDOWS].runs:
         for start in range(run.start, run.stop, run.length):
             assert start % cell_patches == 0 and run.length % cell_patches == 0
             yield plan.window_order[start // cell_patches : (start + run.length) // cell_patches].tolist()
@@ -134,10 +134,11 @@ def test_at_most_four_runs_tile_the_tokens(h, w, geometry):
     config = config_of(*geometry)
     plan = make_vision_plan(config, h, w, CPU)
     patches = h * w * config.cell_patches
-    assert 1 <= len(plan.windows.runs) <= 4
-    assert [run.start for run in plan.windows.runs] == [0, *(run.stop for run in plan.windows.runs[:-1])]
-    assert plan.windows.runs[-1].stop == patches
-    assert [(run.start, run.count, run.length) for run in plan.image.runs] == [(0, 1, patches)]
+    assert 1 <= len(plan.segments[WINDOWS].runs) <= 4
+    starts = [run.start for run in plan.segments[WINDOWS].runs]
+    assert starts == [0, *(run.stop for run in plan.segments[WINDOWS].runs[:-1])]
+    assert plan.segments[WINDOWS].runs[-1].stop == patches
+    assert [(run.start, run.count, run.length) for run in plan.segments[IMAGE].runs] == [(0, 1, patches)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,7 +161,7 @@ def test_trap01_every_segment_is_one_window_partial_ones_included(h, w, geometry
     [(8, 8, [64]), (4, 4, [64]), (4, 12, [64]), (8, 9, [64, 16]), (9, 8, [64, 16]), (9, 11, [64, 48, 16, 12])],
 )
 def test_trap02_grids_divisible_by_four_cells_have_no_empty_window(h, w, lengths):
-    runs = make_vision_plan(VISION, h, w, CPU).windows.runs
+    runs = make_vision_plan(VISION, h, w, CPU).segments[WINDOWS].runs
     assert [run.length for run in runs] == lengths
     assert all(run.count > 0 for run in runs)
 

@@ -8,7 +8,7 @@ import torch
 
 from qwen_batched import ops
 from qwen_batched.families.qwen2_5_vl import FAMILY
-from qwen_batched.model.geometry import make_vision_plan
+from qwen_batched.model.geometry import IMAGE, WINDOWS, make_vision_plan
 from qwen_batched.ops import reference
 from qwen_batched.ops.segments import Run, Segments
 from tests.ops.support import (
@@ -142,8 +142,8 @@ def check_windows(grid, num_heads, size, where, images=1, whole_image=False, **c
     config = dataclasses.replace(FAMILY.config.vision, hidden_size=num_heads * size, num_heads=num_heads, **config)
     plan = make_vision_plan(config, *grid, torch.device(where[0]))
     # Queries and keys large enough that attention is far from uniform.
-    qkv = normal(images, plan.image.tokens, 3 * num_heads * size, where=where, scale=1.5)
-    check_attention(qkv, plan.cos, plan.sin, plan.image if whole_image else plan.windows, num_heads)
+    qkv = normal(images, plan.segments[IMAGE].tokens, 3 * num_heads * size, where=where, scale=1.5)
+    check_attention(qkv, plan.cos, plan.sin, plan.segments[IMAGE] if whole_image else plan.segments[WINDOWS], num_heads)
     return plan
 
 
@@ -170,7 +170,7 @@ def test_trap06_window_attention_equals_the_reference_at_other_patch_sizes(patch
 @pytest.mark.parametrize(("window_size", "num_heads", "size"), [(140, 1, 40), (168, 2, 40), (224, 1, 80)])
 def test_windows_longer_than_a_tile_equal_the_reference(window_size, num_heads, size, where):
     plan = check_windows((6, 9), num_heads, size, where, window_size=window_size)
-    assert max(run.length for run in plan.windows.runs) > 64
+    assert max(run.length for run in plan.segments[WINDOWS].runs) > 64
 
 
 @pytest.mark.parametrize(

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched import ops
 
 
-class AddRMSNorm(nn.Module):
+class AddNorm(Protocol):
     """Adds a sub-layer's update to the residual stream and normalises the sum."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __call__(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Takes (..., D) and the stream so far; returns the normalised stream and the stream, both (..., D)."""
+        ...
+
+
+class AddRMSNorm(nn.Module):
+    """`AddNorm` by root mean square (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float, unit_offset: bool = False) -> None:
+        """`unit_offset`: the scale is 1 + weight."""
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim) if unit_offset else torch.ones(dim))
+        self.eps, self.unit_offset = eps, unit_offset
 
     def forward(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Takes (..., D) and the stream so far; returns the normalised stream and the stream, both (..., D)."""
-        return ops.add_rms_norm(update, residual, self.weight, self.eps)
+        """See `AddNorm`."""
+        weight = self.weight
+        if self.unit_offset:  # in a wider dtype: 1 + weight has few bits left in bfloat16
+            weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return ops.add_rms_norm(update, residual, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """`AddNorm` by mean and variance (arXiv:1607.06450)."""
+
+    def forward(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `AddNorm`."""
+        stream = stream_of(update, residual)
+        return F.layer_norm(stream, self.normalized_shape, self.weight, self.bias, self.eps), stream
 
 
 def stream_of(update: Tensor, residual: Tensor | None) -> Tensor:

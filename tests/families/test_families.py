@@ -1,0 +1,52 @@
+"""Families by their `model_type`, and the names that each layout of keys has for a parameter."""
+
+import dataclasses
+
+import pytest
+
+from qwen_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched.checkpoint.keys import KeyLayout
+from qwen_batched.families import FAMILIES, family_of
+
+# Nested as published, with a prefix of an older release, and keys that are never used.
+OTHER = KeyLayout(
+    adapters=(("model.visual.", "visual."), ("model.language_model.", "model.")),
+    others=(("vision_tower.vision_model.", "visual."), ("language_model.model.", "model.")),
+    saved=(("model.visual.", "visual."), ("model.language_model.", "model.")),
+    ignored=("vision_tower.vision_model.post_layernorm.",),
+)
+NAMES = ["visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl_moe", "", None, 3, ["qwen2_5_vl"]])
+def test_an_unknown_family_is_refused_with_those_that_there_are(model_type):
+    with pytest.raises(ValueError, match=r"model_type must be one of qwen2_5_vl, got "):
+        family_of(model_type)
+
+
+def test_a_family_builds_its_own_networks():
+    family = family_of("qwen2_5_vl")
+    sizes = {"vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 8}
+    text = dataclasses.replace(family.config.text, num_attention_heads=1, num_key_value_heads=1, **sizes)
+    vision = dataclasses.replace(family.config.vision, depth=1, hidden_size=16, num_heads=1, out_hidden_size=128)
+    config = dataclasses.replace(family.config, vision=vision, text=text)
+    assert type(family.build_vision(config)) is BatchedVisionTransformer
+    assert type(family.build_decoder(config)) is BatchedDecoder
+
+
+@pytest.mark.parametrize("keys", [*(family.keys for family in FAMILIES.values()), OTHER])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_leads_back_to_the_module(keys, name):
+    assert keys.module_name(keys.adapter_name(name)) == name
+    assert keys.module_name(keys.saved_name(name)) == name
+    assert keys.module_name(name) == name
+
+
+def test_layouts_name_parameters_as_transformers_does():
+    assert OTHER.saved_name("visual.merger.ln_q.weight") == "model.visual.merger.ln_q.weight"
+    assert OTHER.module_name("language_model.model.norm.weight") == "model.norm.weight"
+    assert OTHER.module_name("vision_tower.vision_model.embeddings.x") == "visual.embeddings.x"
+    qwen = FAMILIES["qwen2_5_vl"].keys
+    assert qwen.saved_name("model.norm.weight") == "model.norm.weight"
+    assert qwen.adapter_name("model.norm.weight") == "model.language_model.norm.weight"
+    assert qwen.module_name("language_model.norm.weight") == "model.norm.weight"
