@@ -30,10 +30,14 @@ class AddRMSNorm(nn.Module):
 
     def forward(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `AddNorm`."""
-        weight = self.weight
-        if self.unit_offset:  # in a wider dtype: 1 + weight has few bits left in bfloat16
-            weight = 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return ops.add_rms_norm(update, residual, weight, self.eps)
+        if not self.unit_offset:
+            return ops.add_rms_norm(update, residual, self.weight, self.eps)
+        # Not the kernel, which reads the scale before the kernel in front of it, which makes this one, has ended.
+        stream = stream_of(update, residual)
+        wide = torch.promote_types(stream.dtype, torch.float32)  # 1 + weight has few bits left in bfloat16
+        return F.rms_norm(stream.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps).to(
+            stream.dtype
+        ), stream
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
