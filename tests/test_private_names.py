@@ -32,6 +32,7 @@ NAMES = {
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack": "makes a cached table outside of transforms",
     "torch._C._len_torch_dispatch_stack": "modes that watch operations: with one, they go through the dispatcher",
     "torch._ops._len_torch_dispatch_stack_pre_dispatch": "the same, of modes that torch.export uses",
+    "torch.utils._pytree": "batches and requests as trees of tensors, which graphs, compilers and exports take apart",
     "torch.utils._python_dispatch._disable_current_modes": "makes a cached table of real tensors under a fake mode",
     "torch._C.DisableTorchFunction": "makes a cached table where it belongs, whatever the default device",
     "torch._subclasses.fake_tensor.FakeTensor": "inputs without values are refused, unless something is being traced",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils import _pytree
 
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import Uses
@@ -84,7 +84,7 @@ class CudaGraphs:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(outputs)):
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
             self._remember(modules, key)
         return outputs
 
@@ -201,7 +201,7 @@ class CapturedCall:
             self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
             with hold_values() as self.tables, arena.capture() as self.graph, backend.reading_ahead():
-                self.outputs, self._spec = tree_flatten(function(*self.inputs))
+                self.outputs, self._spec = _pytree.tree_flatten(function(*self.inputs))
 
     def replay(self, inputs: Sequence[Tensor]) -> Outputs:
         """The outputs for `inputs`, as copies."""
@@ -209,7 +209,7 @@ class CapturedCall:
             for buffer, value in zip(self.inputs, inputs, strict=True):
                 buffer.copy_(value, non_blocking=True)
             self.graph.replay()
-            return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.outputs], self._spec)
+            return _pytree.tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.outputs], self._spec)
 
     def is_done(self) -> bool:
         """Whether the device is through with the last replay."""
