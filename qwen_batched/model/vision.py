@@ -284,11 +284,12 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], segments: str) -> Tensor:
-        parts = apply_linear(self.qkv, x_TC).split([group.tokens for group in groups])
+        qkv = apply_linear(self.qkv, x_TC)
+        parts = [qkv] if len(groups) == 1 else qkv.split([group.tokens for group in groups])
         outs = [self._attend(qkv, group, segments) for qkv, group in zip(parts, groups, strict=True)]
         return apply_linear(self.proj, join(outs))
 
     def _attend(self, qkv: Tensor, group: ImageGroup, segments: str) -> Tensor:
         plan = group.plan
-        qkv_IPC = qkv.unflatten(0, (group.count, -1))
+        qkv_IPC = qkv.view(group.count, plan.cos.shape[0], -1)
         return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads).flatten(0, 1)

@@ -105,14 +105,9 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
     Returns:
         (I, P, D).
     """
-    images, patches, width = qkv.shape
-    q_IPNE, k_IPNE, v_IPNE = qkv.reshape(images, patches, 3, num_heads, width // 3 // num_heads).unbind(2)
-    cos, sin = cos[:, None], sin[:, None]
-    return segment_attention(rotate(q_IPNE, cos, sin), rotate(k_IPNE, cos, sin), v_IPNE, segments)
-
-
-def segment_attention(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, segments: Segments) -> Tensor:
-    """Attention within each segment of each image: (I, P, N, E), thrice, to (I, P, N * E)."""
+    heads = qkv.unflatten(-1, (3, num_heads, -1))
+    turned = rotate(heads[:, :, :2], cos[:, None, None], sin[:, None, None])
+    q_IPNE, k_IPNE, v_IPNE = *turned.unbind(2), heads[:, :, 2]
     outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in segments.runs]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
@@ -164,7 +159,13 @@ def swiglu_linear(
 
 
 def mrope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    slots: Tensor | None = None,
+    rows: int | None = None,
+    inverse: bool = False,
 ) -> Tensor:
     """Rotates the queries and keys of a packed projection, and puts each token where attention wants it.
 
@@ -175,11 +176,12 @@ def mrope(
         num_kv_heads: K.
         slots: Int64 (T,), the row of each token; None where tokens stand as they come.
         rows: How many rows there are; T where `slots` is None.
+        inverse: Rotate back.
 
     Returns:
         (rows, (N + 2K) * E), zero in rows without a token.
     """
-    heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
+    heads, sin = qkv.unflatten(-1, (-1, 2 * cos.shape[-1])), -sin if inverse else sin
     if 0 < cos.shape[0] < qkv.shape[0]:
         cos, sin = (table.repeat(qkv.shape[0] // table.shape[0], 1) for table in (cos, sin))
     turning, values = heads[..., :-num_kv_heads, :], heads[..., -num_kv_heads:, :]

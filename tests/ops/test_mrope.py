@@ -55,6 +55,13 @@ def test_mrope_equals_its_formula(heads, key_heads, size, dtype, tolerance):
     assert torch.equal(values, qkv[:, -key_heads:])
 
 
+@precision
+def test_an_inverse_rotation_undoes_a_rotation(dtype, tolerance):
+    qkv, angles = exact_normal(5, 48, dtype=dtype), exact_normal(5, 4, seed=2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    assert_equal_to(ops.mrope(ops.mrope(qkv, cos, sin, 2), cos, sin, 2, inverse=True), qkv, tolerance)
+
+
 def test_mrope_puts_tokens_into_their_rows_and_zeros_elsewhere():
     qkv, slots = exact_normal(3, 24), torch.tensor([4, 0, 1])
     cos, sin = exact_normal(3, 4, seed=1).cos(), exact_normal(3, 4, seed=1).sin()

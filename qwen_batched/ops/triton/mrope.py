@@ -32,6 +32,7 @@ def _mrope_kernel(
     ROTATED: tl.constexpr,
     E: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
+    INVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -49,6 +50,7 @@ def _mrope_kernel(
     angle = token % period * half + column % half
     cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
     sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+    sin = -sin if INVERSE else sin
     row = tl.load(slots_ptr + token) if HAS_SLOTS else token
     rotated_x = x.to(tl.float32) * cos - y.to(tl.float32) * sin
     rotated_y = y.to(tl.float32) * cos + x.to(tl.float32) * sin
@@ -57,7 +59,13 @@ def _mrope_kernel(
 
 
 def mrope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, slots: Tensor | None = None, rows: int | None = None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_kv_heads: int,
+    slots: Tensor | None = None,
+    rows: int | None = None,
+    inverse: bool = False,
 ) -> Tensor:
     """(T, (N + 2K) * E) to (rows, (N + 2K) * E)."""
     qkv = qkv.contiguous()
@@ -77,6 +85,7 @@ def mrope(
         ROTATED=width - num_kv_heads * head_dim,
         E=head_dim,
         HAS_SLOTS=slots is not None,
+        INVERSE=inverse,
         BLOCK=block,
         num_warps=WARPS,
     )
