@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+from qwen_batched.ops.column_sums import column_sums
 from qwen_batched.ops.linear import linear
 from qwen_batched.runtime.fast_path import wants_gradient
 
@@ -106,7 +107,7 @@ class PackedLinear(Function):
             product = x.t() @ grad if transposed else grad.t() @ x
             grads[: len(rows)] = [product[place].t() if transposed else product[place] for place in rows]
         if any(wanted[len(rows) :]):
-            of_bias = grad.sum(0)
+            of_bias = column_sums(grad)
             grads[len(rows) :] = [of_bias] if transposed else [of_bias[place] for place in rows]
         return grad_x, None, None, None, None, None, *(g if w else None for g, w in zip(grads, wanted, strict=True))
 

@@ -26,6 +26,7 @@ from qwen_batched.ops.segments import Run, Segments
 from qwen_batched.ops.triton import launch
 from qwen_batched.ops.triton.add_low_rank import add_low_rank
 from qwen_batched.ops.triton.add_rms_norm import add_rms_norm, add_rms_norm_backward
+from qwen_batched.ops.triton.column_sums import column_sums
 from qwen_batched.ops.triton.decode_attention import decode_attention
 from qwen_batched.ops.triton.expand_prompts import expand_prompts
 from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
@@ -74,6 +75,10 @@ def launch_norm_backward(rows, dim, dtype, with_stream=True, for_weight=True):
     grad, stream = zeros(rows, dim, dtype=dtype), zeros(rows, dim, dtype=dtype)
     weight = zeros(dim, dtype=dtype)
     add_rms_norm_backward(grad, grad if with_stream else None, stream, weight, 1e-6, for_weight)
+
+
+def launch_column_sums(rows, width, dtype):
+    column_sums(zeros(rows, width, dtype=dtype), dtype)
 
 
 def launch_swiglu_backward(rows, width, dtype):
@@ -151,6 +156,7 @@ def launch_real_shapes(dtype):
     """Those of the 3B model."""
     launch_norm(768, 1280, dtype)
     launch_norm_backward(8192, 1280, dtype)
+    launch_column_sums(8192, 3456, dtype)
     launch_swiglu_backward(8192, 3456, dtype)
     launch_swiglu(768, 3456, dtype, with_bias=True)
     launch_swiglu(512, 11008, dtype, with_bias=False)
@@ -178,6 +184,7 @@ def launch_odd_shapes(dtype):
     launch_norm_backward(5, 33, dtype, with_stream=False)
     launch_norm_backward(5, 33, dtype, for_weight=False)
     launch_norm_backward(5, 3584, dtype)
+    launch_column_sums(5, 33, dtype)
     launch_swiglu_backward(5, 33, dtype)
     launch_swiglu(5, 33, dtype, with_bias=True)
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen_batched.ops.triton.column_sums import column_sums
 from qwen_batched.ops.triton.launch import begin, launch, next_power_of_2, pdl_wait
 from qwen_batched.runtime.backend import reads_ahead
 
@@ -140,4 +141,4 @@ def add_rms_norm_backward(
         BLOCK_D=block,
         num_warps=WARPS if block <= 2048 else WARPS_OF_WIDE_ROWS,
     )
-    return grad, sums.sum(0).to(weight.dtype) if for_weight else weight.new_empty(0)
+    return grad, column_sums(sums, weight.dtype) if for_weight else weight.new_empty(0)
