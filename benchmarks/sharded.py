@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/sharded.py --model FOLDER [--batch 16] [--steps 10]
 
 Real shapes of the checkpoint, bfloat16: forward and backward of --batch samples a GPU, two views 224x224, all
-parameters, no optimiser. FSDP2 shards `model.blocks` and then the model, as the README says. Every process measures
-from barrier to barrier; the medians of rank 0 are printed, and the last line is JSON.
+parameters, no optimiser. FSDP2 shards `model.blocks`, one by one and in groups, and then the model. Every process
+measures from barrier to barrier; the medians of rank 0 are printed, and the last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from qwen_batched import QwenBatchedVL
+
+GROUPS = (1, 4, 8)
 
 
 def step_ms(model: nn.Module, batch: int, steps: int) -> float:
@@ -59,16 +61,19 @@ def main() -> None:
     found = {}
     model = load()
     found["DDP"] = step_ms(DistributedDataParallel(model, gradient_as_bucket_view=True), options.batch, options.steps)
-    del model
-    torch.cuda.empty_cache()
-    model = load()
-    for block in model.blocks:
-        fully_shard(block)
-    found["FSDP2"] = step_ms(fully_shard(model), options.batch, options.steps)
-    found["FSDP2 / DDP"] = found["FSDP2"] / found["DDP"]
+    for group in GROUPS:
+        del model
+        torch.cuda.empty_cache()
+        model = load()
+        for blocks in (model.visual.blocks, model.model.layers):
+            for start in range(0, len(blocks), group):
+                fully_shard(list(blocks[start : start + group]))
+        name = f"FSDP2, blocks by {group}"
+        found[name] = step_ms(fully_shard(model), options.batch, options.steps)
+        found[f"{name}, over DDP"] = found[name] / found["DDP"]
     if rank == 0:
         for name, value in found.items():
-            print(f"{name:12s} {value:8.2f}")
+            print(f"{name:28s} {value:8.2f}")
         print(json.dumps(found))
     distributed.destroy_process_group()
 

@@ -52,8 +52,9 @@ def test_trap30_gradients_are_those_of_one_process(launched, expected, way, half
     assert_equal_gradients(launched, f"{way}_{half}", expected)
 
 
-def test_gradients_of_a_model_sharded_as_one_are_those_of_one_process(launched, expected):
-    assert_equal_gradients(launched, "fsdp_whole_model_at_once", expected)
+@pytest.mark.parametrize("scenario", ["fsdp_whole_model_at_once", "fsdp_groups_of_blocks"])
+def test_gradients_of_a_model_sharded_in_larger_parts_are_those_of_one_process(launched, expected, scenario):
+    assert_equal_gradients(launched, scenario, expected)
 
 
 def test_gradients_of_recomputed_sharded_blocks_are_those_of_one_process(launched, expected):

@@ -162,6 +162,14 @@ def fsdp_whole_model_at_once(checkpoint, halves):
     return gradients_of(fully_shard(load(checkpoint)), halves["text only"])
 
 
+def fsdp_groups_of_blocks(checkpoint, halves):
+    model = load(checkpoint)
+    for blocks in (model.visual.blocks, model.model.layers):
+        for start in range(0, len(blocks), 2):
+            fully_shard(list(blocks[start : start + 2]))
+    return gradients_of(fully_shard(model), halves["text only"])
+
+
 def fsdp_mixed_precision(checkpoint, halves):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return gradients_of(shard(load(checkpoint), mp_policy=policy), halves["text only"])
@@ -211,6 +219,7 @@ SCENARIOS = (
     fsdp_checkpointing,
     fsdp_frozen_tower,
     fsdp_whole_model_at_once,
+    fsdp_groups_of_blocks,
     fsdp_mixed_precision,
     fsdp_training_and_inference,
     fsdp_save,
