@@ -43,13 +43,14 @@ def route(
         return REFERENCE
     is_transformed = not is_traced and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     can_bypass = can_bypass and first.is_cuda and not is_transformed and torch._C._get_tracing_state() is None
-    dtype, wants, is_wide, is_mixed = first.dtype, False, False, False
+    dtype = first.dtype
+    is_wide, is_mixed = dtype == torch.float64, False
     for tensor in activations:
-        is_mixed = is_mixed or (tensor is not None and tensor.dtype != dtype)
-    for tensor in (*activations, *parameters):
-        if tensor is not None:
-            wants, is_wide = wants or tensor.requires_grad, is_wide or tensor.dtype == torch.float64
-    wants = wants and torch.is_grad_enabled()
+        if tensor is not None and tensor.dtype != dtype:
+            is_mixed, is_wide = True, is_wide or tensor.dtype == torch.float64
+    for tensor in parameters:
+        is_wide = is_wide or (tensor is not None and tensor.dtype == torch.float64)
+    wants = torch.is_grad_enabled() and wants_gradient(*activations, *parameters)
     if is_transformed or is_wide or is_mixed or (wants and not has_backward):
         refuse_forced_triton(_why_reference(activations, wants and not has_backward, is_wide, is_mixed))
         return REFERENCE

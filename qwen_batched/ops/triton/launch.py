@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ class Compiled(NamedTuple):
 
 
 _compiled: dict[Hashable, Compiled] = {}
+_dtype_of = operator.attrgetter("dtype")
 
 
 def launch(
@@ -60,7 +62,7 @@ def launch(
     depends on: devices, dtypes, alignment of pointers, constants and what Triton sees in a number. A tensor on a wrong
     device is Triton's to refuse.
     """
-    devices = [tensor.get_device() for tensor in tensors]
+    devices = [*map(Tensor.get_device, tensors)]
     device = devices[0]
     if device < 0:  # Triton's interpreter
         kernel[grid](*tensors, *numbers, **constants, USE_PDL=False)
@@ -69,13 +71,16 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, **constants)
         return
-    pointers = [tensor.data_ptr() for tensor in tensors]
+    pointers = [*map(Tensor.data_ptr, tensors)]
+    low_bits = 0
+    for pointer in pointers:
+        low_bits |= pointer & 15
     key = (
         id(kernel),
         *devices,
         *constants.values(),
-        *[tensor.dtype for tensor in tensors],
-        *[pointer & 15 == 0 for pointer in pointers],
+        *map(_dtype_of, tensors),
+        low_bits and tuple([pointer & 15 == 0 for pointer in pointers]),
         *[
             (number == 1, number & 15 == 0, -(2**31) <= number < 2**31) if type(number) is int else type(number)
             for number in numbers
