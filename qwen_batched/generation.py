@@ -104,12 +104,7 @@ class Decoding:
     @torch.inference_mode(False)  # a graph captured outside inference mode may not change what was made inside
     @torch.no_grad()
     def __init__(
-        self,
-        network: Network,
-        batch: Batch,
-        max_new_tokens: int,
-        sampling: Sampling,
-        repetition_penalty: float,
+        self, network: Network, batch: Batch, max_new_tokens: int, sampling: Sampling, repetition_penalty: float
     ) -> None:
         """Runs the prompts and chooses the first token of each.
 

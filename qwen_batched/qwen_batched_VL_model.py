@@ -54,11 +54,7 @@ class QwenBatchedVL(Trainable):
     """
 
     def __init__(
-        self,
-        config: QwenVLConfig,
-        processor: TensorProcessor,
-        checkpoint: Checkpoint,
-        lm_head: bool = True,
+        self, config: QwenVLConfig, processor: TensorProcessor, checkpoint: Checkpoint, lm_head: bool = True
     ) -> None:
         """Builds the modules with fresh weights; `from_pretrained` is the usual way.
 

@@ -124,10 +124,7 @@ class TransformersReference:
         # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
         stored_as = torch.float32 if dtype == torch.float64 else dtype
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **{_dtype_argument(): stored_as},
+            folder, attn_implementation=attn_implementation, output_loading_info=True, **{_dtype_argument(): stored_as}
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} first")

@@ -52,11 +52,7 @@ class Distance:
             ours, theirs = ours.double(), theirs.to(ours.device).double()
             difference = ours - theirs
             sums = torch.stack(
-                [
-                    difference.square().sum(),
-                    theirs.square().sum(),
-                    (difference.abs() / (theirs.abs() + 1)).sum(),
-                ]
+                [difference.square().sum(), theirs.square().sum(), (difference.abs() / (theirs.abs() + 1)).sum()]
             ).tolist()
             self.squared_error += sums[0]
             self.squared_norm += sums[1]

@@ -118,9 +118,7 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explanation(plan: Plan, with_float64: bool) -> list[str]:
-    lines = [
-        "Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1).",
-    ]
+    lines = ["Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1)."]
     if with_float64:
         lines.append("In float32, theirs is transformers' own deviation from its float64.")
     return lines

@@ -71,11 +71,7 @@ class ChatTemplate:
         template = self._template
         with bounded() as run:
             rendered = template.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=answer is None,
-                **self._special_tokens,
+                messages=turns, tools=None, documents=None, add_generation_prompt=answer is None, **self._special_tokens
             )
         return Rendering(rendered, run.looked)
 

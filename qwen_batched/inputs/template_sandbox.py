@@ -23,13 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from markupsafe import Markup
 
-from qwen_batched.inputs.template_budget import (
-    MAX_SOURCE,
-    TemplateBudgetError,
-    current,
-    format_cost,
-    is_marked,
-)
+from qwen_batched.inputs.template_budget import MAX_SOURCE, TemplateBudgetError, current, format_cost, is_marked
 from qwen_batched.inputs.template_nodes import HookedNodes
 
 MAX_BITS = 1 << 16  # of an integer

@@ -21,11 +21,7 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, 
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import family_of, read_config
-from qwen_batched.inputs.checks import (
-    check_decoder_inputs,
-    check_norm,
-    resolve_layers,
-)
+from qwen_batched.inputs.checks import check_decoder_inputs, check_norm, resolve_layers
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad

@@ -188,13 +188,7 @@ def mrope(
 
 
 def decode_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    tickets: Tensor | None = None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, tickets: Tensor | None = None
 ) -> Tensor:
     """One more token of each sample: rotates it, stores its key and value, and attends to all tokens so far.
 

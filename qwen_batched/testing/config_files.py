@@ -73,11 +73,7 @@ def flat_config(text: Config, vision: Config, token_ids: Mapping[str, int], tied
 def nested_config(text: Config, vision: Config, token_ids: Mapping[str, int], tied: bool, dtype: torch.dtype) -> Config:
     """As transformers 5 saves it: `text_config` and `vision_config`, all of rope in `rope_parameters`."""
     text_fields = {field: value for field, value in text.items() if field not in ("mrope_section", "rope_theta")}
-    rope_parameters = {
-        "rope_type": "default",
-        "rope_theta": text["rope_theta"],
-        "mrope_section": text["mrope_section"],
-    }
+    rope_parameters = {"rope_type": "default", "rope_theta": text["rope_theta"], "mrope_section": text["mrope_section"]}
     return {
         **_common_config(token_ids, tied),
         "dtype": _dtype_name(dtype),

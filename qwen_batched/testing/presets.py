@@ -138,13 +138,5 @@ IMAGE_DEFAULTS: Config = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
 }
-IMAGE_EXTRA_FIELDS = (
-    "size",
-    "do_resize",
-    "do_rescale",
-    "do_normalize",
-    "do_convert_rgb",
-    "rescale_factor",
-    "resample",
-)
+IMAGE_EXTRA_FIELDS = ("size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample")
 GENERATION_EXTRA_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "max_length")
