@@ -28,20 +28,14 @@ INVALID = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes:
-        temperature: 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature).
-        top_k: Draw among the k likeliest tokens; 0 for all.
-        top_p: Draw among the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020,
-            arXiv:1904.09751); 1 for all.
-        seed: Makes draws reproducible; None for a new seed at every call.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature)
+    top_k: int = 0  # draw among the k likeliest tokens; 0 for all
+    # Draw among the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751); 1 for
+    # all.
     top_p: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # makes draws reproducible; None for a new seed at every call
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p"):

@@ -69,20 +69,14 @@ def check_reference_version(version: str = transformers.__version__) -> None:
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """What transformers computed for one sample of S tokens.
+    """What transformers computed for one sample of S tokens."""
 
-    Attributes:
-        hidden_states: L + 1 times (1, S, D): the input embeddings, then every decoder block's output, of which the
-            last one is after the final norm.
-        logits: (1, S, vocabulary).
-        image_features: For each image (h * w, D), cells in raster order.
-        position_ids: (3, 1, S), temporal, height and width.
-    """
-
+    # L + 1 times (1, S, D): the input embeddings, then every decoder block's output, of which the last one is after the
+    # final norm.
     hidden_states: tuple[Tensor, ...]
-    logits: Tensor
-    image_features: list[Tensor]
-    position_ids: Tensor
+    logits: Tensor  # (1, S, vocabulary)
+    image_features: list[Tensor]  # for each image (h * w, D), cells in raster order
+    position_ids: Tensor  # (3, 1, S), temporal, height and width
 
 
 class TransformersReference:

@@ -93,23 +93,14 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Rope scaled to longer sequences (YaRN, arXiv:2309.00071): `rope_parameters` of type "yarn".
+    """Rope scaled to longer sequences (YaRN, arXiv:2309.00071): `rope_parameters` of type "yarn"."""
 
-    Attributes:
-        factor: How much longer sequences may be than those trained on.
-        original_max_position_embeddings: The length trained on.
-        attention_factor: Of cosines and sines.
-        beta_fast: Frequencies of more turns than this within the original length stay as they are.
-        beta_slow: Those of fewer turns are divided by `factor`; between the two is a ramp.
-        truncate: Whether the ramp begins and ends at whole frequencies.
-    """
-
-    factor: float
-    original_max_position_embeddings: float
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    factor: float  # how much longer sequences may be than those trained on
+    original_max_position_embeddings: float  # the length trained on
+    attention_factor: float  # of cosines and sines
+    beta_fast: float = 32.0  # frequencies of more turns than this within the original length stay as they are
+    beta_slow: float = 1.0  # those of fewer turns are divided by `factor`; between the two is a ramp
+    truncate: bool = True  # whether the ramp begins and ends at whole frequencies
 
 
 @dataclass(frozen=True)

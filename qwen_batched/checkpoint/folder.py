@@ -70,19 +70,12 @@ OPENED_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How a hub id is looked up, as huggingface_hub takes it; a local folder needs none of it.
+    """How a hub id is looked up, as huggingface_hub takes it; a local folder needs none of it."""
 
-    Attributes:
-        revision: A branch, tag or commit; None for the main branch.
-        cache_dir: Where downloads are kept; None for the hub's own cache.
-        token: An access token, True for the stored one, False for none.
-        local_files_only: Nothing is downloaded.
-    """
-
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
+    revision: str | None = None  # a branch, tag or commit; None for the main branch
+    cache_dir: str | Path | None = None  # where downloads are kept; None for the hub's own cache
+    token: str | bool | None = None  # an access token, True for the stored one, False for none
+    local_files_only: bool = False  # nothing is downloaded
 
     def __post_init__(self) -> None:
         kinds = {"revision": str | None, "cache_dir": str | Path | None, "token": str | bool | None}
@@ -93,28 +86,19 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder and what its JSON files say; a file that is not there is None.
-
-    Attributes:
-        folder: The folder itself.
-        config: config.json.
-        preprocessor: What transformers 5's processor_config.json says of images, else preprocessor_config.json.
-        generation: generation_config.json.
-        chat_template: The processor's chat template; None where only the tokenizer has one.
-        tokenizer: The tokenizer's files by name, byte for byte.
-        video: What transformers' video processor reads, to be written back; None where it reads `preprocessor`.
-        preprocessor_file: Where `preprocessor` comes from.
-        stamp: Tells the checkpoint's files from those of a later save.
-    """
+    """A folder and what its JSON files say; a file that is not there is None."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # config.json
+    # What transformers 5's processor_config.json says of images, else preprocessor_config.json.
     preprocessor: dict[str, Any] | None
-    generation: dict[str, Any] | None
-    chat_template: str | None
-    tokenizer: dict[str, bytes]
+    generation: dict[str, Any] | None  # generation_config.json
+    chat_template: str | None  # the processor's chat template; None where only the tokenizer has one
+    tokenizer: dict[str, bytes]  # the tokenizer's files by name, byte for byte
+    # What transformers' video processor reads, to be written back; None where it reads `preprocessor`.
     video: dict[str, Any] | None = None
-    preprocessor_file: str = PREPROCESSOR_FILE
+    preprocessor_file: str = PREPROCESSOR_FILE  # where `preprocessor` comes from
+    # Tells the checkpoint's files from those of a later save.
     stamp: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod

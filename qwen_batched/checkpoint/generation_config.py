@@ -63,16 +63,11 @@ EXACT_CACHES = frozenset(
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`generation_config.json`, as far as greedy decoding and sampling need it.
+    """`generation_config.json`, as far as greedy decoding and sampling need it."""
 
-    Attributes:
-        eos_token_ids: Any of them ends a sample.
-        repetition_penalty: As in transformers; 1 for none.
-        refused: Settings, with their values, that would change transformers' tokens and are not implemented.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()  # any of them ends a sample
+    repetition_penalty: float = 1.0  # as in transformers; 1 for none
+    # Settings, with their values, that would change transformers' tokens and are not implemented.
     refused: tuple[tuple[str, str], ...] = ()
 
     @classmethod

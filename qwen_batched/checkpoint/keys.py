@@ -15,19 +15,12 @@ Prefixes = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """The key layouts of a family: prefixes of stored keys, each with the prefix of the module's name it stands for.
+    """The key layouts of a family: prefixes of stored keys, each with the prefix of the module's name it stands for."""
 
-    Attributes:
-        adapters: The layout of adapters that `save_adapter` writes: that of transformers since 4.52.
-        others: Prefixes of further layouts that are read, tried after `adapters`.
-        saved: The layout of checkpoints that `save_pretrained` writes; empty for the modules' own names.
-        ignored: Prefixes of stored keys that no module has.
-    """
-
-    adapters: Prefixes
-    others: Prefixes = ()
-    saved: Prefixes = ()
-    ignored: tuple[str, ...] = ()
+    adapters: Prefixes  # the layout of adapters that `save_adapter` writes: that of transformers since 4.52
+    others: Prefixes = ()  # prefixes of further layouts that are read, tried after `adapters`
+    saved: Prefixes = ()  # the layout of checkpoints that `save_pretrained` writes; empty for the modules' own names
+    ignored: tuple[str, ...] = ()  # prefixes of stored keys that no module has
 
     def module_name(self, key: str) -> str:
         """The module's name of a key of any of the layouts."""

@@ -20,13 +20,9 @@ O = TypeVar("O", bound=HubOptions)
 
 @dataclass(frozen=True)
 class ProcessorOptions(HubOptions):
-    """What `TensorProcessor.from_pretrained` takes: the hub's options, and that no code may be run.
+    """What `TensorProcessor.from_pretrained` takes: the hub's options, and that no code may be run."""
 
-    Attributes:
-        trust_remote_code: Only False or None: a checkpoint's own code is never run.
-    """
-
-    trust_remote_code: bool | None = None
+    trust_remote_code: bool | None = None  # only False or None: a checkpoint's own code is never run
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,19 +35,13 @@ class ProcessorOptions(HubOptions):
 
 @dataclass(frozen=True)
 class ModelOptions(ProcessorOptions):
-    """What the models' `from_pretrained` take, so that calls written for transformers work.
+    """What the models' `from_pretrained` take, so that calls written for transformers work."""
 
-    Attributes:
-        torch_dtype: Another name of `dtype`.
-        device_map: Another name of `device`: one device, {"": device}, or "auto" for the default.
-        attn_implementation: Has no effect; attention has one implementation here. Logged once for each value.
-        low_cpu_mem_usage: Has no effect: weights are always read one tensor at a time.
-    """
-
-    torch_dtype: torch.dtype | str | None = None
+    torch_dtype: torch.dtype | str | None = None  # another name of `dtype`
+    # Another name of `device`: one device, {"": device}, or "auto" for the default.
     device_map: Device | Mapping[str, Device] = None
-    attn_implementation: Any = None
-    low_cpu_mem_usage: Any = None
+    attn_implementation: Any = None  # has no effect; attention has one implementation here. Logged once for each value
+    low_cpu_mem_usage: Any = None  # has no effect: weights are always read one tensor at a time
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,19 +34,12 @@ RunBatch = Callable[[Case], list[Tensor]]  # final hidden states (T, D) of each 
 
 @dataclass(frozen=True)
 class Change:
-    """What a situation does to the samples of a case.
+    """What a situation does to the samples of a case."""
 
-    Attributes:
-        distance: From the samples alone, over all their tokens.
-        worst: Largest relative L2 of a sample.
-        exact: How many samples are the same to the last bit.
-        samples: How many there are.
-    """
-
-    distance: Distance
-    worst: float
-    exact: int
-    samples: int
+    distance: Distance  # from the samples alone, over all their tokens
+    worst: float  # largest relative L2 of a sample
+    exact: int  # how many samples are the same to the last bit
+    samples: int  # how many there are
 
     def numbers(self) -> dict[str, float]:
         """For JSON."""

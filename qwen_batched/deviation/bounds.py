@@ -27,23 +27,14 @@ ALL_CASES = "all sizes together"
 
 @dataclass(frozen=True)
 class Miss:
-    """A bound that does not hold.
+    """A bound that does not hold."""
 
-    Attributes:
-        stage: Where it was looked at.
-        case: On which frames.
-        what: The number's name.
-        value: The number.
-        bound: What it should be at most, or at least.
-        first: The stage where it first went wrong, which may be an earlier one.
-    """
-
-    stage: str
-    case: str
-    what: str
+    stage: str  # where it was looked at
+    case: str  # on which frames
+    what: str  # the number's name
     value: float
-    bound: float
-    first: str
+    bound: float  # what it should be at most, or at least
+    first: str  # the stage where it first went wrong, which may be an earlier one
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.case}: {self.what} {self.value:.7g}, bound {self.bound:.7g}"

@@ -26,17 +26,11 @@ TEXTS = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A batch of samples.
+    """A batch of samples."""
 
-    Attributes:
-        label: What tables call it: the cameras' sizes.
-        cameras: For each camera uint8 frames (B, 3, H, W).
-        texts: B of them.
-    """
-
-    label: str
-    cameras: tuple[Tensor, ...]
-    texts: tuple[str, ...]
+    label: str  # what tables call it: the cameras' sizes
+    cameras: tuple[Tensor, ...]  # for each camera uint8 frames (B, 3, H, W)
+    texts: tuple[str, ...]  # B of them
 
     @property
     def images(self) -> Tensor | list[Tensor]:

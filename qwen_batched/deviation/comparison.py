@@ -31,47 +31,30 @@ Run = tuple[str, torch.dtype]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared.
+    """What is to be compared."""
 
-    Attributes:
-        folder: The checkpoint's.
-        processor: Ours, for pixels and sizes.
-        cases: Each with a label of its own.
-        stages: Which blocks.
-        dtypes: float32 and others, or some of them. The yardstick is float32 in any case.
-        device: Where all models run.
-        new_tokens: How many tokens are generated; 0 for none.
-        float64: "always", "never", or "auto": for cases with a float32 stage above `FLOAT32_BOUND`.
-        needs: What it takes.
-        trained_like: Whether the weights were made up to be like a trained model's.
-    """
-
-    folder: str
-    processor: TensorProcessor
-    cases: tuple[Case, ...]
-    stages: Stages
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    new_tokens: int
-    float64: str
-    needs: Needs
-    trained_like: bool = False
+    folder: str  # the checkpoint's
+    processor: TensorProcessor  # ours, for pixels and sizes
+    cases: tuple[Case, ...]  # each with a label of its own
+    stages: Stages  # which blocks
+    dtypes: tuple[torch.dtype, ...]  # float32 and others, or some of them. The yardstick is float32 in any case
+    device: torch.device  # where all models run
+    new_tokens: int  # how many tokens are generated; 0 for none
+    float64: str  # "always", "never", or "auto": for cases with a float32 stage above `FLOAT32_BOUND`
+    needs: Needs  # what it takes
+    trained_like: bool = False  # whether the weights were made up to be like a trained model's
 
 
 @dataclass
 class Findings:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        measures: By run, case and stage. transformers' own float32 is measured from its float64.
-        resized_apart: Cases whose frames transformers resizes with another library than we do. Their pixels have no
-            bound, and transformers' networks were given ours.
-        notes: What the reader has to know.
-    """
-
+    # By run, case and stage. transformers' own float32 is measured from its float64.
     measures: dict[tuple[Run, str, str], Measure] = field(default_factory=dict)
+    # Cases whose frames transformers resizes with another library than we do. Their pixels have no bound, and
+    # transformers' networks were given ours.
     resized_apart: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the reader has to know
 
     def get(self, run: Run, case: str, stage: str) -> Measure | None:
         """The measure, where there is one."""

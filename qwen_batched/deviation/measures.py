@@ -18,21 +18,13 @@ CHUNK = 2**22  # elements that are widened to float64 at once
 
 @dataclass
 class Distance:
-    """Of some outputs from the yardstick's, over all tokens so far. Sums are taken in float64, where the values are.
+    """Of some outputs from the yardstick's, over all tokens so far. Sums are taken in float64, where the values are."""
 
-    Attributes:
-        squared_error: Of the difference.
-        squared_norm: Of the yardstick.
-        relative: Sum of |difference| / (|yardstick| + 1).
-        elements: How many.
-        cosines: One for each token, in parts.
-    """
-
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    relative: float = 0.0
-    elements: int = 0
-    cosines: list[Tensor] = field(default_factory=list)
+    squared_error: float = 0.0  # of the difference
+    squared_norm: float = 0.0  # of the yardstick
+    relative: float = 0.0  # sum of |difference| / (|yardstick| + 1)
+    elements: int = 0  # how many
+    cosines: list[Tensor] = field(default_factory=list)  # one for each token, in parts
 
     @classmethod
     def pooled(cls, distances: Iterable[Distance]) -> Distance:
@@ -111,19 +103,13 @@ class Equality:
 
 @dataclass
 class Continuation:
-    """Greedy tokens: how many agree until the first that differs, which may be a tie.
+    """Greedy tokens: how many agree until the first that differs, which may be a tie."""
 
-    Attributes:
-        total: Tokens of the yardstick.
-        agreeing: Those before the first difference, over all samples.
-        differing: Samples that differ somewhere.
-        ties: Of those, the samples whose first difference is between two tokens that the yardstick finds equally
-            likely, but for rounding.
-    """
-
-    total: int = 0
-    agreeing: int = 0
-    differing: int = 0
+    total: int = 0  # tokens of the yardstick
+    agreeing: int = 0  # those before the first difference, over all samples
+    differing: int = 0  # samples that differ somewhere
+    # Of those, the samples whose first difference is between two tokens that the yardstick finds equally likely, but
+    # for rounding.
     ties: int = 0
 
     # Logits' distance of the two best tokens, over the logits' deviation: float32 rounding moves it by 1e-6 or so.

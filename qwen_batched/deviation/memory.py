@@ -29,17 +29,11 @@ class TooLittleMemory(ValueError):
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a comparison, in bytes.
+    """Of a comparison, in bytes."""
 
-    Attributes:
-        parameters: How many the checkpoint has.
-        stages: All stages of each case, in float32.
-        scores: Of the largest attention: how many it has, all heads together.
-    """
-
-    parameters: int
-    stages: tuple[int, ...]
-    scores: int
+    parameters: int  # how many the checkpoint has
+    stages: tuple[int, ...]  # all stages of each case, in float32
+    scores: int  # of the largest attention: how many it has, all heads together
 
     @classmethod
     def of(

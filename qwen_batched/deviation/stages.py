@@ -16,15 +16,11 @@ EXACT = (TOKENS, POSITIONS)  # integers: equal or wrong
 
 @dataclass(frozen=True)
 class Stages:
-    """The blocks that are compared, besides everything before, between and after them.
+    """The blocks that are compared, besides everything before, between and after them."""
 
-    Attributes:
-        vision_blocks: Indices of the vision transformer's blocks, from 0, as `encode_images` takes them.
-        decoder_blocks: Indices as of transformers' `hidden_states`: 0 is the embeddings, k the output of decoder block
-            k, the last one before the final norm.
-    """
-
-    vision_blocks: tuple[int, ...]
+    vision_blocks: tuple[int, ...]  # indices of the vision transformer's blocks, from 0, as `encode_images` takes them
+    # Indices as of transformers' `hidden_states`: 0 is the embeddings, k the output of decoder block k, the last one
+    # before the final norm.
     decoder_blocks: tuple[int, ...]
 
     @classmethod

@@ -17,15 +17,10 @@ TEXT_MARK, ANSWER_MARK, SYSTEM_MARK = (f"{MARK}{name}\ue001" for name in ("text"
 
 @dataclass(frozen=True)
 class Rendering:
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    Attributes:
-        text: The prompt.
-        looked: Whether the template did anything with a mark but print it, so that other texts may change more.
-    """
-
-    text: str
-    looked: bool
+    text: str  # the prompt
+    looked: bool  # whether the template did anything with a mark but print it, so that other texts may change more
 
 
 class ChatTemplate:

@@ -34,17 +34,12 @@ Cameras = int | tuple[bool, ...]  # how many there are, or which where the layou
 
 @dataclass(frozen=True)
 class Layout:
-    """A template for some cameras.
+    """A template for some cameras."""
 
-    Attributes:
-        pieces: Ids of control tokens, and strings, each as its parts, of which some are marks.
-        looked: Whether these pieces hold for the marks only, since the chat template looks at what it lays out.
-        known: The ids of strings that are the same for every text.
-    """
-
+    # Ids of control tokens, and strings, each as its parts, of which some are marks.
     pieces: tuple[int | tuple[str, ...], ...]
-    looked: bool
-    known: Mapping[str, list[int]] = field(default_factory=dict)
+    looked: bool  # whether these pieces hold for the marks only, since the chat template looks at what it lays out
+    known: Mapping[str, list[int]] = field(default_factory=dict)  # the ids of strings that are the same for every text
 
     @property
     def control_tokens(self) -> list[int]:

@@ -34,29 +34,17 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class TextCall:
-    """What a call says of its prompts.
+    """What a call says of its prompts."""
 
-    Attributes:
-        encoder: Makes tokens of them.
-        config: Of the decoder: the longest sequence, and how many ids its embedding has.
-        texts: B of them.
-        targets: B answers; None without.
-        template: As of `TensorProcessor`, like `system`.
-        system: None for the chat template's own.
-        grids: Of each camera's image.
-        max_new_tokens: How many tokens must find room behind each prompt.
-        device: Where the ids go.
-    """
-
-    encoder: PromptEncoder
-    config: TextConfig
-    texts: Sequence[str]
-    targets: Sequence[str] | None
-    template: str
-    system: str | None
-    grids: Sequence[Grid]
-    max_new_tokens: int
-    device: torch.device
+    encoder: PromptEncoder  # makes tokens of them
+    config: TextConfig  # of the decoder: the longest sequence, and how many ids its embedding has
+    texts: Sequence[str]  # B of them
+    targets: Sequence[str] | None  # B answers; None without
+    template: str  # as of `TensorProcessor`, like `system`
+    system: str | None  # None for the chat template's own
+    grids: Sequence[Grid]  # of each camera's image
+    max_new_tokens: int  # how many tokens must find room behind each prompt
+    device: torch.device  # where the ids go
 
 
 class PromptRows:

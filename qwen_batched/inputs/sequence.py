@@ -18,21 +18,14 @@ NO_LABEL = -100  # of a token that is not trained on, as in transformers
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences of B samples, padded to S.
+    """Token sequences of B samples, padded to S."""
 
-    Attributes:
-        input_ids: Int64 (B, S).
-        attention_mask: Bool (B, S), False on padding.
-        position_ids: Int64 (3, B, S), temporal, height and width rope positions; 0 on padding.
-        camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
-        feature_index: Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token
-            stands for, -1 elsewhere.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    camera_ids: Tensor
+    input_ids: Tensor  # int64 (B, S)
+    attention_mask: Tensor  # bool (B, S), False on padding
+    position_ids: Tensor  # int64 (3, B, S), temporal, height and width rope positions; 0 on padding
+    camera_ids: Tensor  # int64 (B, S), the camera of an image token, -1 elsewhere
+    # Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token stands for, -1
+    # elsewhere.
     feature_index: Tensor
 
 

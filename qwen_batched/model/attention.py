@@ -92,15 +92,11 @@ class NextTokenContext:
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """The rows that attention works on: one of `length` places for each sample, its tokens first.
-
-    Attributes:
-        slots: Int64 (T,), the place b * length + s of each token; None where tokens fill the rows.
-    """
+    """The rows that attention works on: one of `length` places for each sample, its tokens first."""
 
     batch: int
     length: int
-    slots: Tensor | None = None
+    slots: Tensor | None = None  # int64 (T,), the place b * length + s of each token; None where tokens fill the rows
 
     def take(self, x: Tensor) -> Tensor:
         """Rows (batch, length, ...) to tokens back to back, (T, ...)."""

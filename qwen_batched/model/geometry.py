@@ -35,39 +35,27 @@ class VisionPlan:
     raster order; inside a cell, patches in raster order. So every shape of window is one dense batch.
 
     Where the vision transformer has leading tokens, an image has as many more tokens in front of its patches.
-
-    Attributes:
-        window_order: (M,) int64, the raster index of the cell at each place of the window order.
-        raster_order: (h, w) int64, the place in window order of each cell; the inverse of `window_order`.
-        segments: By name, what a block may attend within: the whole image as one segment (`IMAGE`); and the attention
-            windows (`WINDOWS`), at most four runs (full, right edge, bottom edge, corner), where there are any.
-        cos: (P, head_dim / 2) float32, rotary table in window order: rows, then columns. Those of no rotation without
-            rotary embedding, and for leading tokens.
-        sin: (P, head_dim / 2) float32.
-        taps: Where the tokens are in the learned position table; None where there is none.
-        leading: How many leading tokens an image has.
     """
 
-    window_order: Tensor
-    raster_order: Tensor
+    window_order: Tensor  # (M,) int64, the raster index of the cell at each place of the window order
+    raster_order: Tensor  # (h, w) int64, the place in window order of each cell; the inverse of `window_order`
+    # By name, what a block may attend within: the whole image as one segment (`IMAGE`); and the attention windows
+    # (`WINDOWS`), at most four runs (full, right edge, bottom edge, corner), where there are any.
     segments: Mapping[str, Segments]
+    # (P, head_dim / 2) float32, rotary table in window order: rows, then columns. Those of no rotation without rotary
+    # embedding, and for leading tokens.
     cos: Tensor
-    sin: Tensor
-    taps: Taps | None
-    leading: int
+    sin: Tensor  # (P, head_dim / 2) float32
+    taps: Taps | None  # where the tokens are in the learned position table; None where there is none
+    leading: int  # how many leading tokens an image has
 
 
 @dataclass(frozen=True)
 class Taps:
-    """Rows of a position table and their weights: token `t` gets the sum of `table[rows[t]] * weights[t]`.
+    """Rows of a position table and their weights: token `t` gets the sum of `table[rows[t]] * weights[t]`."""
 
-    Attributes:
-        rows: Int64 (P, 4).
-        weights: Float32 (P, 4).
-    """
-
-    rows: Tensor
-    weights: Tensor
+    rows: Tensor  # int64 (P, 4)
+    weights: Tensor  # float32 (P, 4)
 
     def of(self, table: Tensor) -> Tensor:
         """(P, C) of a table (rows, C), in its dtype; summed in float32."""

@@ -100,22 +100,14 @@ def trained_like_tensors(
 
 @dataclass(frozen=True)
 class _Heads:
-    """A network's attention heads. A rotary pair p of a head is its components p and p + size / 2.
+    """A network's attention heads. A rotary pair p of a head is its components p and p + size / 2."""
 
-    Attributes:
-        queries: How many heads queries have.
-        keys: How many heads keys have.
-        size: Of a head.
-        local: Score of a token itself above far ones.
-        fast: Pairs that turn by much from a token to the next.
-        slow: Pairs that turn so little that a score hardly depends on the distance; none where there is no sink.
-    """
-
-    queries: int
-    keys: int
-    size: int
-    local: float
-    fast: Sequence[int]
+    queries: int  # how many heads queries have
+    keys: int  # how many heads keys have
+    size: int  # of a head
+    local: float  # score of a token itself above far ones
+    fast: Sequence[int]  # pairs that turn by much from a token to the next
+    # Pairs that turn so little that a score hardly depends on the distance; none where there is no sink.
     slow: Sequence[int]
 
     def shape(self, layer: str, leaf: str, values: Tensor, generator: torch.Generator) -> None:
