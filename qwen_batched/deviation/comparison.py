@@ -41,7 +41,7 @@ class Plan:
     device: torch.device  # where all models run
     new_tokens: int  # how many tokens are generated; 0 for none
     float64: str  # "always", "never", or "auto": for cases with a float32 stage above `FLOAT32_BOUND`
-    needs: Needs  # what it takes
+    needs: Needs
     trained_like: bool = False  # whether the weights were made up to be like a trained model's
 
 
@@ -87,8 +87,7 @@ def compare(plan: Plan, bar: tqdm) -> Findings:
 
 class _Comparison:
     def __init__(self, plan: Plan, bar: tqdm) -> None:
-        self.plan = plan
-        self.bar = bar
+        self.plan, self.bar = plan, bar
         self.findings = Findings()
         self.samples: dict[tuple[str, int], _Sample] = {}
 
@@ -102,7 +101,13 @@ class _Comparison:
             self._measure_ours(torch.float32)
         if cases := self._cases_for_float64():
             self.bar.total += _work(cases) * (plan.float64 == "auto")
-            self._measure_float64(cases)
+            try:
+                self._measure_theirs(torch.float64, cases)
+            except torch.OutOfMemoryError as error:
+                if plan.float64 == "always":
+                    raise
+                reason = str(error).splitlines()[0]
+                self.findings.notes.append(f"transformers' own float32 was not measured everywhere: {reason}")
         for dtype in low:
             self._measure_theirs(dtype, plan.cases)
             self._measure_ours(dtype)
@@ -165,16 +170,6 @@ class _Comparison:
             return ()
         return cases
 
-    def _measure_float64(self, cases: Iterable[Case]) -> None:
-        try:
-            self._measure_theirs(torch.float64, cases)
-        except torch.OutOfMemoryError as error:
-            if self.plan.float64 == "always":
-                raise
-            self.findings.notes.append(
-                f"transformers' own float32 was not measured everywhere: {error}".splitlines()[0]
-            )
-
     def _measure_theirs(self, dtype: torch.dtype, cases: Iterable[Case]) -> None:
         plan, exact = self.plan, dtype == torch.float64
         reference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
@@ -209,12 +204,10 @@ class _Comparison:
 
     def _add(self, run: Run, case: Case, stage: str, values: Tensor, yardstick: Tensor, sample: _Sample) -> None:
         measures, key = self.findings.measures, (run, case.label, stage)
-        if stage in EXACT:
-            measures.setdefault(key, Equality()).add(values, yardstick)
-        elif stage == GREEDY:
+        if stage == GREEDY:
             measures.setdefault(key, Continuation()).add(values, yardstick, sample.scores)
         else:
-            measures.setdefault(key, Distance()).add(values, yardstick)
+            measures.setdefault(key, Equality() if stage in EXACT else Distance()).add(values, yardstick)
 
 
 def _work(cases: Iterable[Case]) -> int:

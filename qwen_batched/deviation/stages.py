@@ -27,11 +27,7 @@ class Stages:
     def of(
         cls, config: QwenVLConfig, vision_layers: Sequence[int] | None = None, layers: Sequence[int] | None = None
     ) -> Stages:
-        """All blocks of a model, or those asked for; negative indices count from the end.
-
-        Raises:
-            ValueError: There is no such block.
-        """
+        """All blocks, or those asked for, negative ones counted from the end. Raises `ValueError` where one is not."""
         depth, blocks = config.vision.depth, config.text.num_hidden_layers
         vision = range(depth) if vision_layers is None else resolve_layers(vision_layers, depth)
         decoder = range(blocks + 1) if layers is None else resolve_layers(layers, blocks + 1)
