@@ -7,6 +7,7 @@ to 5.x except for versions known to be wrong; what differs between them is in th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,11 +55,7 @@ KNOWN_WRONG_RELEASES = (
 
 
 def check_reference_version(version: str = transformers.__version__) -> None:
-    """Refuses transformers releases whose Qwen2.5-VL is known to be wrong.
-
-    Raises:
-        RuntimeError: Saying what is wrong.
-    """
+    """Raises `RuntimeError` for transformers releases whose Qwen2.5-VL is known to be wrong, and says what is."""
     release = Version(version).release
     for first, last, reason in KNOWN_WRONG_RELEASES:
         # Compared at the length of each bound, so that 4.55 covers every 4.55.x.
@@ -84,11 +81,8 @@ class TransformersReference:
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         check_reference_version()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.visual = _visual(model)
-        self.decoder = _decoder(model)
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.visual, self.decoder = _networks(model)
 
     @classmethod
     def from_pretrained(
@@ -193,33 +187,19 @@ class TransformersReference:
     def run(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> ReferenceOutput:
-        """Runs one sample.
-
-        Args:
-            input_ids: (1, S), one image token for each merged cell of each image.
-            pixel_values: (patches, patch size) in transformers' patch order; None: no image.
-            image_grid_thw: (images, 3), each image's grid in patches.
-        """
+        """Runs one sample: ids (1, S) and patches as `processor_inputs` returns them; None: no image."""
         _check_one_sample(input_ids)
         inputs = self._model_inputs(input_ids, pixel_values, image_grid_thw)
         seen_positions: list[Tensor] = []
         seen_features: list[Tensor] = []
         # Recorded on the way instead of computed again: these are the values that made the hidden states.
-        hooks = [
+        with (
             self.decoder.rotary_emb.register_forward_pre_hook(lambda _, args: seen_positions.append(args[1])),
             self.visual.register_forward_hook(lambda _, args, output: seen_features.append(_merged(output))),
-        ]
-        try:
+        ):
             output = self.model(**inputs, output_hidden_states=True, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return ReferenceOutput(
-            hidden_states=tuple(output.hidden_states),
-            logits=output.logits,
-            image_features=self._split_cells(seen_features[0], image_grid_thw) if seen_features else [],
-            position_ids=seen_positions[0],
-        )
+        features = self._split_cells(seen_features[0], image_grid_thw) if seen_features else []
+        return ReferenceOutput(tuple(output.hidden_states), output.logits, features, seen_positions[0])
 
     def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Returns the most likely continuation of one sample, 1-D, its end token included."""
@@ -231,26 +211,18 @@ class TransformersReference:
         """Returns the most likely continuation, and the scores (tokens, vocabulary) by which it was chosen."""
         input_ids = inputs["input_ids"]
         _check_one_sample(input_ids)
+        returned = {"output_scores": True, "return_dict_in_generate": True}
         output = self.model.generate(
-            **self._model_inputs(**inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **self._model_inputs(**inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **returned
         )
         return output.sequences[0, input_ids.shape[1] :], torch.cat(output.scores)
 
     @torch.no_grad()
     @without_tf32
     def final_hidden_states(self, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """Runs samples with images as one batch, padded on the left, as nothing else here does.
+        """Runs samples (`processor_inputs`) with images as one batch, padded on the left, as nothing else here does.
 
-        Args:
-            samples: Of each what `processor_inputs` returned.
-
-        Returns:
-            For each sample (S, D), after the final norm, without padding.
+        Returns for each sample (S, D), after the final norm, without padding.
         """
         ids = [sample["input_ids"][0] for sample in samples]
         longest = max(map(len, ids))
@@ -269,22 +241,16 @@ class TransformersReference:
     def vision_block_outputs(
         self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
     ) -> list[list[Tensor]]:
-        """Returns for each of the blocks, for each image, its output as (grid height, grid width, C).
-
-        The blocks work in window order; what is returned is in raster order.
-        """
+        """Returns for each of the blocks, for each image, its output (grid height, grid width, C) in raster order."""
         seen: dict[int, Tensor] = {}
 
         def keep(index: int) -> Any:
             return lambda module, args, output: seen.__setitem__(index, output)
 
-        hooks = [self.visual.blocks[index].register_forward_hook(keep(index)) for index in blocks]
-        try:
-            grid = image_grid_thw.to(self.device)
-            self.visual(pixel_values.to(self.device, self.visual.dtype), grid_thw=grid)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for index in blocks:
+                hooks.enter_context(self.visual.blocks[index].register_forward_hook(keep(index)))
+            self.visual(pixel_values.to(self.device, self.visual.dtype), grid_thw=image_grid_thw.to(self.device))
         return [self.raster_patches(seen[index], image_grid_thw) for index in blocks]
 
     def raster_patches(self, windowed: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
@@ -361,17 +327,9 @@ def _check_one_sample(input_ids: Tensor) -> None:
 _RELEASE = Version(transformers.__version__).release
 
 
-def _nested_modules() -> bool:
-    """Since 4.52, vision tower and decoder are both inside `model.model`."""
-    return _RELEASE >= (4, 52)
-
-
-def _visual(model: nn.Module) -> nn.Module:
-    return model.model.visual if _nested_modules() else model.visual
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    return model.model.language_model if _nested_modules() else model.model
+def _networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Vision tower and decoder, both inside `model.model` since 4.52."""
+    return (model.model.visual, model.model.language_model) if _RELEASE >= (4, 52) else (model.visual, model.model)
 
 
 def _merged(visual_output: Any) -> Tensor:

@@ -66,15 +66,7 @@ _UNMARKED = ("visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias", "model.la
 def trained_like_tensors(
     shapes: Mapping[str, Shape], seed: int, text: Config, vision: Config, sink_token: int
 ) -> Callable[[str], Tensor]:
-    """Returns what makes the float32 tensor of a published name.
-
-    Args:
-        shapes: Of all tensors, by name.
-        seed: As of random weights.
-        text: The text config.
-        vision: The vision config.
-        sink_token: The id of <|im_start|>.
-    """
+    """Returns what makes the float32 tensor of a published name; `sink_token` is the id of <|im_start|>."""
     tower, decoder = _Stream.of_vision(vision), _Stream.of_text(text)
 
     def make(name: str) -> Tensor:
@@ -186,14 +178,7 @@ class _Stream:
         """Makes units of the writer write the massive channels, and one unit of the first block the sink.
 
         A unit whose gate and up are the same number g gives g * silu(g), which is about g * g / 2 on average and never
-        much below zero.
-
-        Args:
-            block: Its index.
-            layer: "gate", "up" or "down".
-            leaf: "weight" or "bias".
-            values: The layer's own, to be changed.
-            gate: Makes the gate's random ones.
+        much below zero. `values` are changed; `gate` makes the gate's random ones.
         """
         units = min(MOST_UNITS, self.mlp_width // 2)
         if block == self._writer and layer != "down":

@@ -137,8 +137,8 @@ def write_weights(
         del tensors
     if len(groups) > 1:
         total_size = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        index_content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index_content)
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", content)
 
 
 def _split_by_size(shapes: Mapping[str, Shape], shards: int) -> list[list[str]]:
