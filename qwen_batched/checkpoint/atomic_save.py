@@ -75,10 +75,8 @@ def recover(folder: Path) -> None:
     """Completes a `replacing` that was killed between its renames; removes what one killed before them has left.
 
     A save that is under way is let be: until its renames, which are waited for, the folder has its old files. Where no
-    save was killed this costs one look at the folder.
-
-    Raises:
-        ValueError: A save cannot be completed, because the folder cannot be written or has been changed since.
+    save was killed this costs one look at the folder. Raises `ValueError` where a save cannot be completed, because the
+    folder cannot be written or has been changed since.
     """
     staging = folder / STAGING
     if not os.path.lexists(staging):

@@ -156,8 +156,7 @@ class QwenVLConfig:
     def from_dict(cls, raw: Mapping[str, Any], defaults: QwenVLConfig) -> QwenVLConfig:
         """Reads either layout; what the file leaves out is as in `defaults`.
 
-        Raises:
-            ValueError: The file says what this package does not implement.
+        Raises `ValueError` where the file says what this package does not implement.
         """
         if raw.get("quantization_config"):
             raise ValueError("quantized checkpoints (quantization_config) are not supported")

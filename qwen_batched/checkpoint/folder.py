@@ -106,10 +106,8 @@ class Checkpoint:
         """Finds and reads the checkpoint `name`: a folder, or a hub id (downloaded, or taken from the hub's cache).
 
         Without `weights`, nothing of a hub id but its small files is downloaded. Where the folder says a thing twice,
-        the order is that of transformers 5.
-
-        Raises:
-            ValueError: There is no such checkpoint, or a file of it is not readable.
+        the order is that of transformers 5. Raises `ValueError` where there is no such checkpoint, or a file of it is
+        not readable.
         """
         folder = find_folder(name, weights, hub or HubOptions())
         stamp = _stamp(folder)
@@ -184,8 +182,7 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Writes everything but the weights into `folder`: each thing once, where transformers of every age reads it.
 
-        Raises:
-            OSError: A file cannot be written; it is named.
+        Raises `OSError` where a file cannot be written; it is named.
         """
         files = {
             CONFIG_FILE: self.config,

@@ -74,8 +74,7 @@ class GenerationConfig:
     def from_dict(cls, raw: Mapping[str, Any] | None, config: Mapping[str, Any]) -> GenerationConfig:
         """Reads the file's content `raw`; where there is no file (None), config.json's content `config`.
 
-        Raises:
-            ValueError: The end tokens are no token ids, or the repetition penalty is no number above 0.
+        Raises `ValueError` where the end tokens are no token ids, or the repetition penalty is no number above 0.
         """
         settings = _settings_of(config) if raw is None else raw
         eos = settings.get("eos_token_id")

@@ -51,8 +51,7 @@ class ModelOptions(ProcessorOptions):
     def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
         """`dtype` and `device`, by whichever names they were given.
 
-        Raises:
-            ValueError: Two names say different things, or `device_map` is not one device.
+        Raises `ValueError` where two names say different things, or `device_map` is not one device.
         """
         if self.torch_dtype not in (None, "auto"):
             theirs = resolve_dtype(self.torch_dtype, stored=None)

@@ -41,8 +41,7 @@ class StoredTensor:
 def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> M:
     """A module without storage, as the file `config` describes it: nothing is allocated that loading would overwrite.
 
-    Raises:
-        ValueError: A tensor would have more elements than PyTorch can count.
+    Raises `ValueError` where a tensor would have more elements than PyTorch can count.
     """
     try:
         with torch.device("meta"):
@@ -106,8 +105,7 @@ def load_weights(
 def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """What there is to save: `state_dict`, where it is that of what `build` makes.
 
-    Raises:
-        ValueError: It has other tensors, or what is no tensor, or they are sharded or quantised.
+    Raises `ValueError` where it has other tensors, or what is no tensor, or they are sharded or quantised.
     """
     tensors = dict(state_dict)
     for name, value in tensors.items():
@@ -134,8 +132,7 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Writes tensors under their names into `folder`, in shards of at most 5 GB.
 
-    Raises:
-        OSError: A file cannot be written; it is named.
+    Raises `OSError` where a file cannot be written; it is named.
     """
     split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():

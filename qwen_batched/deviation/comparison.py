@@ -78,9 +78,8 @@ class _Sample:
 def compare(plan: Plan, bar: tqdm) -> Findings:
     """Runs everything.
 
-    Raises:
-        ValueError: transformers or this package cannot load the checkpoint.
-        torch.OutOfMemoryError: There was less memory than it looked.
+    Raises `ValueError` where transformers or this package cannot load the checkpoint, `torch.OutOfMemoryError` where
+    there was less memory than it looked.
     """
     return _Comparison(plan, bar).run()
 

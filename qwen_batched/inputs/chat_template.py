@@ -50,8 +50,7 @@ class ChatTemplate:
     def render(self, cameras: int, text: str, system: str | None = None, answer: str | None = None) -> Rendering:
         """A user's turn with the generation prompt, or with the assistant's turn where there is an answer.
 
-        Raises:
-            ValueError: The template fails.
+        Raises `ValueError` where the template fails.
         """
         try:
             return self._render(cameras, text, system, answer)

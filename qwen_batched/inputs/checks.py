@@ -25,9 +25,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tensor]:
     """`images` as groups of cameras of one size, (B, V_g, 3, H, W) each, in camera order.
 
-    Raises:
-        TypeError: `images` is neither a tensor nor a list of tensors.
-        ValueError: Its shape, dtype or device is not as the contract says.
+    Raises `TypeError` where `images` is neither a tensor nor a list of tensors, `ValueError` where its shape, dtype or
+    device is not as the contract says.
     """
     if isinstance(images, Tensor):
         check_plain("images", images)
@@ -75,8 +74,7 @@ def _check_group(frames: Tensor, min_side: int) -> None:
 def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
     """The texts as a list; a single string stands for a batch of one.
 
-    Raises:
-        TypeError, ValueError: They are not `batch` strings.
+    Raises `TypeError` or `ValueError` where they are not `batch` strings.
     """
     if isinstance(texts, str):
         texts = [texts]
@@ -91,8 +89,7 @@ def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
 def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> Sequence[str]:
     """The targets as a list; a single string stands for a batch of one.
 
-    Raises:
-        TypeError, ValueError: They are not one string for each of `texts`.
+    Raises `TypeError` or `ValueError` where they are not one string for each of `texts`.
     """
     if texts is None:
         raise ValueError("targets need texts that they answer, got texts=None")
@@ -214,9 +211,8 @@ def check_dtype(dtype: object) -> torch.dtype:
 def check_resize(resize: Resize, factor: int) -> Resize:
     """`resize` with plain ints.
 
-    Raises:
-        TypeError: It is not "hf", None or a pair of ints.
-        ValueError: The size is not in multiples of `factor`, or above `MAX_FRAME_PIXELS`.
+    Raises `TypeError` where it is not "hf", None or a pair of ints, `ValueError` where the size is not in multiples of
+    `factor`, or above `MAX_FRAME_PIXELS`.
     """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
@@ -243,9 +239,8 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     """`layers` as indices 0 to `size` - 1; negative ones count from the end.
 
-    Raises:
-        TypeError: `layers` is not a list or tuple of ints.
-        ValueError: It is empty, or an index is out of range.
+    Raises `TypeError` where `layers` is not a list or tuple of ints, `ValueError` where it is empty, or an index is out
+    of range.
     """
     given, resolved = [], []
     for layer in layers if isinstance(layers, (list, tuple)) else (None,):

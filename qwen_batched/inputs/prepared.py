@@ -148,12 +148,9 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     """What the model runs on, on `device`; from pinned memory without a wait.
 
     Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
-    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and
-    loss shall be NaN then.
-
-    Raises:
-        TypeError, ValueError: The batch is not what a processor returned for frames and texts of this model. Raised
-            before any work.
+    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and loss
+    shall be NaN then. Raises `TypeError` or `ValueError`, before any work, where the batch is not what a processor
+    returned for frames and texts of this model.
     """
     grids = _check_fields(batch, config, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")

@@ -127,10 +127,8 @@ class PromptEncoder:
 
         The prompt's tokens are those of `encode`, with which new text will begin. Only "chat" follows transformers,
         which tokenises a conversation whole: an answer's leading line breaks merge with the last of the generation
-        prompt into one token, which counts as the answer's.
-
-        Raises:
-            ValueError: The chat template changes the answer.
+        prompt into one token, which counts as the answer's. Raises `ValueError` where the chat template changes the
+        answer.
         """
         layout = self._layout(template, cameras, system is not None)
         pieces, end = self._filled(layout, text, cameras, system), self.end_token(template)
@@ -158,8 +156,7 @@ class PromptEncoder:
     def end_token(self, template: str) -> int:
         """What ends an answer: the end of the chat template's assistant turn, in other layouts the tokenizer's own.
 
-        Raises:
-            ValueError: There is none, or the assistant's turn is not what the generation prompt begins.
+        Raises `ValueError` where there is none, or the assistant's turn is not what the generation prompt begins.
         """
         if template == "chat":
             return self._ending().control_tokens[0]

@@ -56,8 +56,7 @@ class PromptRows:
     def lay_out(self, call: TextCall, camera_mask: Tensor | None) -> Prompts:
         """The tokens of a batch whose cameras the host knows: `camera_mask`, bool (B, V), on the host, or None for all.
 
-        Raises:
-            ValueError: A prompt is empty or too long, or a token of it has no embedding.
+        Raises `ValueError` where a prompt is empty or too long, or a token of it has no embedding.
         """
         batch, cameras = len(call.texts), len(call.grids)
         present = [[True] * cameras] * batch if camera_mask is None else camera_mask.tolist()

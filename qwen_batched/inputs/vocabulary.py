@@ -94,8 +94,7 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids of a stretch without control tokens.
 
-        Raises:
-            ValueError: The tokenizer's own rules make a control token of it.
+        Raises `ValueError` where the tokenizer's own rules make a control token of it.
         """
         return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
 

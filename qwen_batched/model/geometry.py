@@ -66,10 +66,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """The size to which transformers' Qwen2-VL image processor resizes: multiples of `factor` near the same aspect.
 
     Python's `round` rounds halves to even, which is part of the rule (transformers, image_processing_qwen2_vl.py).
-
-    Raises:
-        ValueError: A side is below `factor`, the aspect ratio is above 200, or `min_pixels` asks for a larger frame
-            than `MAX_FRAME_PIXELS`.
+    Raises `ValueError` where a side is below `factor`, the aspect ratio is above 200, or `min_pixels` asks for a larger
+    frame than `MAX_FRAME_PIXELS`.
     """
     if min(height, width) < factor:
         raise ValueError(f"images must be at least {factor} x {factor} pixels, got {height} x {width}")

@@ -115,8 +115,7 @@ class TensorProcessor:
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
 
-        Raises:
-            ValueError: The folder lacks a file, or says something that this package does not implement.
+        Raises `ValueError` where the folder lacks a file, or says something that this package does not implement.
         """
         config = read_config(checkpoint)
         family = family_of(config.model_type)

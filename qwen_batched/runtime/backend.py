@@ -48,8 +48,7 @@ def backend() -> str:
 def has_kernels(device: torch.device) -> bool:
     """Whether operations on tensors of `device` run Triton kernels, rather than the reference.
 
-    Raises:
-        RuntimeError: Triton was asked for and cannot be used on `device`.
+    Raises `RuntimeError` where triton was asked for and cannot be used on `device`.
     """
     chosen = _backend.get()
     if chosen == "reference" or (chosen == "auto" and device.type != "cuda"):

@@ -116,9 +116,8 @@ WITHOUT_EFFECT = (
 def read_settings(folder: Path) -> dict[str, Any]:
     """The fields of `adapter_config.json` that a LoRA adapter depends on.
 
-    Raises:
-        ValueError: The file is missing or damaged, the adapter is of another kind, or a field is of the wrong type,
-            or asks for what is not supported.
+    Raises `ValueError` where the file is missing or damaged, the adapter is of another kind, or a field is of the wrong
+    type, or asks for what is not supported.
     """
     from peft import LoraConfig
 
@@ -146,9 +145,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, keys: KeyLayout) -> dict[str, Tensor]:
     """The adapter's tensors on the host, by their keys without `PREFIX`; modules by the names that the file has.
 
-    Raises:
-        ValueError: The file is missing, damaged or empty; a key is no adapter's or there twice; a tensor is not of a
-            floating dtype, or not finite.
+    Raises `ValueError` where the file is missing, damaged or empty; a key is no adapter's or there twice; a tensor is
+    not of a floating dtype, or not finite.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
