@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.atomic_save import recover, write_file
-from qwen_batched.checkpoint.config import ImageConfig, VisionConfig
+from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.checkpoint.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 
@@ -32,12 +32,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 CONFIG_FILES, WEIGHT_FILES = ("*.json", "*.jinja", "merges.txt"), ("*.safetensors",)
 # Written back as they stand: those that one version of transformers writes, another may not read.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 # The weights that some reader would take, by the names that transformers gives them: shards, variants, pickles.
 _WEIGHTS = r"((pytorch_)?model|tf_model|flax_model)(\.(bf|fp|f)\d+)?(-\d{5}-of-\d{5})?(\.(bf|fp|f)\d+)?"
@@ -45,21 +41,9 @@ CHECKPOINT_WEIGHTS = re.compile(_WEIGHTS + r"\.(safetensors|bin|h5|msgpack)(\.in
 # The other files of a checkpoint. Some readers prefer one that is not written here to one that is: transformers
 # processor_config.json and chat_template.json, vLLM tekken.json and the descriptions of quantised weights.
 CHECKPOINT_FILES = {
-    *TOKENIZER_FILES,
-    CONFIG_FILE,
-    GENERATION_FILE,
-    PREPROCESSOR_FILE,
-    VIDEO_FILE,
-    PROCESSOR_FILE,
-    "audio_tokenizer_config.json",
-    TEMPLATE_FILE,
-    JSON_TEMPLATE_FILE,
-    TEMPLATE_FOLDER,
-    "tokenizer.model",
-    "tekken.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
+    *(*TOKENIZER_FILES, CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, VIDEO_FILE, PROCESSOR_FILE),
+    *(TEMPLATE_FILE, JSON_TEMPLATE_FILE, TEMPLATE_FOLDER, "audio_tokenizer_config.json", "tokenizer.model"),
+    *("tekken.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
 }
 ADAPTER_FILE = "adapter_config.json"
 DTYPE_NAMES = ("dtype", "torch_dtype")
@@ -156,10 +140,9 @@ class Checkpoint:
         with naming(self.folder / (CONFIG_FILE if self.generation is None else GENERATION_FILE)):
             return GenerationConfig.from_dict(self.generation, self.config)
 
-    def describing(
-        self, *, num_layers: int, tied: bool, dtype: torch.dtype, min_pixels: int, max_pixels: int
-    ) -> Checkpoint:
+    def describing(self, model: QwenVLConfig, dtype: torch.dtype, image: ImageConfig) -> Checkpoint:
         """The same files, saying of a model loaded from them what has changed since."""
+        num_layers, tied = model.text.num_hidden_layers, model.tie_word_embeddings
         config = copy.deepcopy(self.config)
         text = config.get("text_config") or config
         if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
@@ -175,8 +158,8 @@ class Checkpoint:
                 section["num_hidden_layers"] = num_layers
             if section.get("layer_types"):
                 section["layer_types"] = section["layer_types"][:num_layers]
-        size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "size": size}
+        size = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
+        pixels = {"min_pixels": image.min_pixels, "max_pixels": image.max_pixels, "size": size}
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def write(self, folder: Path) -> None:
@@ -191,11 +174,8 @@ class Checkpoint:
             VIDEO_FILE: self.video,
             GENERATION_FILE: self.generation,
         }
-        contents = {
-            name: json.dumps(content, indent=2, ensure_ascii=False).encode()
-            for name, content in files.items()
-            if content is not None
-        }
+        given = {name: content for name, content in files.items() if content is not None}
+        contents = {name: json.dumps(x, indent=2, ensure_ascii=False).encode() for name, x in given.items()}
         if self.chat_template is not None:
             # The tokenizer reads it from here too, the processor's chat_template.json it does not.
             contents[TEMPLATE_FILE] = self.chat_template.encode()
@@ -222,11 +202,8 @@ def is_checkpoint_file(name: str) -> bool:
 def warn_of_adapter(folder: Path) -> None:
     """Logs what transformers makes of an adapter beside the checkpoint, which is not ours to remove."""
     if (folder / ADAPTER_FILE).exists():
-        logging.getLogger(__name__).warning(
-            "%s has an adapter: where peft is installed, transformers loads that and the model it was trained on, "
-            "not the checkpoint saved here",
-            folder,
-        )
+        effect = "where peft is installed, transformers loads that and the model it was trained on"
+        logging.getLogger(__name__).warning("%s has an adapter: %s, not the checkpoint saved here", folder, effect)
 
 
 def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOptions()) -> Path:
@@ -242,14 +219,13 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    options = {field.name: getattr(hub, field.name) for field in fields(HubOptions)}
-    options = {option: value for option, value in options.items() if value != getattr(HubOptions, option)}
+    names = [field.name for field in fields(HubOptions)]
+    options = {name: getattr(hub, name) for name in names if getattr(hub, name) != getattr(HubOptions, name)}
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
-        raise ValueError(
-            f"{shown(name)} is neither a folder nor a checkpoint that the hub gives: {cut(error)}"
-        ) from error
+        reason = f"neither a folder nor a checkpoint that the hub gives: {cut(error)}"
+        raise ValueError(f"{shown(name)} is {reason}") from error
 
 
 @contextlib.contextmanager

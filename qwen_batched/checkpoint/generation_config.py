@@ -32,23 +32,12 @@ HARMLESS = frozenset(
 )
 # Settings that change nothing at one value, besides None; some versions of transformers write it.
 NEUTRAL = {
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "token_healing": False,
-    "use_mtp": False,
-    "penalty_alpha": 0.0,
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "bad_words_ids": [],
-    "stop_strings": [],
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), 0.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1.0),
+    **dict.fromkeys(("token_healing", "use_mtp"), False),
+    **{name: [] for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings")},
 }
 # Settings that only drawing tokens looks at, with the value at which they change nothing.
 SAMPLING = {"min_p": 0.0, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}

@@ -44,12 +44,9 @@ def _replace_prefix(name: str, prefixes: Collection[tuple[str, str]]) -> str:
 
 
 def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
-    """Says of a module's name whether it belongs to a decoder block above those kept.
+    """Says of a module's name whether it belongs to a decoder block above the `kept` of the `stored` ones.
 
-    Args:
-        names: Those of the parameters wanted, of which block 0's stand for every block's.
-        kept: How many decoder blocks are wanted.
-        stored: How many the checkpoint has.
+    `names` are those of the parameters wanted, of which block 0's stand for every block's.
     """
 
     def unread(name: str) -> bool:

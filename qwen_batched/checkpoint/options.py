@@ -56,28 +56,23 @@ class ModelOptions(ProcessorOptions):
         if self.torch_dtype not in (None, "auto"):
             theirs = resolve_dtype(self.torch_dtype, stored=None)
             if dtype not in (None, "auto") and resolve_dtype(dtype, stored=None) != theirs:
-                raise ValueError(
-                    f"dtype and torch_dtype must be the same, got {shown(dtype)} and {shown(self.torch_dtype)}"
-                )
+                both = f"{shown(dtype)} and {shown(self.torch_dtype)}"
+                raise ValueError(f"dtype and torch_dtype must be the same, got {both}")
             dtype = theirs
         mapped = _one_device(self.device_map)
         if mapped is None:
             return dtype, device
         if device is not None and resolve_device(device) != resolve_device(mapped):
-            raise ValueError(
-                f"device and device_map must be the same, got {shown(device)} and {shown(self.device_map)}"
-            )
+            both = f"{shown(device)} and {shown(self.device_map)}"
+            raise ValueError(f"device and device_map must be the same, got {both}")
         return dtype, mapped
 
 
 def read_options(kind: type[O], given: Mapping[str, Any]) -> O:
     """The options `given` to a `from_pretrained` as `kind`. Raises `TypeError` for one that is unknown."""
     known = [field.name for field in fields(kind)]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        raise TypeError(
-            f"from_pretrained got unknown arguments: {', '.join(unknown)}; it also takes {', '.join(known)}"
-        )
+    if unknown := ", ".join(sorted(given.keys() - set(known))):
+        raise TypeError(f"from_pretrained got unknown arguments: {unknown}; it also takes {', '.join(known)}")
     return kind(**given)
 
 
