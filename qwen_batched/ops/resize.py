@@ -29,8 +29,7 @@ def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Te
 
     Args:
         frames: (I, 3, H, W), uint8 in 0..255 or floating.
-        height: Of the result.
-        width: Of the result.
+        height, width: Of the result.
         resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
 
     Returns:
