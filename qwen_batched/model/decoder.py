@@ -1,9 +1,4 @@
-"""The decoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for.
-
-Shape letters: B samples, V cameras, I = B * V images, P patches of an image, M = h * w merged cells of an image,
-T patches of all images back to back, S tokens of a sequence, C vision width, D text width, N query heads,
-K key/value heads, E head size.
-"""
+"""The decoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for."""
 
 from __future__ import annotations
 

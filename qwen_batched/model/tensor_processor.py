@@ -21,20 +21,9 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint, naming
 from qwen_batched.checkpoint.options import ProcessorOptions, read_options
 from qwen_batched.families import family_of, read_config
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import (
-    Resize,
-    check_camera_mask,
-    check_device,
-    check_dtype,
-    check_float_range,
-    check_frames,
-    check_resize,
-    check_system,
-    check_targets,
-    check_texts,
-    check_unicode,
-)
+from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
@@ -175,7 +164,7 @@ class TensorProcessor:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
                 model's maximum.
         """
-        check_dtype(dtype)
+        checks.check_dtype(dtype)
         request = self.request(
             images,
             texts,
@@ -206,7 +195,7 @@ class TensorProcessor:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         factor = self.config.vision.cell_size
-        resize = check_resize(resize, factor)
+        resize = checks.check_resize(resize, factor)
         groups, device = self._check_images(images, camera_mask, device, factor)
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
@@ -215,15 +204,15 @@ class TensorProcessor:
             height, width = self._target_size(group, resize, factor)
             grids += ((height // factor, width // factor),) * group.shape[1]
         if texts is not None:
-            texts = check_texts(texts, groups[0].shape[0] if groups else None)
+            texts = checks.check_texts(texts, groups[0].shape[0] if groups else None)
             self.prompts.check_template(template, len(grids))
             if not template.isascii():
-                check_unicode("template", template)
+                checks.check_unicode("template", template)
         if targets is not None:
-            targets = check_targets(targets, texts)
+            targets = checks.check_targets(targets, texts)
             self.prompts.end_token(template)
         if system is not None:
-            check_system(system, texts, template)
+            checks.check_system(system, texts, template)
         prompts = None
         if texts is not None:
             text = self.config.text
@@ -278,13 +267,13 @@ class TensorProcessor:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
             return None, _with_memory(resolve_device("cpu" if device is None else device))
-        groups = check_frames(images, min_side=factor)
+        groups = checks.check_frames(images, min_side=factor)
         device = groups[0].device if device is None else _with_memory(resolve_device(device))
-        check_device("images", groups[0], device)
+        checks.check_device("images", groups[0], device)
         if camera_mask is not None:
             cameras = sum(group.shape[1] for group in groups)
-            check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
-        check_float_range(groups, camera_mask)
+            checks.check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
+        checks.check_float_range(groups, camera_mask)
         return groups, device
 
     def _target_size(self, frames: Tensor, resize: Resize, factor: int) -> tuple[int, int]:

@@ -122,9 +122,8 @@ class CudaGraphs:
         """Whether autograd is on and has anything to see. What nobody knows of (hooks) is never captured."""
         if not torch.is_grad_enabled():
             return False
-        snapshot = (
-            self._snapshot
-        )  # knows the parameters without a walk, as long as it is true; no replay comes of it if not
+        # It knows the parameters without a walk, as long as it is true; no replay comes of it if not.
+        snapshot = self._snapshot
         if any(x.requires_grad for x in inputs):
             return True
         if snapshot is not None and not any(tensor.requires_grad for tensor in snapshot.tensors):
