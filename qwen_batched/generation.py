@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from qwen_batched.arguments import shown
 from qwen_batched.inputs.batch import Batch
-from qwen_batched.inputs.prompt import PromptEncoder
+from qwen_batched.inputs.prompt import PromptEncoder, TextStream
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.embedding import embed
@@ -43,9 +44,8 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {shown(value)}")
         if type(self.top_k) is not int or type(self.seed) not in (int, type(None)):
-            raise TypeError(
-                f"top_k must be an int and seed an int or None, got {shown(self.top_k)} and {shown(self.seed)}"
-            )
+            both = f"{shown(self.top_k)} and {shown(self.seed)}"
+            raise TypeError(f"top_k must be an int and seed an int or None, got {both}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.temperature <= sys.float_info.max or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -102,26 +102,15 @@ class Decoding:
     ) -> None:
         """Runs the prompts and chooses the first token of each.
 
-        Args:
-            network: Its output projection is there.
-            batch: With texts; the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them too.
-            max_new_tokens: At least 1.
-            sampling: How tokens are chosen.
-            repetition_penalty: 1 for none.
+        The `repetition_penalty` (Keskar et al. 2019, arXiv:1909.05858) looks at the prompts too; 1 is none.
         """
         visual, self._decoder, self._head = network
         self._sampling, self._penalty = sampling, repetition_penalty
         samples, length = batch.input_ids.shape
         text, device, mask = self._decoder.config, batch.input_ids.device, batch.attention_mask
         inputs_embeds, deep, _ = embed(visual, self._decoder, batch)
-        self._cache = KVCache(
-            text.num_hidden_layers,
-            samples,
-            length + max_new_tokens,
-            text.num_key_value_heads,
-            text.head_dim,
-            inputs_embeds,
-        )
+        heads, capacity = (text.num_key_value_heads, text.head_dim), length + max_new_tokens
+        self._cache = KVCache(text.num_hidden_layers, samples, capacity, *heads, inputs_embeds)
         self._positions_B = batch.rope_positions.amax(dim=(1, 2))
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(samples, max_new_tokens, device)
@@ -129,14 +118,8 @@ class Decoding:
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
         self._token_B = torch.zeros(samples, dtype=torch.int64, device=device)
         self._invalid = torch.full((), INVALID, device=device)
-        hidden_BSD = self._decoder(
-            inputs_embeds,
-            batch.rope_positions.transpose(0, 1),
-            mask,
-            cache=self._cache,
-            tokens=batch.tokens,
-            deep_features=deep,
-        )[0]
+        positions, options = batch.rope_positions.transpose(0, 1), {"tokens": batch.tokens, "deep_features": deep}
+        hidden_BSD = self._decoder(inputs_embeds, positions, mask, cache=self._cache, **options)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, mask))
         self._seen_BW: Tensor | None = None
         if repetition_penalty != 1:
@@ -198,7 +181,7 @@ def generate_texts(
     progress: bool = False,
 ) -> GenerateOutput:
     """As `generate_tokens`, and the text of the tokens; `stream` takes text."""
-    pieces = prompts.stream(len(decoding.tokens))
+    pieces = TextStream(prompts, len(decoding.tokens))
     tokens, rows, reasons = generate_tokens(
         decoding,
         step,
@@ -250,23 +233,18 @@ def generate_tokens(
 
 
 def _token_chunks(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
-    """Tokens as they reach the host, some columns at a time; the GPU is already at the next chunk meanwhile."""
+    """Tokens as they reach the host, some columns at a time; a GPU is already at the next chunk meanwhile."""
     on_gpu, total = tokens_BN.is_cuda, tokens_BN.shape[1]
     width = STEPS_PER_POLL if on_gpu else 1
-    waiting: HostCopy | None = None
+    copies: deque[HostCopy] = deque()
     for start in range(0, total, width):
         stop = min(start + width, total)
         for _ in range(max(start, 1), stop):  # the first column is there
             step()
-        copy = HostCopy(tokens_BN[:, start:stop])
-        if waiting is not None:
-            yield waiting.rows()
-        waiting = copy
-        if not on_gpu:
-            yield waiting.rows()
-            waiting = None
-    if waiting is not None:
-        yield waiting.rows()
+        copies.append(HostCopy(tokens_BN[:, start:stop]))
+        if len(copies) > on_gpu:
+            yield copies.popleft().rows()
+    yield from (copy.rows() for copy in copies)
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

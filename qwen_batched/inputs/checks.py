@@ -38,10 +38,8 @@ def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tenso
             raise ValueError("images must hold at least one camera, got an empty list")
         for camera, frames in enumerate(images):
             check_plain(f"images[{camera}]", frames)
-            if frames.ndim != 4:
-                raise ValueError(
-                    f"images[{camera}] must be (B, 3, H, W), got {frames.ndim} dimensions {_shape(frames)}"
-                )
+            if (ndim := frames.ndim) != 4:
+                raise ValueError(f"images[{camera}] must be (B, 3, H, W), got {ndim} dimensions {_shape(frames)}")
         groups = [frames[:, None] for frames in images]
     else:
         raise TypeError(f"images must be a tensor or a list of tensors, got {_describe(images)}")
@@ -165,9 +163,7 @@ def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: tor
         raise TypeError(f"camera_mask must be a bool tensor, got {_describe(camera_mask)}")
     check_plain("camera_mask", camera_mask)
     if camera_mask.dtype != torch.bool or camera_mask.shape != (batch, cameras):
-        raise ValueError(
-            f"camera_mask must be bool ({batch}, {cameras}), got {camera_mask.dtype} {_shape(camera_mask)}"
-        )
+        raise ValueError(f"camera_mask must be bool ({batch}, {cameras}), got {describe_tensor(camera_mask)}")
     check_device("camera_mask", camera_mask, device)
 
 
@@ -292,10 +288,9 @@ def check_decoder_inputs(
             f"inputs_embeds {_shape(inputs_embeds)} needs position_ids (3, {batch}, {length}) and attention_mask "
             f"({batch}, {length}), got {_shape(position_ids)} and {_shape(attention_mask)}"
         )
-    if attention_mask.dtype != torch.bool or position_ids.dtype != torch.int64:
-        raise ValueError(
-            f"attention_mask must be bool and position_ids int64, got {attention_mask.dtype} and {position_ids.dtype}"
-        )
+    dtypes = attention_mask.dtype, position_ids.dtype
+    if dtypes != (torch.bool, torch.int64):
+        raise ValueError(f"attention_mask must be bool and position_ids int64, got {dtypes[0]} and {dtypes[1]}")
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
         tokens = as_int("tokens", tokens, 1, batch * length)
@@ -332,15 +327,9 @@ def check_pixels(
 ) -> Sequence[Grid]:
     """The grid of each camera's image, in merged cells, as shapes say it.
 
-    Args:
-        pixel_values: (B, V, P, patch_dim), or V tensors (B, P_v, patch_dim).
-        raster_order: (B, h, w), or one for each camera; or the grids themselves, pairs of ints.
-        patch_dim: Width of a patch.
-        cell_patches: Patches of a merged cell.
-        batch: B; None for the first tensor's.
-
-    Raises:
-        ValueError: Pixels and grids do not fit together, or not to `batch` samples.
+    Of `pixel_values` (B, V, P, patch_dim) or V tensors (B, P_v, patch_dim), and `raster_order` (B, h, w) or one for
+    each camera, or the grids themselves, pairs of ints. Raises `ValueError` where they do not fit together, or not to
+    `batch` samples; None for the first tensor's.
     """
     uniform = isinstance(pixel_values, Tensor)
     if not uniform and not isinstance(pixel_values, (list, tuple)):

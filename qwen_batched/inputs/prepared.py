@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import (
-    IMAGE_NAMES,
-    TEXT_NAMES,
-    Resize,
-    can_read,
-    check_device,
-    check_pixels,
-    check_plain,
-    describe_tensor,
-)
+from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, Resize
 from qwen_batched.inputs.sequence import NO_LABEL
 
 MARKER = "prepared"
@@ -31,14 +23,8 @@ NAMES = {*TEXT_NAMES, *IMAGE_NAMES, "camera_present", "labels", MARKER}
 # Of batches that earlier releases made, and of transformers' own: told apart from ours by the missing marker.
 EARLIER_NAMES = {"token_index", "answer_index", "raster_order", "feature_index", "camera_ids", "camera_present"}
 TRANSFORMERS_NAMES = {
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_grid_thw",
-    "mm_token_type_ids",
-    "position_ids",
-    "labels",
-    "inputs_embeds",
+    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw"),
+    *("mm_token_type_ids", "position_ids", "labels", "inputs_embeds"),
 }
 
 
@@ -158,7 +144,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     tokens = _count(mask, facts.tokens, input_ids.numel())
     answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
     names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = can_read(*(batch[name] for name in names))
+    on_host = checks.can_read(*(batch[name] for name in names))
 
     where = torch.device("cpu") if on_host else device
     layout = {name: batch[name].to(where, non_blocking=True) for name in names}
@@ -211,19 +197,19 @@ def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.
         parts = batch[name] if name in IMAGE_NAMES and isinstance(batch[name], list | tuple) else [batch[name]]
         for part in parts:
             if isinstance(part, Tensor):
-                check_plain(name, part)
-                check_device(name, part, device)
+                checks.check_plain(name, part)
+                checks.check_device(name, part, device)
     input_ids = batch["input_ids"]
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be (B, S), got {describe_tensor(input_ids)}")
+        raise ValueError(f"input_ids must be (B, S), got {checks.describe_tensor(input_ids)}")
     size, length = input_ids.shape
     for name in (*TEXT_NAMES, *(("labels",) if "labels" in batch else ())):
         shape = (size, 3, length) if name == "rope_positions" else (size, length)
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
     if not has_images:
         return []
-    vision = config.vision
-    grids = check_pixels(batch["pixel_values"], batch["raster_order"], vision.patch_dim, vision.cell_patches, size)
+    sizes = config.vision.patch_dim, config.vision.cell_patches, size
+    grids = checks.check_pixels(batch["pixel_values"], batch["raster_order"], *sizes)
     if "camera_present" in batch:
         _check_tensor("camera_present", batch["camera_present"], (size, len(grids)), torch.bool)
     return grids
@@ -231,12 +217,12 @@ def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.
 
 def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
+        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {checks.describe_tensor(value)}")
 
 
 def _count(marks: Tensor, known: int | None, most: int) -> int:
     """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
-    if can_read(marks):
+    if checks.can_read(marks):
         return max(1, int(marks.sum()))
     return most if known is None else max(1, min(known, most))
 

@@ -198,10 +198,6 @@ class PromptEncoder:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def stream(self, batch: int) -> TextStream:
-        """Decodes the tokens of `batch` samples as they come."""
-        return TextStream(self, batch)
-
     def _default(self, named: object) -> str | None:
         """One chat template, of several the one that is named "default", as in transformers."""
         if isinstance(named, (list, tuple)) and all(isinstance(entry, Mapping) for entry in named):
@@ -252,9 +248,8 @@ class PromptEncoder:
             marks = (mark if value else given for mark, value, given in zip(_BOTH, values, (text, system), strict=True))
             layout = Layout(self._pieces(self.chat.render(cameras, *marks).text), looked=True)
         if [piece for piece in pieces if isinstance(piece, int)] != layout.control_tokens:
-            raise ValueError(
-                f"the chat template must have the same control tokens for every text, got others for {text!r:.200}"
-            )
+            expected = "the same control tokens for every text"
+            raise ValueError(f"the chat template must have {expected}, got others for {text!r:.200}")
         return [piece if isinstance(piece, int) else piece.translate(back) for piece in pieces]
 
     def _ids(self, pieces: Sequence[int | str], layout: Layout) -> list[int]:
@@ -280,9 +275,8 @@ class PromptEncoder:
                     f"({fields.count(name)} times)"
                 )
         if "{images}" in fields and slots:
-            raise ValueError(
-                f"template must hold either {{images}} or {{image}} for each, got both in {template!r:.200}"
-            )
+            either = "either {images} or {image} for each"
+            raise ValueError(f"template must hold {either}, got both in {template!r:.200}")
         return None if "{images}" in fields else slots
 
     def _layout(self, template: str, cameras: Cameras, has_system: bool) -> Layout:
@@ -391,10 +385,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ValueError(
-            f"checkpoint folder {folder} has no readable tokenizer (tokenizer.json, tokenizer_config.json): "
-            f"{cut(error)}"
-        ) from error
+        files = "tokenizer.json, tokenizer_config.json"
+        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer ({files}): {cut(error)}") from error
 
 
 def _layout_bytes(key: Hashable, value: object) -> int:

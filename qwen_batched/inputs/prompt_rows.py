@@ -125,7 +125,10 @@ class PromptRows:
             else:
                 ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
             _check_length(config, len(ids) + span, call.max_new_tokens)
-            _check_embedding(encoder, config, ids)
+            if (largest := max(ids, default=0)) >= config.vocab_size:
+                token = f"{largest} for {encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
+                limit = f"{config.vocab_size}, the rows of the model's embedding"
+                raise ValueError(f"token ids must be below {limit}, got {token}")
             both = h2d(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
@@ -140,24 +143,13 @@ def _cells(call: TextCall) -> list[int]:
     return list(itertools.starmap(operator.mul, call.grids))
 
 
-def _check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
-    """Raises `ValueError` where the decoder's embedding has no row for a token."""
-    largest = max(ids, default=0)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"token ids must be below {config.vocab_size}, the rows of the model's embedding, got {largest} for "
-            f"{encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
-        )
-
-
 def _check_length(config: TextConfig, length: int, max_new_tokens: int, about: str = "") -> None:
     limit = config.max_position_embeddings
     if length > limit:
         raise ValueError(f"a prompt must have at most {limit} tokens, images included, got {about}{length}")
     if length + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt and new tokens must fit into {limit} tokens, got {length} and max_new_tokens={max_new_tokens}"
-        )
+        both = f"{length} and max_new_tokens={max_new_tokens}"
+        raise ValueError(f"prompt and new tokens must fit into {limit} tokens, got {both}")
 
 
 def _options(cells: Sequence[int], has_slots: bool) -> list[tuple[bool, ...]]:

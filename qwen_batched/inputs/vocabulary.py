@@ -35,9 +35,8 @@ class Vocabulary:
             TypeError, ValueError: `added_tokens` is not as described, or the tokenizer is not one that this reads.
         """
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {type(tokenizer).__name__}"
-            )
+            kind = type(tokenizer).__name__
+            raise ValueError(f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {kind}")
         added = tokenizer.get_added_vocab()
         readable = select_added_tokens(added, control, added_tokens)
         self.control_ids = {token: index for token, index in added.items() if token not in readable}
@@ -92,10 +91,7 @@ class Vocabulary:
         return stripped
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a stretch without control tokens.
-
-        Raises `ValueError` where the tokenizer's own rules make a control token of it.
-        """
+        """Ids of a stretch without control tokens. Raises `ValueError` where the tokenizer makes one of it."""
         return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
@@ -108,9 +104,8 @@ class Vocabulary:
         if self._renamed:
             ids = [self._renamed.get(index, index) for index in ids]
         if not self._forbidden.isdisjoint(ids):
-            raise ValueError(
-                "the checkpoint's tokenizer makes a control token of a text: its vocabulary holds one twice"
-            )
+            reason = "its vocabulary holds one twice"
+            raise ValueError(f"the checkpoint's tokenizer makes a control token of a text: {reason}")
         return ids
 
     def least_tokens(self, text: str) -> int:
