@@ -53,8 +53,8 @@ class Calls:
         """The result of a request with texts; `graph` is the caller's leave to use graphs."""
         may_use_graphs = self._may_use_graphs(processor, request.device, graph)
         if torch.is_grad_enabled():
-            if may_use_graphs and not network.decoder.training:
-                _advise_no_grad(network)
+            if may_use_graphs and not network.decoder.training and any(map(_is_trained, network)):
+                _log_advice()
             return pipeline.run(network, self.batch(network, processor, request, dtype, graph), wanted)
 
         def run(request: Request) -> VLOutput:
@@ -156,15 +156,13 @@ def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, imag
         raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")
 
 
-def _advise_no_grad(network: Network) -> None:
-    """Logs, once in a process, that parameters which want gradients keep a call in eval mode from a graph."""
-    modules = [module for module in network if module is not None]
-    if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
-        _log_advice()
+def _is_trained(module: nn.Module | None) -> bool:
+    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
 
 
 @functools.cache
 def _log_advice() -> None:
+    """Says, once in a process, that parameters which want gradients keep a call in eval mode from a graph."""
     logging.getLogger(__name__).warning(
         "the model is in eval mode and gradients are enabled, so no CUDA graph of the whole call is used, and results "
         "keep what a backward pass needs: call it under torch.no_grad() or inference_mode()"

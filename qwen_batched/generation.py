@@ -146,7 +146,8 @@ class Decoding:
         # One pass: a sum is finite where every logit is. In float64, so that large logits do not overflow it.
         is_finite_B = logits_BW.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
         if self._seen_BW is not None:
-            logits_BW = _penalise(logits_BW, self._seen_BW, self._penalty)
+            penalised_BW = torch.where(logits_BW > 0, logits_BW / self._penalty, logits_BW * self._penalty)
+            logits_BW = torch.where(self._seen_BW, penalised_BW, logits_BW)
         uniform_B = None if self._uniforms_BN is None else self._uniforms_BN.index_select(1, self._column)[:, 0]
         self._token_B.copy_(self._sampling.choose(logits_BW, uniform_B))
         self.tokens.index_copy_(1, self._column, torch.where(is_finite_B, self._token_B, self._invalid)[:, None])
@@ -245,10 +246,6 @@ def _token_chunks(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[
         if len(copies) > on_gpu:
             yield copies.popleft().rows()
     yield from (copy.rows() for copy in copies)
-
-
-def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _until_end(new: list[int], end_tokens: Collection[int]) -> tuple[list[int], str]:

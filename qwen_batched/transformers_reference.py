@@ -112,7 +112,7 @@ class TransformersReference:
         # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
         stored_as = torch.float32 if dtype == torch.float64 else dtype
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, attn_implementation=attn_implementation, output_loading_info=True, **{_dtype_argument(): stored_as}
+            folder, attn_implementation=attn_implementation, output_loading_info=True, **{_DTYPE: stored_as}
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} first")
@@ -198,7 +198,10 @@ class TransformersReference:
             self.visual.register_forward_hook(lambda _, args, output: seen_features.append(_merged(output))),
         ):
             output = self.model(**inputs, output_hidden_states=True, use_cache=False)
-        features = self._split_cells(seen_features[0], image_grid_thw) if seen_features else []
+        features: list[Tensor] = []
+        if seen_features:
+            cells = image_grid_thw.prod(-1) // self.visual.spatial_merge_size**2
+            features = list(seen_features[0].split(cells.tolist()))
         return ReferenceOutput(tuple(output.hidden_states), output.logits, features, seen_positions[0])
 
     def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
@@ -281,12 +284,11 @@ class TransformersReference:
             return inputs
         inputs["pixel_values"] = pixel_values.to(self.device)
         inputs["image_grid_thw"] = image_grid_thw.to(self.device)
-        if _wants_token_types():
+        # Since 5, positions are computed only where the processor's mm_token_type_ids (1 on image tokens) are given.
+        # Without them transformers numbers an image's tokens like text, and does not complain.
+        if _RELEASE >= (5,):
             inputs["mm_token_type_ids"] = (input_ids == self.model.config.image_token_id).int()
         return inputs
-
-    def _split_cells(self, features: Tensor, grid: Tensor) -> list[Tensor]:
-        return list(features.split((grid.prod(-1) // self.visual.spatial_merge_size**2).tolist()))
 
 
 def _raster_order(windowed: Tensor, height: int, width: int, merge: int, window: int) -> Tensor:
@@ -325,6 +327,7 @@ def _check_one_sample(input_ids: Tensor) -> None:
 # --- what differs between transformers versions ---
 
 _RELEASE = Version(transformers.__version__).release
+_DTYPE = "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
 
 
 def _networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -335,18 +338,6 @@ def _networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def _merged(visual_output: Any) -> Tensor:
     """Since 5, the vision tower returns an object that holds the merged cells, before the plain tensor of them."""
     return visual_output if isinstance(visual_output, Tensor) else visual_output.pooler_output
-
-
-def _wants_token_types() -> bool:
-    """Since 5, positions are computed only where the processor's mm_token_type_ids (1 on image tokens) are given.
-
-    Without them transformers numbers an image's tokens like text, and does not complain.
-    """
-    return _RELEASE >= (5,)
-
-
-def _dtype_argument() -> str:
-    return "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
 
 
 def _image_processor(folder: str | Path, resample_backend: str | None) -> Any:

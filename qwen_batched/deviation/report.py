@@ -38,7 +38,8 @@ def table(plan: Plan, findings: Findings, misses: Sequence[Miss], title: str) ->
     lines = [
         f"Deviation from transformers {transformers.__version__} in float32, one sample at a time",
         title,
-        *_explanation(plan, with_float64),
+        "Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1).",
+        *["In float32, theirs is transformers' own deviation from its float64."] * with_float64,
         "",
         *_heads("all sizes together", width, plan.dtypes, with_float64),
         *((line + mark).rstrip() for line, mark in zip(stages, marks, strict=True)),
@@ -109,13 +110,6 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- the table ---
-
-
-def _explanation(plan: Plan, with_float64: bool) -> list[str]:
-    lines = ["Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1)."]
-    if with_float64:
-        lines.append("In float32, theirs is transformers' own deviation from its float64.")
-    return lines
 
 
 def _groups(dtype: torch.dtype, with_float64: bool) -> list[tuple[str, str]]:

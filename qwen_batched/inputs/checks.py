@@ -138,7 +138,9 @@ def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> N
     cameras = 0
     for frames in groups:
         here = slice(cameras, cameras := cameras + frames.shape[1])
-        if not frames.dtype.is_floating_point or frames.device.type != "cpu" or _is_transformed(frames):
+        # A functional transform or a mode hides values.
+        is_hidden = type(frames) is not Tensor or torch._C._functorch.maybe_current_level() is not None
+        if not frames.dtype.is_floating_point or frames.device.type != "cpu" or is_hidden:
             continue
         frames = frames.detach()
         least, most = frames.aminmax()
@@ -354,7 +356,9 @@ def check_pixels(
                 raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
         grids = [(order.shape[1], order.shape[2]) for order in orders] * (cameras or (1,))[0]
     for part, (h, w) in zip(pixels, grids, strict=False):  # of a tensor, the first grid is every camera's
-        _check_pixel_tensor(part, (batch, *cameras, h * w * cell_patches, patch_dim))
+        shape, floating = (batch, *cameras, h * w * cell_patches, patch_dim), part.dtype.is_floating_point
+        if tuple(part.shape) != shape or part.numel() == 0 or not (floating and part.dtype.itemsize > 1):
+            raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(part)}")
     return grids
 
 
@@ -374,20 +378,9 @@ def _raster_orders(raster_order: object, uniform: bool, count: int) -> Sequence[
     return orders
 
 
-def _check_pixel_tensor(pixels: Tensor, shape: tuple[int, ...]) -> None:
-    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
-    if tuple(pixels.shape) != shape or pixels.numel() == 0 or not floating:
-        raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(pixels)}")
-
-
 def describe_tensor(value: object) -> str:
     """Dtype and shape of a tensor, the type of anything else."""
     return f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether a functional transform or a mode hides the values of `x`."""
-    return type(x) is not Tensor or torch._C._functorch.maybe_current_level() is not None
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

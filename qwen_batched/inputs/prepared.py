@@ -171,9 +171,13 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     as_list = isinstance(pixels, (list, tuple))
     if as_list and len(set(grids)) == 1:
         pixels = torch.stack(list(pixels), dim=1)
+    if isinstance(pixels, Tensor):
+        pixels = pixels.to(device, non_blocking=True)
+    elif pixels is not None:
+        pixels = [part.to(device, non_blocking=True) for part in pixels]
     return Batch(
         **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
-        pixel_values=pixels if pixels is None else _to(pixels, device),
+        pixel_values=pixels,
         valid=valid,
         labels_valid=labels_valid,
         grids=tuple(grids),
@@ -283,9 +287,3 @@ def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: i
         "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
         "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
     }
-
-
-def _to(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return [part.to(device, non_blocking=True) for part in value]

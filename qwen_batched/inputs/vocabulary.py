@@ -45,22 +45,22 @@ class Vocabulary:
         for token in self.control_ids:
             if flags[token]["single_word"]:
                 raise ValueError(f"the tokenizer's control token {token!r} is a single_word, which is not implemented")
+        self.first_characters = frozenset(token[0] for token in self.control_ids)  # with which control tokens begin
         self._strips_before = {index for token, index in added.items() if flags[token]["lstrip"]}
         self._strips_behind = {index for token, index in added.items() if flags[token]["rstrip"]}
         self._added = added
         # The longest token that begins at a place counts, as in the tokenizer.
         self._added_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self._forbidden = frozenset(self.control_ids.values())
-        self._tokenizer = _text_tokenizer(state, readable)
+        # To this one every string is text but the readable tokens. transformers sets truncation and padding anew at
+        # each call; a file may hold those of some earlier one.
+        kept = [entry for entry in state["added_tokens"] if entry["content"] in set(readable)]
+        changed = {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = Tokenizer.from_str(json.dumps({**state, **changed}))
         # The tokenizers library numbers added tokens anew where there are fewer of them.
         renamed = {self._tokenizer.token_to_id(token): added[token] for token in readable}
         self._renamed = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
         self._max_token_bytes = _max_token_bytes(state, [flags[token] for token in readable])
-
-    @property
-    def first_characters(self) -> frozenset[str]:
-        """Those with which control tokens begin."""
-        return frozenset(token[0] for token in self.control_ids)
 
     def cut(self, layout: str) -> list[int | str]:
         """A layout as ids of control tokens and the strings between them."""
@@ -147,14 +147,6 @@ def select_added_tokens(added: Mapping[str, int], control: Sequence[str], wanted
             )
         chosen.update(found)
     return [token for token in own if token in chosen]
-
-
-def _text_tokenizer(state: dict[str, Any], readable: Sequence[str]) -> Tokenizer:
-    """The same tokenizer, to which every string is text but the `readable` added tokens."""
-    kept = [entry for entry in state["added_tokens"] if entry["content"] in set(readable)]
-    # transformers sets truncation and padding anew at each call; a file may hold those of some earlier one.
-    changed = {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps({**state, **changed}))
 
 
 def _max_token_bytes(state: dict[str, Any], readable: Sequence[dict[str, Any]]) -> int | None:

@@ -236,16 +236,12 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         qkv = self._qkv(self, x_TD)  # (T, (N + 2 * K) * E)
-        if self.has_qk_norm:
-            qkv = self._normalise_heads(qkv)
-        return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads))
-
-    def _normalise_heads(self, qkv: Tensor) -> Tensor:
-        """The same with each query's and key's head normalised."""
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
         num_kv = self.num_kv_heads
-        q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
-        return torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
+        if self.has_qk_norm:
+            heads = qkv.unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
+            qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
+        return apply_linear(self.o_proj, context.attend(self.index, qkv, num_kv))
 
     def _apply(self, *arguments: Any, **keywords: Any) -> DecoderAttention:
         super()._apply(*arguments, **keywords)

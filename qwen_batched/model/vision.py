@@ -207,19 +207,15 @@ class VisionTransformer(GradientCheckpointing):
             parts.append(x_IPC.flatten(0, 1))
         return join(parts)
 
-    def _segments(self, index: int) -> str:
-        """What block `index` attends within."""
-        config = self.config
-        return WINDOWS if config.window_size is not None and index not in config.fullatt_block_indexes else IMAGE
-
     def _run_blocks(
         self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: Sequence[int], depth: int
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """The update and the residual stream of block `depth`, for the merger, and the `wanted` blocks' outputs."""
+        config, outputs = self.config, {}
         update, residual = x_TC, None
-        outputs = {}
         for index, block in enumerate(self.blocks[:depth]):
-            segments = self._segments(index)
+            is_whole = config.window_size is None or index in config.fullatt_block_indexes
+            segments = IMAGE if is_whole else WINDOWS
             if can_fuse(block, VisionBlock):
                 update, residual = block.advance(update, residual, groups, segments)
             else:
@@ -274,10 +270,9 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], segments: str) -> Tensor:
         parts = apply_linear(self.qkv, x_TC).split([group.tokens for group in groups])
-        outs = [self._attend(qkv, group, segments) for qkv, group in zip(parts, groups, strict=True)]
+        outs = []
+        for qkv, group in zip(parts, groups, strict=True):
+            qkv_IPC, plan = qkv.unflatten(0, (group.count, -1)), group.plan
+            out_IPC = ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads)
+            outs.append(out_IPC.flatten(0, 1))
         return apply_linear(self.proj, join(outs))
-
-    def _attend(self, qkv: Tensor, group: ImageGroup, segments: str) -> Tensor:
-        plan = group.plan
-        qkv_IPC = qkv.unflatten(0, (group.count, -1))
-        return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads).flatten(0, 1)

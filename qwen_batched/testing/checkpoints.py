@@ -98,7 +98,10 @@ def write_checkpoint(
     config_of_layout = config_files.flat_config if config_layout == "flat" else config_files.nested_config
     shapes = tensor_shapes(text_config, vision_config, tied)
 
-    folder = _empty_folder(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):  # old shards beside new ones would load as a mixture
+        raise ValueError(f"expected an empty folder, got {folder} with files in it")
     write_json(folder / "config.json", config_of_layout(text_config, vision_config, token_ids, tied, dtype))
     write_json(folder / "preprocessor_config.json", _without_none(image_config))
     write_json(folder / "generation_config.json", _without_none(generation_config))
@@ -117,7 +120,8 @@ def default_checkpoint(cache_dir: str | Path | None = None) -> Path:
     Args:
         cache_dir: Where it is kept; None: `qwen_batched` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache).
     """
-    parent = _user_cache() if cache_dir is None else Path(cache_dir)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_batched"
+    parent = cache if cache_dir is None else Path(cache_dir)
     folder = parent / f"small-format{_FORMAT_VERSION}"
     if folder.is_dir():
         return folder
@@ -133,10 +137,6 @@ def default_checkpoint(cache_dir: str | Path | None = None) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_batched"
 
 
 # --- arguments ---
@@ -176,12 +176,3 @@ def _check_sizes(text: Config, vision: Config, special_token_start: int) -> None
             f"special_token_start must leave room for {BPE_VOCAB_SIZE} tokens below and {len(ADDED_TOKENS)} above it: "
             f"expected {BPE_VOCAB_SIZE} to {last} in a vocabulary of {text['vocab_size']}, got {special_token_start}"
         )
-
-
-def _empty_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        # Old shards beside new ones would load as a mixture.
-        raise ValueError(f"expected an empty folder, got {folder} with files in it")
-    return folder

@@ -87,7 +87,12 @@ def place(arm, block):
 def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     """Returns a byte-level BPE tokenizer with Qwen2's rules and the added tokens at the given ids."""
     start = token_ids[ADDED_TOKENS[0]]
-    learnt = json.loads(_trained_tokenizer().to_str())["model"]
+    trained, alphabet = _bare_tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_VOCAB_SIZE, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([_TRAINING_TEXT], trainer)
+    learnt = json.loads(trained.to_str())["model"]
     # `tokenizers` numbers added tokens from the end of the vocabulary, whatever ids a file asks for. A gap is
     # therefore filled with tokens that no merge makes.
     fillers = {f"<unused{index}>": index for index in range(len(learnt["vocab"]), start)}
@@ -98,16 +103,6 @@ def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     others = ADDED_TOKENS[len(SPECIAL_TOKENS) :]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in others])
     assert all(tokenizer.token_to_id(token) == index for token, index in token_ids.items())
-    return tokenizer
-
-
-def _trained_tokenizer() -> Tokenizer:
-    tokenizer = _bare_tokenizer(models.BPE())
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=BPE_VOCAB_SIZE, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([_TRAINING_TEXT], trainer)
     return tokenizer
 
 
