@@ -88,12 +88,7 @@ class Sampling:
 
 
 class Decoding:
-    """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back.
-
-    Attributes:
-        tokens: Int64 (B, max_new_tokens), filled from the left by one column a step, the first when made; a sample goes
-            on after its end token. `INVALID` where its logits were not all finite.
-    """
+    """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back."""
 
     @torch.inference_mode(False)  # a graph captured outside inference mode may not change what was made inside
     @torch.no_grad()
@@ -114,6 +109,8 @@ class Decoding:
         self._positions_B = batch.rope_positions.amax(dim=(1, 2))
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(samples, max_new_tokens, device)
+        # Filled from the left by one column a step, the first when made; a sample goes on after its end token.
+        # `INVALID` where its logits were not all finite.
         self.tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
         self._token_B = torch.zeros(samples, dtype=torch.int64, device=device)

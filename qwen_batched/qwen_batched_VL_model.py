@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
-from qwen_batched.calls import Calls, check_no_gradient_in_a_capture, out_of_memory
+from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
@@ -236,13 +236,13 @@ class QwenBatchedVL(Trainable):
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
         wanted = self._check_wanted(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
-            check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize, system)
+            check_prepared_alone(batch.keys(), images, texts, template, resize, camera_mask, targets, system)
             return pipeline.run(self._network, restore(batch, self.config, device), wanted)
         check_given("texts", texts, "a list of str")
         request = self.processor.request(
             images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
         )
-        return self._calls.forward(self._network, self.processor, request, wanted, self.dtype, cuda_graph)
+        return self._calls.forward(self._caller(cuda_graph), request, wanted)
 
     def encode_images(
         self,
@@ -281,8 +281,7 @@ class QwenBatchedVL(Trainable):
         check_no_gradient_in_a_capture(self, device, images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
         try:
-            settings = (self.dtype, cuda_graph, layers, chunk_size)
-            found = self._calls.encode(self._network, self.processor, request, *settings)
+            found = self._calls.encode(self._caller(cuda_graph), request, layers, chunk_size)
             return found.main if layers is None else found
         except torch.OutOfMemoryError as error:
             reason = str(error)
@@ -369,7 +368,7 @@ class QwenBatchedVL(Trainable):
         options = {"template": template, "resize": resize, "system": system, "max_new_tokens": max_new_tokens}
         request = self.processor.request(images, texts, camera_mask, device=self.device, **options)
         with torch.no_grad():
-            batch = self._calls.batch(self._network, self.processor, request, self.dtype, cuda_graph)
+            batch = self._calls.batch(self._caller(cuda_graph), request)
         penalty = self.generation_config.repetition_penalty
         decoding = Decoding(self._network, batch, max_new_tokens, sampling, penalty)
         prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
@@ -379,6 +378,9 @@ class QwenBatchedVL(Trainable):
     @property
     def _network(self) -> Network:
         return Network(self.visual, self.model, self.lm_head)
+
+    def _caller(self, cuda_graph: bool) -> Caller:
+        return Caller(self._network, self.processor, self.dtype, cuda_graph)
 
     def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> Wanted:
         """What a call asks for, where it can be given."""

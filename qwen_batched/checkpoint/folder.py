@@ -105,17 +105,10 @@ class Checkpoint:
             preprocessor, source = read_json(folder / PREPROCESSOR_FILE), PREPROCESSOR_FILE
         elif not isinstance(preprocessor, dict):
             raise ValueError(f"{folder / source}: image_processor must be a JSON object, got {shown(preprocessor)}")
-        return cls(
-            folder=folder,
-            config=config,
-            preprocessor=preprocessor,
-            generation=read_json(folder / GENERATION_FILE),
-            chat_template=_read_chat_template(folder, processor),
-            tokenizer=_read_tokenizer_files(folder),
-            video=processor.get("video_processor") or read_json(folder / VIDEO_FILE),
-            preprocessor_file=source,
-            stamp=stamp,
-        )
+        generation, template = read_json(folder / GENERATION_FILE), _read_chat_template(folder, processor)
+        tokenizer, video = _read_tokenizer_files(folder), processor.get("video_processor")
+        video = video or read_json(folder / VIDEO_FILE)
+        return cls(folder, config, preprocessor, generation, template, tokenizer, video, source, stamp)
 
     def check_unchanged(self) -> None:
         """Is called when all is read. Raises `ValueError` where the folder was saved over meanwhile."""

@@ -160,13 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=sorted(PRESETS), help="without --model: shapes of weights that are made up")
     add("--weights", choices=WEIGHTS, help="without --model: their kind; trained-like ones round as real ones do")
     add = parser.add_argument_group("frames and texts").add_argument
-    add(
-        "--sizes",
-        type=_size,
-        nargs="+",
-        metavar="HxW",
-        help="of the frames in pixels, 224 or 480x640: a batch each",
-    )
+    add("--sizes", type=_size, nargs="+", metavar="HxW", help="of the frames in pixels, 224 or 480x640: a batch each")
     add("--cameras", type=_positive, help="frames of a sample")
     add("--batch", type=_positive, help="samples of a batch")
     add("--texts", nargs="+", metavar="TEXT", help="the samples', in turns")

@@ -24,17 +24,12 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A chat template as transformers runs it, within bounds of work and memory.
-
-    Attributes:
-        source: In Jinja's language.
-        timed: Whether it may read the clock.
-    """
+    """A chat template as transformers runs it, within bounds of work and memory."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         """Takes the tokenizer's special tokens by their names, which the template may print."""
         self.source = source
-        self.timed = "strftime_now" in source
+        self.timed = "strftime_now" in source  # whether it may read the clock
         self._special_tokens = special_tokens
         self._compiled: jinja2.Template | None = None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, Resize
+from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, Resize, can_read
 from qwen_batched.inputs.sequence import NO_LABEL
 
 MARKER = "prepared"
@@ -32,11 +32,8 @@ class HostFacts(dict):
     """What the host knows of a batch, and the mark of a batch that `TensorProcessor` prepared.
 
     A mapping without items. Libraries that cut or join the tensors of a batch build each mapping in it anew from its
-    items, and so forget what is no longer true: then the host counts again, or the device does without.
-
-    Attributes:
-        tokens: How many tokens of the batch are not padding; None where only the device knows.
-        answer_tokens: How many labels there are, or the most there can be; None where only the device knows.
+    items, and so forget what is no longer true: then the host counts again, or the device does without. The two facts
+    are those of a `Batch`.
     """
 
     def __init__(
@@ -83,9 +80,8 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
         prepared["raster_order"] = raster_orders[0].repeat(len(pixels), 1, 1)
     elif pixels is not None:
         prepared["pixel_values"] = [part.contiguous() for part in pixels]
-        prepared["raster_order"] = [
-            order.repeat(len(part), 1, 1) for part, order in zip(pixels, raster_orders, strict=True)
-        ]
+        pairs = zip(pixels, raster_orders, strict=True)
+        prepared["raster_order"] = [order.repeat(len(part), 1, 1) for part, order in pairs]
     if batch.camera_present is not None:
         prepared["camera_present"] = batch.camera_present.clone(memory_format=torch.contiguous_format)
     if batch.input_ids is not None:  # a batch of images only goes to the vision transformer, which takes nothing else
@@ -94,14 +90,7 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
 
 
 def check_prepared_alone(
-    batch: Collection[str],
-    images: object,
-    texts: object,
-    camera_mask: object,
-    targets: object,
-    template: str,
-    resize: Resize,
-    system: object,
+    batch: Collection[str], images: object, texts: object, template: str, resize: Resize, *others: object
 ) -> None:
     """Raises `TypeError` or `ValueError` where `batch` is not ours, or comes with what shapes one when it is made."""
     unknown = sorted(batch - NAMES - EARLIER_NAMES - TRANSFORMERS_NAMES)
@@ -123,11 +112,9 @@ def check_prepared_alone(
         raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
     if images is not None or texts is not None:
         raise ValueError("give either images and texts or a prepared batch, got both")
-    given = any(value is not None for value in (camera_mask, targets, system))
-    if given or template != "chat" or resize != "hf":
-        raise ValueError(
-            "camera_mask, targets, template, system and resize shape a batch when the processor makes it, not later"
-        )
+    if template != "chat" or resize != "hf" or any(value is not None for value in others):
+        names = "camera_mask, targets, template, system and resize"
+        raise ValueError(f"{names} shape a batch when the processor makes it, not later")
 
 
 def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:
@@ -144,7 +131,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     tokens = _count(mask, facts.tokens, input_ids.numel())
     answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
     names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = checks.can_read(*(batch[name] for name in names))
+    on_host = can_read(*(batch[name] for name in names))
 
     where = torch.device("cpu") if on_host else device
     layout = {name: batch[name].to(where, non_blocking=True) for name in names}
@@ -154,9 +141,8 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     if on_host:
         for what, bad_B in (faults | label_faults).items():
             if bad_B.any():
-                raise ValueError(
-                    f"a prepared batch must hold {what}, got others for sample {int(bad_B.int().argmax())}"
-                )
+                sample = int(bad_B.int().argmax())
+                raise ValueError(f"a prepared batch must hold {what}, got others for sample {sample}")
     else:
         valid = ~torch.stack(list(faults.values())).any(dim=0)
         labels_valid = ~torch.stack([~valid, *label_faults.values()]).any(dim=0)
@@ -175,16 +161,9 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
         pixels = pixels.to(device, non_blocking=True)
     elif pixels is not None:
         pixels = [part.to(device, non_blocking=True) for part in pixels]
-    return Batch(
-        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
-        pixel_values=pixels,
-        valid=valid,
-        labels_valid=labels_valid,
-        grids=tuple(grids),
-        as_list=as_list,
-        tokens=tokens,
-        answer_tokens=answers,
-    )
+    fields = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
+    fields |= {"pixel_values": pixels, "valid": valid, "labels_valid": labels_valid}
+    return Batch(**fields, grids=tuple(grids), as_list=as_list, tokens=tokens, answer_tokens=answers)
 
 
 def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
@@ -226,7 +205,7 @@ def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch
 
 def _count(marks: Tensor, known: int | None, most: int) -> int:
     """How many are marked: counted on the host; elsewhere what the host knew, or the most there can be."""
-    if checks.can_read(marks):
+    if can_read(marks):
         return max(1, int(marks.sum()))
     return most if known is None else max(1, min(known, most))
 
@@ -256,9 +235,8 @@ def _faults(
         # What stands behind the image is max(h, w) further.
         behind_BS = present_BV[:, camera, None] & (images_before_BS >= end_B[:, None])
         position_BS = position_BS + behind_BS * max(h, w)
-        row_BS, column_BS = (
-            torch.where(inside_BS, x, y) for x, y in ((cell_BS // w, row_BS), (cell_BS % w, column_BS))
-        )
+        row_BS = torch.where(inside_BS, cell_BS // w, row_BS)
+        column_BS = torch.where(inside_BS, cell_BS % w, column_BS)
         feature_BS = torch.where(inside_BS, feature + cell_BS, feature_BS)
         camera_BS = camera_BS.masked_fill(inside_BS, camera)
         begin_B, feature = end_B, feature + h * w

@@ -48,12 +48,7 @@ class Layout:
 
 
 class PromptEncoder:
-    """Tokenises prompts for one checkpoint.
-
-    Attributes:
-        pad_token_id: Fills `input_ids` on padding; hidden by the mask. May be assigned.
-        chat: The chat template; None where there is none. Caches of prompts have it in their keys.
-    """
+    """Tokenises prompts for one checkpoint. `chat_template` and `pad_token_id` may be assigned."""
 
     def __init__(
         self,
@@ -78,17 +73,15 @@ class PromptEncoder:
                 the chat template takes more work than any has to.
         """
         self._vocabulary = Vocabulary(tokenizer, style.control_tokens, added_tokens)
-        self._tokenizer = tokenizer
-        self._image_token_id = image_token_id
+        self._tokenizer, self._image_token_id = tokenizer, image_token_id
         control_ids = self._vocabulary.control_ids
-        if control_ids.get(style.image_token) != image_token_id:
-            raise ValueError(
-                f"config.json's image_token_id is {image_token_id}, but the tokenizer's {style.image_token} is "
-                f"{control_ids.get(style.image_token)}"
-            )
+        if (theirs := control_ids.get(style.image_token)) != image_token_id:
+            token = f"the tokenizer's {style.image_token} is {theirs}"
+            raise ValueError(f"config.json's image_token_id is {image_token_id}, but {token}")
         self._image = style.image
         self._fields = re.compile("(" + "|".join(map(re.escape, (*_FIELDS, style.image))) + ")")
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(style.default_pad), 0)
+        # Fills `input_ids` on padding; hidden by the mask.
         self.pad_token_id = next(index for index in pads if index is not None)
         self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
         self._without_default: list[str] | None = None
@@ -108,11 +101,12 @@ class PromptEncoder:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the chat template, in Jinja's language. May be assigned."""
+        """The source of the chat template, in Jinja's language; None where there is none."""
         return None if self.chat is None else self.chat.source
 
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
+        # Caches of prompts have it in their keys.
         self.chat = None if source is None else ChatTemplate(source, self._tokenizer.special_tokens_map)
 
     def encode(self, text: str, template: str, cameras: Cameras, system: str | None = None) -> list[int]:

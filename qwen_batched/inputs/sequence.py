@@ -33,7 +33,6 @@ def expand_prompts(
     prompts: Tensor,
     grids: Tensor,
     camera_mask: Tensor | None,
-    *,
     image_token_id: int,
     pad_token_id: int,
     length: int,

@@ -20,11 +20,7 @@ _NFC_SHRINKS = 3
 
 
 class Vocabulary:
-    """Cuts a layout at its control tokens and turns the rest into ids.
-
-    Attributes:
-        control_ids: The control tokens that the checkpoint has, and those that were turned off, with their ids.
-    """
+    """Cuts a layout at its control tokens and turns the rest into ids."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], added_tokens: Sequence[str] | None = None
@@ -39,6 +35,7 @@ class Vocabulary:
             raise ValueError(f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {kind}")
         added = tokenizer.get_added_vocab()
         readable = select_added_tokens(added, control, added_tokens)
+        # The control tokens that the checkpoint has, and those that were turned off.
         self.control_ids = {token: index for token, index in added.items() if token not in readable}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         flags = {entry["content"]: entry for entry in state["added_tokens"]}

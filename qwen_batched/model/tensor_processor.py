@@ -34,6 +34,7 @@ from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smar
 from qwen_batched.runtime.host_copies import cached_h2d, h2d
 from qwen_batched.runtime.lru_cache import LRUCache
 
+Images = Tensor | Sequence[Tensor] | None
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 
 
@@ -55,9 +56,7 @@ class TensorProcessor:
                 unknown.
         """
         image.check_patches(config.vision)
-        self.config = config
-        self.image = image
-        self.prompts = prompts
+        self.config, self.image, self.prompts = config, image, prompts
         self.padding_side = padding_side
         published = family_of(config.model_type).image_processor
         self.resample_backend = resolve_resample_backend(resample_backend, published, published)
@@ -165,17 +164,8 @@ class TensorProcessor:
                 model's maximum.
         """
         checks.check_dtype(dtype)
-        request = self.request(
-            images,
-            texts,
-            camera_mask,
-            targets=targets,
-            template=template,
-            resize=resize,
-            device=device,
-            max_new_tokens=max_new_tokens,
-            system=system,
-        )
+        options = {"template": template, "resize": resize, "max_new_tokens": max_new_tokens, "system": system}
+        request = self.request(images, texts, camera_mask, targets=targets, device=device, **options)
         return self.prepared(request, dtype)
 
     @torch.compiler.disable  # work of the host, different at every call
@@ -220,14 +210,8 @@ class TensorProcessor:
             on_host = camera_mask is None or camera_mask.device.type == "cpu"
             lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
             prompts = lay_out(call, camera_mask)
-        return Request(
-            frames=tuple(groups or ()),
-            camera_mask=None if camera_mask is None else self._mask_on_device(camera_mask, device),
-            prompts=prompts,
-            grids=grids,
-            device=device,
-            as_list=isinstance(images, (list, tuple)),
-        )
+        mask = None if camera_mask is None else self._mask_on_device(camera_mask, device)
+        return Request(tuple(groups or ()), mask, prompts, grids, device, as_list=isinstance(images, (list, tuple)))
 
     @torch.compiler.disable
     def batch(self, request: Request, dtype: torch.dtype) -> Batch:
@@ -256,11 +240,7 @@ class TensorProcessor:
         return prepare(self.batch(request, dtype), orders)
 
     def _check_images(
-        self,
-        images: Tensor | Sequence[Tensor] | None,
-        camera_mask: Tensor | None,
-        device: torch.device | str | None,
-        factor: int,
+        self, images: Images, camera_mask: Tensor | None, device: torch.device | str | None, factor: int
     ) -> tuple[list[Tensor] | None, torch.device]:
         """The cameras' frames by size, and the device of the batch."""
         if images is None:
@@ -329,15 +309,8 @@ class TensorProcessor:
             ("grids", grids, device),
             lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device),
         )
-        return expand_prompts(
-            prompts.ids,
-            table,
-            request.camera_mask,
-            image_token_id=self.config.image_token_id,
-            pad_token_id=self.prompts.pad_token_id,
-            length=prompts.length,
-            padding_side=self._padding_side,
-        )
+        tokens = self.config.image_token_id, self.prompts.pad_token_id
+        return expand_prompts(prompts.ids, table, request.camera_mask, *tokens, prompts.length, self._padding_side)
 
     def _mask_on_device(self, camera_mask: Tensor, device: torch.device) -> Tensor:
         """A host mask on the device, copied there the first time only."""
