@@ -180,13 +180,8 @@ def generate_texts(
 ) -> GenerateOutput:
     """As `generate_tokens`, and the text of the tokens; `stream` takes text."""
     pieces = TextStream(prompts, len(decoding.tokens))
-    tokens, rows, reasons = generate_tokens(
-        decoding,
-        step,
-        end_tokens,
-        stream=None if stream is None else lambda new: stream(pieces.pieces(new)),
-        progress=progress,
-    )
+    of_tokens = None if stream is None else lambda new: stream(pieces.pieces(new))
+    tokens, rows, reasons = generate_tokens(decoding, step, end_tokens, of_tokens, progress)
     if stream is not None:
         stream(pieces.rest())
     return GenerateOutput(texts=[prompts.decode(row) for row in rows], token_ids=tokens, finish_reasons=reasons)
@@ -201,15 +196,9 @@ def generate_tokens(
 ) -> tuple[list[Tensor], list[list[int]], list[str]]:
     """The new tokens of each sample, up to and including its end token, or up to where its logits are not finite.
 
-    Args:
-        decoding: A batch whose prompts have run.
-        step: `decoding.step`, or its graph.
-        end_tokens: Any of them ends a sample.
-        stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
-        progress: Shows a bar on stderr.
-
-    Returns:
-        B int64 vectors on the decoder's device, the same as lists, and B finish reasons (see `GenerateOutput`).
+    `step` is `decoding.step`, or its graph. `stream` takes the tokens that have come since its last call, B lists; none
+    after a sample's end token. Returns B int64 vectors on the decoder's device, the same as lists, and B finish reasons
+    (see `GenerateOutput`).
     """
     batch, total = decoding.tokens.shape
     rows: list[list[int]] = [[] for _ in range(batch)]

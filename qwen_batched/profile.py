@@ -383,12 +383,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _resize(text: str) -> Resize:
-    return {"hf": "hf", "none": None}[text] if text in ("hf", "none") else _size(text)
+    return {"hf": "hf", "none": None}[text] if text in ("hf", "none") else frame_size(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def frame_size(text: str) -> tuple[int, int]:
+    """Height and width, of an argument on the command line."""
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"expected pixels as 224 or 480x640 (height x width), got {text!r}")
     return int(sides[0]), int(sides[-1])
 
@@ -400,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or hub id; the embedded default with random weights where left out")
     add("--batch", type=int, default=1, help="samples")
     add("--cameras", type=int, default=3, help="frames of a sample")
-    add("--size", type=_size, default=(224, 224), help="of the frames in pixels: 224 or 480x640 (height x width)")
+    add("--size", type=frame_size, default=(224, 224), help="of the frames in pixels: 224 or 480x640 (height x width)")
     add("--resize", type=_resize, default="hf", help="hf (the checkpoint's rule), none, or a size")
     add("--text-tokens", type=int, default=40, help="length of the text")
     add("--text", help="the text itself")

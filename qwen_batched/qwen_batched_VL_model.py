@@ -384,8 +384,8 @@ class QwenBatchedVL(Trainable):
 
     def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> Wanted:
         """What a call asks for, where it can be given."""
-        checks.check_norm(norm)
-        checks.check_logits(logits)
+        checks.check_choice("norm", norm, "post", "pre")
+        checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
         return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)

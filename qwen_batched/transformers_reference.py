@@ -93,20 +93,10 @@ class TransformersReference:
         attn_implementation: str = "sdpa",
         resample_backend: str | None = None,
     ) -> TransformersReference:
-        """Loads a checkpoint folder or hub id.
+        """Loads a checkpoint folder or hub id; `resample_backend` "pillow" or "torchvision", None for transformers' choice.
 
-        In float64, transformers still does norms and some of the rotary arithmetic in float32.
-
-        Args:
-            folder: The checkpoint.
-            dtype: Of the parameters.
-            device: Where the model runs.
-            attn_implementation: As in transformers.
-            resample_backend: Whose image processor, "pillow" or "torchvision"; None for transformers' own choice.
-
-        Raises:
-            RuntimeError: When the installed transformers is known to be wrong.
-            ValueError: When transformers would fill in weights that the checkpoint lacks.
+        In float64, transformers still does norms and some of the rotary arithmetic in float32. Raises `RuntimeError`
+        for a release known to be wrong, `ValueError` where it would fill in weights that the checkpoint lacks.
         """
         check_reference_version()
         # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
@@ -146,7 +136,6 @@ class TransformersReference:
 
         Args:
             frames: One uint8 image (3, H, W) for each camera.
-            text: The user's text.
             template: "chat" (the checkpoint's), "plain" (text first, then the images), or a string with {images}
                 and {text} in it.
             resize_on_gpu: Whether the image processor gets tensors on the model's GPU, where it can take them, in place

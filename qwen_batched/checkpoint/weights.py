@@ -61,12 +61,8 @@ def load_weights(
     """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
 
     Args:
-        module: Its parameters' names, after `prefix`, are those of the whole model.
-        checkpoint: Its folder has the files.
-        keys: How the files may spell those names.
-        dtype: Of the parameters; None or "auto" for the stored one.
-        device: Of the parameters; None for CUDA where there is any, else the CPU.
-        prefix: The part of the checkpoint that the module is.
+        module, keys: Its parameters' names, after `prefix`, are those of the whole model; how files may spell them.
+        dtype, device: None for the stored one, as "auto"; None for CUDA where there is any, else the CPU.
         skip: Says of a name that the module lacks whether it may be left unread.
         tied_head: The module's output projection is its embedding; one that is stored all the same must be equal.
 

@@ -21,13 +21,14 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import find_folder
 from qwen_batched.deviation import batch_effect, cases, report
 from qwen_batched.deviation.bounds import misses
-from qwen_batched.deviation.cases import Case, Size
+from qwen_batched.deviation.cases import Case
 from qwen_batched.deviation.comparison import Plan, compare
 from qwen_batched.deviation.memory import Needs, check_frames
 from qwen_batched.deviation.plot import draw
 from qwen_batched.deviation.stages import Stages
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.ops import PILLOW, TORCHVISION
+from qwen_batched.profile import frame_size
 from qwen_batched.testing import PRESETS, WEIGHTS, default_checkpoint, write_checkpoint
 from qwen_batched.transformers_reference import check_reference_version
 
@@ -160,7 +161,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=sorted(PRESETS), help="without --model: shapes of weights that are made up")
     add("--weights", choices=WEIGHTS, help="without --model: their kind; trained-like ones round as real ones do")
     add = parser.add_argument_group("frames and texts").add_argument
-    add("--sizes", type=_size, nargs="+", metavar="HxW", help="of the frames in pixels, 224 or 480x640: a batch each")
+    add(
+        "--sizes",
+        type=frame_size,
+        nargs="+",
+        metavar="HxW",
+        help="of the frames in pixels, 224 or 480x640: a batch each",
+    )
     add("--cameras", type=_positive, help="frames of a sample")
     add("--batch", type=_positive, help="samples of a batch")
     add("--texts", nargs="+", metavar="TEXT", help="the samples', in turns")
@@ -187,13 +194,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE.png", help="draw the deviation against the depth there")
     return parser
-
-
-def _size(text: str) -> Size:
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"expected pixels as 224 or 480x640 (height x width), got {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 def _count(text: str) -> int:

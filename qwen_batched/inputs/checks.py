@@ -251,16 +251,11 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     return resolved
 
 
-def check_norm(norm: str) -> None:
-    """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
-    if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {shown(norm)}")
-
-
-def check_logits(logits: str | None) -> None:
-    """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
-    if logits not in (None, "last", "all"):
-        raise ValueError(f"logits must be None, 'last' or 'all', got {shown(logits)}")
+def check_choice(name: str, value: str | None, *choices: str | None) -> None:
+    """Raises `ValueError` where `value` is none of them."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:

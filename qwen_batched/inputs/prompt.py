@@ -61,16 +61,9 @@ class PromptEncoder:
     ) -> None:
         """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
 
-        Args:
-            tokenizer: A fast one.
-            chat_template: One, or several by name, of which "default" is taken; None for the tokenizer's.
-            image_token_id: The model's.
-            style: The family's.
-            added_tokens: Which of the other added tokens are read in texts, see `select_added_tokens`; None for all.
-
-        Raises:
-            TypeError, ValueError: An argument is not as described, the tokenizer's image token is not the model's, or
-                the chat template takes more work than any has to.
+        Of several by name "default" is taken; None is for the tokenizer's. For `added_tokens` see
+        `select_added_tokens`. Raises `TypeError` or `ValueError` where an argument is not as described, the tokenizer's
+        image token is not the model's, or the chat template takes more work than any has to.
         """
         self._vocabulary = Vocabulary(tokenizer, style.control_tokens, added_tokens)
         self._tokenizer, self._image_token_id = tokenizer, image_token_id

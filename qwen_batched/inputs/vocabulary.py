@@ -25,11 +25,7 @@ class Vocabulary:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], added_tokens: Sequence[str] | None = None
     ) -> None:
-        """Takes the checkpoint's tokenizer, its family's control tokens, and which others texts may use.
-
-        Raises:
-            TypeError, ValueError: `added_tokens` is not as described, or the tokenizer is not one that this reads.
-        """
+        """Raises `TypeError` or `ValueError` as of `select_added_tokens`, or for a tokenizer that this cannot read."""
         if not tokenizer.is_fast:
             kind = type(tokenizer).__name__
             raise ValueError(f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {kind}")
@@ -119,14 +115,8 @@ class Vocabulary:
 def select_added_tokens(added: Mapping[str, int], control: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     """The added tokens that are read in texts, by id: those that are no control tokens, or those that are wanted.
 
-    Args:
-        added: All added tokens of the tokenizer.
-        control: The family's control tokens.
-        wanted: Tokens, or patterns as of `fnmatch` ("<action_*>"); None for all, () for none.
-
-    Raises:
-        TypeError: `wanted` is not a list or tuple of strings.
-        ValueError: One of them names a control token or nothing.
+    `wanted` are tokens, or patterns as of `fnmatch` ("<action_*>"); None for all, () for none. Raises `TypeError` where
+    they are not a list or tuple of strings, `ValueError` where one names a control token or nothing.
     """
     own = sorted(added.keys() - set(control), key=added.__getitem__)
     if wanted is None:

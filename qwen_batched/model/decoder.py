@@ -16,7 +16,7 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, 
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import family_of, read_config
-from qwen_batched.inputs.checks import check_decoder_inputs, check_norm, resolve_layers
+from qwen_batched.inputs.checks import check_choice, check_decoder_inputs, resolve_layers
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
@@ -49,13 +49,8 @@ class Decoder(GradientCheckpointing):
     ) -> None:
         """Builds the modules with fresh weights.
 
-        Args:
-            config: Sizes.
-            norm: Makes a block's norms and the final one, of so many channels.
-            mlp: Makes a block's MLP.
-            qkv_bias: Whether queries, keys and values have biases.
-            qk_norm: Makes the norms of a query's and a key's head, before they are rotated.
-            rope: Makes the rotation of positions.
+        `norm` makes a block's norms and the final one, of so many channels, `mlp` a block's MLP, `qk_norm` the norms of
+        a query's and a key's head, before they are rotated by `rope`.
         """
         super().__init__()
         self.config = config
@@ -129,7 +124,7 @@ class Decoder(GradientCheckpointing):
             ValueError: A layer is out of range, `norm` is unknown, or shapes do not fit together.
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
-        check_norm(norm)
+        check_choice("norm", norm, "post", "pre")
         check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
         tokens = attention_mask.numel() if tokens is None else tokens

@@ -49,15 +49,10 @@ class VisionTransformer(GradientCheckpointing):
         deep_merger: Callable[[], nn.Module] | None = None,
         patch_bias: bool = False,
     ) -> None:
-        """Builds the modules with fresh weights.
+        """Builds the modules with fresh weights, of sizes and parts as in `config`.
 
-        Args:
-            config: Sizes, and which parts there are.
-            norm: Makes a block's norms, of so many channels.
-            mlp: Makes a block's MLP.
-            merger: Makes what joins patches: an update and the residual stream, (T, C) each, to (M, D).
-            deep_merger: Makes those of `deepstack_visual_indexes`.
-            patch_bias: Whether the patch embedding has one.
+        `norm` makes a block's norms, of so many channels, `mlp` its MLP; `merger` what joins patches, an update and the
+        residual stream, (T, C) each, to (M, D), and `deep_merger` the same for `deepstack_visual_indexes`.
         """
         super().__init__()
         self.config = config

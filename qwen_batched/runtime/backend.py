@@ -22,12 +22,8 @@ _reads_ahead: ContextVar[bool] = ContextVar("qwen_batched_reads_ahead", default=
 def use_backend(name: str) -> Iterator[None]:
     """Chooses what the operations run on inside the `with` block.
 
-    Args:
-        name: "auto" for Triton on a GPU where it is installed, else the reference; "triton" for Triton, or a
-            `RuntimeError` at the first call that cannot have it; "reference".
-
-    Raises:
-        ValueError: There is no such backend.
+    "auto" is Triton on a GPU where it is installed, else the reference; "triton" is Triton, or a `RuntimeError` at the
+    first call that cannot have it; "reference". Raises `ValueError` for any other.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")

@@ -55,13 +55,9 @@ class CudaGraphs:
     ) -> Outputs:
         """`function(*inputs)`, by a graph where there is one.
 
-        Args:
-            modules: Whose parameters `function` reads.
-            key: All else that shapes what `function` does, but the shapes and dtypes of `inputs`.
-            function: Takes tensors and returns a pytree. It must not wait for the device.
-            inputs: On `device`, or on the host.
-            device: Where the work is done.
-            stateful: Whether `function` changes something, so that it must not run in vain.
+        It reads parameters of `modules` and tensors, on `device` or on the host, must not wait for the device, and
+        returns a pytree. `key` is all else that shapes what it does, but the shapes and dtypes of `inputs`. Where it is
+        `stateful`, it changes something and must not run in vain.
         """
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs)
