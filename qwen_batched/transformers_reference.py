@@ -8,11 +8,10 @@ to 5.x except for versions known to be wrong; what differs between them is in th
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -22,29 +21,22 @@ from torch import Tensor, nn
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def without_tf32(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` without TF32, which cuDNN's convolutions use unless told otherwise.
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """No TF32, which cuDNN's convolutions use unless told otherwise.
 
     transformers' patch embedding is such a convolution: with TF32 its "float32" features are off by 8e-5.
     """
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-        before = [backend.allow_tf32 for backend in backends]
-        try:
-            for backend in backends:
-                backend.allow_tf32 = False
-            return function(*args, **kwargs)
-        finally:
-            for backend, allowed in zip(backends, before, strict=True):
-                backend.allow_tf32 = allowed
-
-    return wrapped
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 # (first release, last release, what is wrong with them)
@@ -93,7 +85,7 @@ class TransformersReference:
         attn_implementation: str = "sdpa",
         resample_backend: str | None = None,
     ) -> TransformersReference:
-        """Loads a checkpoint folder or hub id; `resample_backend` "pillow" or "torchvision", None for transformers' choice.
+        """Loads a checkpoint folder or hub id; `resample_backend` is "pillow", "torchvision" or transformers' choice.
 
         In float64, transformers still does norms and some of the rotary arithmetic in float32. Raises `RuntimeError`
         for a release known to be wrong, `ValueError` where it would fill in weights that the checkpoint lacks.
@@ -172,7 +164,7 @@ class TransformersReference:
         return template.replace("{images}", image * n_images).replace("{text}", text)
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def run(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> ReferenceOutput:
@@ -198,7 +190,7 @@ class TransformersReference:
         return self.greedy_with_scores(inputs, max_new_tokens)[0]
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def greedy_with_scores(self, inputs: dict[str, Tensor], max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns the most likely continuation, and the scores (tokens, vocabulary) by which it was chosen."""
         input_ids = inputs["input_ids"]
@@ -210,7 +202,7 @@ class TransformersReference:
         return output.sequences[0, input_ids.shape[1] :], torch.cat(output.scores)
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def final_hidden_states(self, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         """Runs samples (`processor_inputs`) with images as one batch, padded on the left, as nothing else here does.
 
@@ -229,7 +221,7 @@ class TransformersReference:
         return [rows[mask] for rows, mask in zip(output.hidden_states[-1], own, strict=True)]
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def vision_block_outputs(
         self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
     ) -> list[list[Tensor]]:

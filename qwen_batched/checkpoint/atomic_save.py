@@ -60,8 +60,9 @@ def replacing(folder: str | os.PathLike[str], stale: Callable[[str], bool], last
                 _complete(target)
             try:
                 yield from _save(target, stale, last)
-            except OSError as error:
-                raise _named_in(target, error) from error
+            except OSError as error:  # to be of the file in the folder and not of its staged twin
+                path = str(error.filename or target).replace(str(target / STAGING / NEW), str(target))
+                raise OSError(error.errno, error.strerror or str(error), path) from error
         for path in made:
             _sync(path.parent)
     except BaseException:
@@ -360,9 +361,3 @@ def _sync(path: Path) -> None:
                 raise
         finally:
             os.close(file)
-
-
-def _named_in(target: Path, error: OSError) -> OSError:
-    """The same error, of the file in the folder and not of its staged twin."""
-    path = str(error.filename or target).replace(str(target / STAGING / NEW), str(target))
-    return OSError(error.errno, error.strerror or str(error), path)

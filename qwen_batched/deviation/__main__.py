@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         type=frame_size,
         nargs="+",
         metavar="HxW",
-        help="of the frames in pixels, 224 or 480x640: a batch each",
+        help="of frames in pixels, 224 or 480x640; a batch each",
     )
     add("--cameras", type=_positive, help="frames of a sample")
     add("--batch", type=_positive, help="samples of a batch")

@@ -138,7 +138,7 @@ def _our_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
     model = load_ours(plan.folder, dtype, plan.device, plan.processor.resample_backend)
 
     @torch.inference_mode()
-    @without_tf32
+    @without_tf32()
     def run_batch(case: Case) -> list[Tensor]:
         out = call(model, case)
         return [rows[own] for rows, own in zip(out.last_hidden_state, out.attention_mask, strict=True)]

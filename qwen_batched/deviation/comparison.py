@@ -198,7 +198,8 @@ class _Comparison:
                 sample = self.samples[case.label, index]
                 self._add((OURS, dtype), case, stage, values, sample.stages[stage], sample)
 
-            without_tf32(run_ours)(model, case, plan.stages, plan.new_tokens, measure)
+            with without_tf32():
+                run_ours(model, case, plan.stages, plan.new_tokens, measure)
             self.bar.update(case.pixels)
 
     def _add(self, run: Run, case: Case, stage: str, values: Tensor, yardstick: Tensor, sample: _Sample) -> None:
