@@ -37,8 +37,7 @@ def integer(value: object) -> object:
 def as_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int: Python's or NumPy's, no bool and no float.
 
-    Raises:
-        ValueError: It is not an integer from `low` to `high`, or of at least `low` where `high` is None.
+    Raises `ValueError` where it is not an integer from `low` to `high`, or of at least `low` where `high` is None.
     """
     number = value if type(value) is int else integer(value)
     if type(number) is not int or number < low or (high is not None and number > high):

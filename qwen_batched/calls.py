@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,34 +29,31 @@ from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 
 
-class Calls:
-    """Runs the calls of one model, and keeps their graphs.
+class Caller(NamedTuple):
+    """Whose call it is, and how it may run."""
 
-    Attributes:
-        whole: Graphs of whole calls.
-        tower: Graphs of image features, which stay true whatever happens to the decoder.
-        steps: The graph of a step of generation, while there is one.
-    """
+    network: Network
+    processor: TensorProcessor
+    dtype: torch.dtype  # of the parameters
+    graph: bool  # the user's leave to use graphs
+
+
+class Calls:
+    """Runs the calls of one model, and keeps their graphs."""
 
     def __init__(self) -> None:
-        self.whole, self.tower = CudaGraphs(prepare=pack), CudaGraphs(prepare=pack)
-        self.steps = CudaGraphs(max_graphs=1)
+        self.whole = CudaGraphs(prepare=pack)
+        self.tower = CudaGraphs(prepare=pack)  # of image features, which stay true whatever happens to the decoder
+        self.steps = CudaGraphs(max_graphs=1)  # of a step of generation, while there is one
 
-    def forward(
-        self,
-        network: Network,
-        processor: TensorProcessor,
-        request: Request,
-        wanted: Wanted,
-        dtype: torch.dtype,
-        graph: bool,
-    ) -> VLOutput:
-        """The result of a request with texts; `graph` is the caller's leave to use graphs."""
+    def forward(self, caller: Caller, request: Request, wanted: Wanted) -> VLOutput:
+        """The result of a request with texts."""
+        network, processor, dtype, graph = caller
         may_use_graphs = self._may_use_graphs(processor, request.device, graph)
         if torch.is_grad_enabled():
-            if may_use_graphs and not network.decoder.training:
-                _advise_no_grad(network)
-            return pipeline.run(network, self.batch(network, processor, request, dtype, graph), wanted)
+            if may_use_graphs and not network.decoder.training and any(map(_is_trained, network)):
+                _log_advice()
+            return pipeline.run(network, self.batch(caller, request), wanted)
 
         def run(request: Request) -> VLOutput:
             return pipeline.run(network, processor.batch(request, dtype), wanted)
@@ -65,31 +63,23 @@ class Calls:
         modules = [module for module in network if module is not None]
         return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, request)
 
-    def batch(
-        self, network: Network, processor: TensorProcessor, request: Request, dtype: torch.dtype, graph: bool
-    ) -> Batch:
+    def batch(self, caller: Caller, request: Request) -> Batch:
         """The processor's batch; on a GPU with `features` in place of pixels.
 
         Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
         as the GPU, and the decoder waits for both.
         """
+        _, processor, dtype, graph = caller
         if not request.frames or not self._may_use_graphs(processor, request.device, graph):
             return processor.batch(request, dtype)
-        features = self.encode(network, processor, replace(request, prompts=None), dtype, graph)
+        features = self.encode(caller, replace(request, prompts=None))
         return replace(processor.batch(replace(request, frames=()), dtype), features=features)
 
     def encode(
-        self,
-        network: Network,
-        processor: TensorProcessor,
-        request: Request,
-        dtype: torch.dtype,
-        graph: bool,
-        layers: Sequence[int] | None = None,
-        chunk_size: int | None = None,
+        self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None
     ) -> Features | list[FeatureMaps]:
         """The features of a request for images only; with `layers` the outputs of these blocks."""
-        visual = network.visual
+        (visual, _, _), processor, dtype, graph = caller
 
         def run(request: Request) -> Features | list[FeatureMaps]:
             batch = processor.batch(request, dtype)
@@ -156,15 +146,13 @@ def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, imag
         raise ValueError("a CUDA graph holds no gradients: capture the model under torch.no_grad()")
 
 
-def _advise_no_grad(network: Network) -> None:
-    """Logs, once in a process, that parameters which want gradients keep a call in eval mode from a graph."""
-    modules = [module for module in network if module is not None]
-    if any(parameter.requires_grad for module in modules for parameter in module.parameters()):
-        _log_advice()
+def _is_trained(module: nn.Module | None) -> bool:
+    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
 
 
 @functools.cache
 def _log_advice() -> None:
+    """Says, once in a process, that parameters which want gradients keep a call in eval mode from a graph."""
     logging.getLogger(__name__).warning(
         "the model is in eval mode and gradients are enabled, so no CUDA graph of the whole call is used, and results "
         "keep what a backward pass needs: call it under torch.no_grad() or inference_mode()"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from qwen_batched.arguments import shown
 from qwen_batched.inputs.batch import Batch
-from qwen_batched.inputs.prompt import PromptEncoder
+from qwen_batched.inputs.prompt import PromptEncoder, TextStream
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.embedding import embed
@@ -28,20 +29,14 @@ INVALID = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes:
-        temperature: 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature).
-        top_k: Draw among the k likeliest tokens; 0 for all.
-        top_p: Draw among the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020,
-            arXiv:1904.09751); 1 for all.
-        seed: Makes draws reproducible; None for a new seed at every call.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the likeliest token; above 0 tokens are drawn from softmax(logits / temperature)
+    top_k: int = 0  # draw among the k likeliest tokens; 0 for all
+    # Draw among the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751); 1 for
+    # all.
     top_p: float = 1.0
-    seed: int | None = None
+    seed: int | None = None  # makes draws reproducible; None for a new seed at every call
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p"):
@@ -49,9 +44,8 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {shown(value)}")
         if type(self.top_k) is not int or type(self.seed) not in (int, type(None)):
-            raise TypeError(
-                f"top_k must be an int and seed an int or None, got {shown(self.top_k)} and {shown(self.seed)}"
-            )
+            both = f"{shown(self.top_k)} and {shown(self.seed)}"
+            raise TypeError(f"top_k must be an int and seed an int or None, got {both}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.temperature <= sys.float_info.max or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -94,60 +88,35 @@ class Sampling:
 
 
 class Decoding:
-    """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back.
-
-    Attributes:
-        tokens: Int64 (B, max_new_tokens), filled from the left by one column a step, the first when made; a sample goes
-            on after its end token. `INVALID` where its logits were not all finite.
-    """
+    """A batch between two tokens. All its state is in tensors that stay where they are, and no step reads one back."""
 
     @torch.inference_mode(False)  # a graph captured outside inference mode may not change what was made inside
     @torch.no_grad()
     def __init__(
-        self,
-        network: Network,
-        batch: Batch,
-        max_new_tokens: int,
-        sampling: Sampling,
-        repetition_penalty: float,
+        self, network: Network, batch: Batch, max_new_tokens: int, sampling: Sampling, repetition_penalty: float
     ) -> None:
         """Runs the prompts and chooses the first token of each.
 
-        Args:
-            network: Its output projection is there.
-            batch: With texts; the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) looks at them too.
-            max_new_tokens: At least 1.
-            sampling: How tokens are chosen.
-            repetition_penalty: 1 for none.
+        The `repetition_penalty` (Keskar et al. 2019, arXiv:1909.05858) looks at the prompts too; 1 is none.
         """
         visual, self._decoder, self._head = network
         self._sampling, self._penalty = sampling, repetition_penalty
         samples, length = batch.input_ids.shape
         text, device, mask = self._decoder.config, batch.input_ids.device, batch.attention_mask
         inputs_embeds, deep, _ = embed(visual, self._decoder, batch)
-        self._cache = KVCache(
-            text.num_hidden_layers,
-            samples,
-            length + max_new_tokens,
-            text.num_key_value_heads,
-            text.head_dim,
-            inputs_embeds,
-        )
+        heads, capacity = (text.num_key_value_heads, text.head_dim), length + max_new_tokens
+        self._cache = KVCache(text.num_hidden_layers, samples, capacity, *heads, inputs_embeds)
         self._positions_B = batch.rope_positions.amax(dim=(1, 2))
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniforms_BN = sampling.uniforms(samples, max_new_tokens, device)
+        # Filled from the left by one column a step, the first when made; a sample goes on after its end token.
+        # `INVALID` where its logits were not all finite.
         self.tokens = torch.zeros(samples, max_new_tokens, dtype=torch.int64, device=device)
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
         self._token_B = torch.zeros(samples, dtype=torch.int64, device=device)
         self._invalid = torch.full((), INVALID, device=device)
-        hidden_BSD = self._decoder(
-            inputs_embeds,
-            batch.rope_positions.transpose(0, 1),
-            mask,
-            cache=self._cache,
-            tokens=batch.tokens,
-            deep_features=deep,
-        )[0]
+        positions, options = batch.rope_positions.transpose(0, 1), {"tokens": batch.tokens, "deep_features": deep}
+        hidden_BSD = self._decoder(inputs_embeds, positions, mask, cache=self._cache, **options)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, mask))
         self._seen_BW: Tensor | None = None
         if repetition_penalty != 1:
@@ -174,7 +143,8 @@ class Decoding:
         # One pass: a sum is finite where every logit is. In float64, so that large logits do not overflow it.
         is_finite_B = logits_BW.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
         if self._seen_BW is not None:
-            logits_BW = _penalise(logits_BW, self._seen_BW, self._penalty)
+            penalised_BW = torch.where(logits_BW > 0, logits_BW / self._penalty, logits_BW * self._penalty)
+            logits_BW = torch.where(self._seen_BW, penalised_BW, logits_BW)
         uniform_B = None if self._uniforms_BN is None else self._uniforms_BN.index_select(1, self._column)[:, 0]
         self._token_B.copy_(self._sampling.choose(logits_BW, uniform_B))
         self.tokens.index_copy_(1, self._column, torch.where(is_finite_B, self._token_B, self._invalid)[:, None])
@@ -209,14 +179,9 @@ def generate_texts(
     progress: bool = False,
 ) -> GenerateOutput:
     """As `generate_tokens`, and the text of the tokens; `stream` takes text."""
-    pieces = prompts.stream(len(decoding.tokens))
-    tokens, rows, reasons = generate_tokens(
-        decoding,
-        step,
-        end_tokens,
-        stream=None if stream is None else lambda new: stream(pieces.pieces(new)),
-        progress=progress,
-    )
+    pieces = TextStream(prompts, len(decoding.tokens))
+    of_tokens = None if stream is None else lambda new: stream(pieces.pieces(new))
+    tokens, rows, reasons = generate_tokens(decoding, step, end_tokens, of_tokens, progress)
     if stream is not None:
         stream(pieces.rest())
     return GenerateOutput(texts=[prompts.decode(row) for row in rows], token_ids=tokens, finish_reasons=reasons)
@@ -231,15 +196,9 @@ def generate_tokens(
 ) -> tuple[list[Tensor], list[list[int]], list[str]]:
     """The new tokens of each sample, up to and including its end token, or up to where its logits are not finite.
 
-    Args:
-        decoding: A batch whose prompts have run.
-        step: `decoding.step`, or its graph.
-        end_tokens: Any of them ends a sample.
-        stream: Takes the tokens that have come since its last call, B lists; none after a sample's end token.
-        progress: Shows a bar on stderr.
-
-    Returns:
-        B int64 vectors on the decoder's device, the same as lists, and B finish reasons (see `GenerateOutput`).
+    `step` is `decoding.step`, or its graph. `stream` takes the tokens that have come since its last call, B lists; none
+    after a sample's end token. Returns B int64 vectors on the decoder's device, the same as lists, and B finish reasons
+    (see `GenerateOutput`).
     """
     batch, total = decoding.tokens.shape
     rows: list[list[int]] = [[] for _ in range(batch)]
@@ -261,27 +220,18 @@ def generate_tokens(
 
 
 def _token_chunks(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
-    """Tokens as they reach the host, some columns at a time; the GPU is already at the next chunk meanwhile."""
+    """Tokens as they reach the host, some columns at a time; a GPU is already at the next chunk meanwhile."""
     on_gpu, total = tokens_BN.is_cuda, tokens_BN.shape[1]
     width = STEPS_PER_POLL if on_gpu else 1
-    waiting: HostCopy | None = None
+    copies: deque[HostCopy] = deque()
     for start in range(0, total, width):
         stop = min(start + width, total)
         for _ in range(max(start, 1), stop):  # the first column is there
             step()
-        copy = HostCopy(tokens_BN[:, start:stop])
-        if waiting is not None:
-            yield waiting.rows()
-        waiting = copy
-        if not on_gpu:
-            yield waiting.rows()
-            waiting = None
-    if waiting is not None:
-        yield waiting.rows()
-
-
-def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        copies.append(HostCopy(tokens_BN[:, start:stop]))
+        if len(copies) > on_gpu:
+            yield copies.popleft().rows()
+    yield from (copy.rows() for copy in copies)
 
 
 def _until_end(new: list[int], end_tokens: Collection[int]) -> tuple[list[int], str]:

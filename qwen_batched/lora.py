@@ -59,18 +59,16 @@ def load_adapter(
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name must be a str, got {shown(adapter_name)}")
     if not adapter_name or "." in adapter_name or adapter_name in getattr(model, "peft_config", {}):
-        raise ValueError(
-            f"adapter_name must be new to the model, not empty and without a dot, got {shown(adapter_name)}"
-        )
+        expected = "new to the model, not empty and without a dot"
+        raise ValueError(f"adapter_name must be {expected}, got {shown(adapter_name)}")
     folder = find_folder(name)
     keys = model.family.keys
     settings, stored = read_settings(folder), read_tensors(folder, keys)
     layers = _layers(stored)
     unknown = {keys.module_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
     if unknown or not layers:
-        raise ValueError(
-            f"adapter {folder} must be for layers of the model, got {shown(sorted(unknown)) if unknown else 'none'}"
-        )
+        got = shown(sorted(unknown)) if unknown else "none"
+        raise ValueError(f"adapter {folder} must be for layers of the model, got {got}")
     weights = {PREFIX + keys.module_name(key): tensor for key, tensor in stored.items()}
     try:
         config = _config_for(model, settings, stored)
@@ -135,7 +133,11 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         raise ValueError("trained tokens of a tied model that is part of another cannot be saved: peft ties them alone")
     config.inference_mode = True
     weights = {PREFIX + keys.adapter_name(key.removeprefix(front)): tensor for key, tensor in state.items()}
-    _write(folder, config, weights)
+    # What another adapter has left in the folder goes, other files stay.
+    with replacing(folder, stale=lambda name: name.startswith("adapter_model."), last=ADAPTER_FILE) as staged:
+        with naming(staged / ADAPTER_FILE):
+            config.save_pretrained(str(staged))
+        write_tensors(staged / WEIGHTS_FILE, weights)
 
 
 def _check_peft() -> None:
@@ -145,14 +147,6 @@ def _check_peft() -> None:
         if error.name != "peft":  # a broken installation says more itself
             raise
         raise ImportError("LoRA adapters need peft: install it, or this package as qwen_batched[lora]") from error
-
-
-def _write(folder: str | Path, config: LoraConfig, weights: dict[str, Tensor]) -> None:
-    """All of it or nothing; what another adapter has left in the folder goes, other files stay."""
-    with replacing(folder, stale=lambda name: name.startswith("adapter_model."), last=ADAPTER_FILE) as staged:
-        with naming(staged / ADAPTER_FILE):
-            config.save_pretrained(str(staged))
-        write_tensors(staged / WEIGHTS_FILE, weights)
 
 
 def _put(model: nn.Module, config: LoraConfig, weights: dict[str, Tensor], adapter_name: str) -> PeftModel:
@@ -248,32 +242,28 @@ def _layers(keys: Collection[str]) -> list[str]:
 def _name_layers(config: LoraConfig, layers: Mapping[str, str]) -> None:
     """Puts names of layers in place of the patterns that chose them, with the rank and the alpha that they gave.
 
-    Names are without the front that transformers changed: `layers.0.self_attn.q_proj`, `blocks.0.attn.qkv`.
-
-    Args:
-        config: Is changed.
-        layers: The layers' names where the adapter was trained, and as published.
+    `layers` are their names where the adapter was trained, and as published; the new ones are without the front that
+    transformers changed: `layers.0.self_attn.q_proj`, `blocks.0.attn.qkv`.
     """
     endings = {layer: name.partition(".")[2] or name for layer, name in layers.items()}
     config.target_modules = set(endings.values())
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for field in ("rank_pattern", "alpha_pattern"):
-        values = {layer: _value_of(layer, getattr(config, field) or {}) for layer in layers}
-        setattr(config, field, {re.escape(endings[layer]): x for layer, x in values.items() if x is not None})
-
-
-def _value_of(layer: str, patterns: dict[str, int]) -> int | None:
-    """The value of the first pattern that ends the layer's name, as in peft."""
-    return next((value for pattern, value in patterns.items() if matches(rf"(.*\.)?({pattern})", layer)), None)
+        values = {}
+        for layer, ending in endings.items():
+            for pattern, value in (getattr(config, field) or {}).items():
+                if matches(rf"(.*\.)?({pattern})", layer):  # the first that ends the layer's name, as in peft
+                    values[re.escape(ending)] = value
+                    break
+        setattr(config, field, values)
 
 
 def _contained_model(module: nn.Module) -> tuple[str, QwenBatchedVL]:
     """The `QwenBatchedVL` that `module` is or contains, and what its names begin with there."""
     found = [(name, child) for name, child in module.named_modules() if isinstance(child, QwenBatchedVL)]
     if len(found) != 1:
-        raise ValueError(
-            f"an adapter to save must be of one QwenBatchedVL, got {len(found)} in {type(module).__name__}"
-        )
+        got = f"{len(found)} in {type(module).__name__}"
+        raise ValueError(f"an adapter to save must be of one QwenBatchedVL, got {got}")
     name, model = found[0]
     return name and f"{name}.", model
 
@@ -282,27 +272,22 @@ def _wrapped_modules(model: nn.Module, adapter_name: str) -> dict[str, list[str]
     """The names of the modules that are saved whole, and of those with trained tokens."""
     from peft.utils.other import ModulesToSaveWrapper
 
-    wrappers = [
-        (name, child) for name, child in model.named_modules() if adapter_name in getattr(child, "_adapters", ())
-    ]
+    named = model.named_modules()
+    wrappers = [(name, child) for name, child in named if adapter_name in getattr(child, "_adapters", ())]
     whole = [name for name, child in wrappers if isinstance(child, ModulesToSaveWrapper)]
     return {"modules_to_save": whole, "token_adapter": [name for name, _ in wrappers if name not in whole]}
 
 
 def _check_whole(adapted: PeftModel, state: Mapping[str, Tensor], front: str) -> None:
     """Raises `ValueError` where the adapter is more than its model's, or less than what was trained."""
-    outside = sorted(name for name in state if not name.startswith(front))
-    if outside:
-        raise ValueError(
-            f"an adapter of the QwenBatchedVL at {front.rstrip('.')!r} cannot hold what is outside it: "
-            f"{shown(outside)}; save those by themselves"
-        )
+    if outside := sorted(name for name in state if not name.startswith(front)):
+        where = f"the QwenBatchedVL at {front.rstrip('.')!r}"
+        what = f"{shown(outside)}; save those by themselves"
+        raise ValueError(f"an adapter of {where} cannot hold what is outside it: {what}")
     parts = [name for name, x in state.items() if type(x) not in (Tensor, nn.Parameter) or x.is_meta]
     if parts:
         raise ValueError(f"tensors to save must be whole, got a part or none of {parts[0]}")
     trained = {name.removeprefix(PREFIX) for name, x in adapted.named_parameters() if x.requires_grad}
-    lost = sorted(
-        name for name in trained - state.keys() if name.startswith(front) and not any(mark in name for mark in ADDED)
-    )
-    if lost:
+    unsaved = sorted(name for name in trained - state.keys() if name.startswith(front))
+    if lost := [name for name in unsaved if not any(mark in name for mark in ADDED)]:
         raise ValueError(f"trained parameters are not in the adapter: {shown(lost)}; name them in modules_to_save")

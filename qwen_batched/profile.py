@@ -100,28 +100,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured of a call; times in ms.
+    """What was measured of a call; times in ms."""
 
-    Attributes:
-        call: The machine and the call, in words and numbers.
-        first_calls: Wall times of the first two, which count nowhere else. On a GPU they compile kernels and capture
-            graphs, unless the model was used before.
-        eager_ms: Median of the eager call that was cut in `stages`.
-        back_to_back, paced: Of the call as a user makes it, with graphs where the library has them.
-        missed_ticks: Of the paced calls' clock, because a call was still running.
-        device_work: Of the call as a user makes it; None where the profiler saw no device.
-        floor_ms: Sum over the stages of what products or weights take at least, at these TFLOP/s and GB/s.
-    """
-
-    call: dict[str, Any]
+    call: dict[str, Any]  # the machine and the call, in words and numbers
+    # Wall times of the first two, which count nowhere else. On a GPU they compile kernels and capture graphs, unless
+    # the model was used before.
     first_calls: tuple[float, float]
     stages: tuple[Stage, ...]
-    eager_ms: float
-    back_to_back: Latency
-    paced: Latency
-    missed_ticks: int
-    device_work: DeviceWork | None
-    floor_ms: float
+    eager_ms: float  # median of the eager call that was cut in `stages`
+    back_to_back: Latency  # of the call as a user makes it, with graphs where the library has them
+    paced: Latency  # the same
+    missed_ticks: int  # of the paced calls' clock, because a call was still running
+    device_work: DeviceWork | None  # of the call as a user makes it; None where the profiler saw no device
+    floor_ms: float  # sum over the stages of what products or weights take at least, at these TFLOP/s and GB/s
     tflops: float
     gbps: float
     rates_from: str
@@ -213,10 +204,8 @@ def profile(
         **{"frames on": "pinned host" if host and device.type == "cuda" else device.type, "calls": calls, "hz": hz},
     }
     floor_ms = sum(max(stage.product_ms, stage.weight_ms) for stage in stages)
-    latencies = (back_to_back, paced, missed_ticks)
-    return Profile(
-        described, first_calls, stages, eager_ms, *latencies, device_work, floor_ms, tflops, gbps, rates_from
-    )
+    measured = (stages, eager_ms, back_to_back, paced, missed_ticks, device_work)
+    return Profile(described, first_calls, *measured, floor_ms, tflops, gbps, rates_from)
 
 
 def _name(device: torch.device) -> str:
@@ -313,14 +302,11 @@ def time_stages(
     def keep(network: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parts[VISION if network is model.visual else DECODER] = functools.partial(network, *args, **kwargs)
 
-    hooks = [network.register_forward_pre_hook(keep, with_kwargs=True) for network in (model.visual, model.model)]
-    try:
+    tower, decoder = (x.register_forward_pre_hook(keep, with_kwargs=True) for x in (model.visual, model.model))
+    with tower, decoder:
         call()
         rows = [{name: _device_ms(parts[name], device) for name in STAGES} for _ in range(calls + 1)][1:]
         work = {name: _device_work(parts[name], device) for name in STAGES}
-    finally:
-        for hook in hooks:
-            hook.remove()
     eager_ms = statistics.median(row[PLACING] for row in rows)
     kernels = {name: done.kernel_ms for name, done in work.items() if done}
     for whole in (*rows, kernels) if len(kernels) == len(STAGES) else rows:
@@ -397,12 +383,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _resize(text: str) -> Resize:
-    return {"hf": "hf", "none": None}[text] if text in ("hf", "none") else _size(text)
+    return {"hf": "hf", "none": None}[text] if text in ("hf", "none") else frame_size(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def frame_size(text: str) -> tuple[int, int]:
+    """Height and width, of an argument on the command line."""
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"expected pixels as 224 or 480x640 (height x width), got {text!r}")
     return int(sides[0]), int(sides[-1])
 
@@ -414,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint folder or hub id; the embedded default with random weights where left out")
     add("--batch", type=int, default=1, help="samples")
     add("--cameras", type=int, default=3, help="frames of a sample")
-    add("--size", type=_size, default=(224, 224), help="of the frames in pixels: 224 or 480x640 (height x width)")
+    add("--size", type=frame_size, default=(224, 224), help="of the frames in pixels: 224 or 480x640 (height x width)")
     add("--resize", type=_resize, default="hf", help="hf (the checkpoint's rule), none, or a size")
     add("--text-tokens", type=int, default=40, help="length of the text")
     add("--text", help="the text itself")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
-from qwen_batched.calls import Calls, check_no_gradient_in_a_capture, out_of_memory
+from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
@@ -20,16 +20,9 @@ from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
 from qwen_batched.families import read_config
 from qwen_batched.generation import Decoding, Sampling, generate_texts
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps
-from qwen_batched.inputs.checks import (
-    Resize,
-    check_chunk_size,
-    check_given,
-    check_hidden_states,
-    check_logits,
-    check_norm,
-    resolve_layers,
-)
+from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
 from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
@@ -54,24 +47,17 @@ class QwenBatchedVL(Trainable):
     """
 
     def __init__(
-        self,
-        config: QwenVLConfig,
-        processor: TensorProcessor,
-        checkpoint: Checkpoint,
-        lm_head: bool = True,
+        self, config: QwenVLConfig, processor: TensorProcessor, checkpoint: Checkpoint, lm_head: bool = True
     ) -> None:
         """Builds the modules with fresh weights; `from_pretrained` is the usual way.
 
         Args:
-            config: The model's shape.
-            processor: Prepares its inputs.
+            config, processor: The model's shape, and what prepares its inputs.
             checkpoint: Where both come from; `save_pretrained` writes its files back.
             lm_head: Whether there is an output projection.
         """
         super().__init__()
-        self.config = config
-        self.processor = processor
-        self.checkpoint = checkpoint
+        self.config, self.processor, self.checkpoint = config, processor, checkpoint
         self.generation_config = checkpoint.generation_config()
         self.visual = self.family.build_vision(config)
         self.visual.plans = processor.plans  # the geometry of a size is built once for both
@@ -106,8 +92,7 @@ class QwenBatchedVL(Trainable):
             num_layers: Keep only the first N decoder blocks; the others are not read from disk. None for all.
             lm_head: False leaves the output projection out; then there are no logits and no generation.
             padding_side: "left" or "right", of shorter prompts.
-            min_pixels: Least pixels of a resized image; None for the checkpoint's own.
-            max_pixels: Most pixels of a resized image; None for the checkpoint's own.
+            min_pixels, max_pixels: Least and most pixels of a resized image; None for the checkpoint's own.
             resample_backend: "pillow" or "torchvision": which of transformers' two CPU image processors uint8 frames on
                 a CPU equal (neither library is used); None for the one that transformers would use on this machine.
                 `processor.resample_backend` says which. Frames on a GPU and floating frames do not depend on it.
@@ -167,9 +152,8 @@ class QwenBatchedVL(Trainable):
             OSError: The disk is full, or a file cannot be written; it is named. The folder is as before.
         """
         if not (self.has_lm_head or self.config.tie_word_embeddings):
-            raise ValueError(
-                "a model loaded with lm_head=False cannot be saved: its checkpoint would lack lm_head.weight"
-            )
+            lost = "its checkpoint would lack lm_head.weight"
+            raise ValueError(f"a model loaded with lm_head=False cannot be saved: {lost}")
         tied = self.lm_head is None or self.has_tied_head
         config = replace(self.config, tie_word_embeddings=tied)
         tensors = whole_tensors(
@@ -177,13 +161,7 @@ class QwenBatchedVL(Trainable):
             lambda: QwenBatchedVL(config, self.processor, self.checkpoint, self.has_lm_head),
         )
         image = self.processor.image
-        checkpoint = self.checkpoint.describing(
-            num_layers=self.config.text.num_hidden_layers,
-            tied=tied,
-            dtype=tensors[EMBEDDING_NAME].dtype,
-            min_pixels=image.min_pixels,
-            max_pixels=image.max_pixels,
-        )
+        checkpoint = self.checkpoint.describing(config, tensors[EMBEDDING_NAME].dtype, image)
         with replacing(folder, stale=is_checkpoint_file, last=CONFIG_FILE) as staged:
             checkpoint.write(staged)
             save_weights({self.family.keys.saved_name(name): x for name, x in tensors.items()}, staged)
@@ -258,13 +236,13 @@ class QwenBatchedVL(Trainable):
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
         wanted = self._check_wanted(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
         if batch:
-            check_prepared_alone(batch.keys(), images, texts, camera_mask, targets, template, resize, system)
+            check_prepared_alone(batch.keys(), images, texts, template, resize, camera_mask, targets, system)
             return pipeline.run(self._network, restore(batch, self.config, device), wanted)
         check_given("texts", texts, "a list of str")
         request = self.processor.request(
             images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
         )
-        return self._calls.forward(self._network, self.processor, request, wanted, self.dtype, cuda_graph)
+        return self._calls.forward(self._caller(cuda_graph), request, wanted)
 
     def encode_images(
         self,
@@ -280,14 +258,12 @@ class QwenBatchedVL(Trainable):
         On a GPU, where no gradient is wanted, shapes get CUDA graphs as in `forward`.
 
         Args:
-            images: As for `forward`.
+            images, resize, cuda_graph: As for `forward`.
             layers: None for the merged features that the decoder sees. Or block indices of the vision transformer
                 (0 the first block, -1 the last): these blocks' outputs; later blocks are not run.
             camera_mask: As for `forward`; an absent camera's features are zero.
-            resize: As for `forward`.
             chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
                 passes need less memory. Results do not depend on it.
-            cuda_graph: As for `forward`.
 
         Returns:
             (B, V, h, w, D), row-major, h = resized height / 28; for a list of cameras a list of V tensors (B, h, w, D).
@@ -299,15 +275,13 @@ class QwenBatchedVL(Trainable):
         """
         if layers is not None:
             layers = resolve_layers(layers, self.config.vision.depth)
-        chunk_size = check_chunk_size(chunk_size)
+        chunk_size = checks.check_chunk_size(chunk_size)
         check_given("images", images, "a tensor or a list of tensors")
         device = self.device
         check_no_gradient_in_a_capture(self, device, images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
         try:
-            found = self._calls.encode(
-                self._network, self.processor, request, self.dtype, cuda_graph, layers, chunk_size
-            )
+            found = self._calls.encode(self._caller(cuda_graph), request, layers, chunk_size)
             return found.main if layers is None else found
         except torch.OutOfMemoryError as error:
             reason = str(error)
@@ -342,7 +316,7 @@ class QwenBatchedVL(Trainable):
             TypeError, ValueError: The output projection was left out, or the hidden states are not the model's.
         """
         self._check_lm_head()
-        check_hidden_states(hidden_states, self.model.embed_tokens.weight)
+        checks.check_hidden_states(hidden_states, self.model.embed_tokens.weight)
         return apply_linear(self.lm_head, hidden_states)
 
     def generate(
@@ -369,21 +343,16 @@ class QwenBatchedVL(Trainable):
         sample whose logits are not finite ends with the finish reason "invalid" and leaves the others as they are.
 
         Args:
-            images: As for `forward`.
-            texts: As for `forward`.
+            images, texts, camera_mask, template, resize, system: As for `forward`.
             max_new_tokens: At least 1.
             temperature: 0 takes the likeliest token; above 0 tokens are drawn.
             top_k: Draw among the k likeliest tokens; 0 for all.
             top_p: Draw among the fewest likeliest tokens whose probabilities reach p, in (0, 1].
             seed: Makes draws reproducible.
-            camera_mask: As for `forward`.
-            template: As for `forward`.
-            resize: As for `forward`.
             stream: Takes new text as it comes, one string for each sample, "" where there is none, for each token on a
                 CPU and for every few on a GPU. Joined, a sample's are its text.
             progress: Shows a progress bar on stderr.
             cuda_graph: False runs every step without a CUDA graph.
-            system: As for `forward`.
 
         Raises:
             TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
@@ -396,18 +365,10 @@ class QwenBatchedVL(Trainable):
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         check_given("texts", texts, "a list of str")
-        request = self.processor.request(
-            images,
-            texts,
-            camera_mask,
-            template=template,
-            resize=resize,
-            device=self.device,
-            max_new_tokens=max_new_tokens,
-            system=system,
-        )
+        options = {"template": template, "resize": resize, "system": system, "max_new_tokens": max_new_tokens}
+        request = self.processor.request(images, texts, camera_mask, device=self.device, **options)
         with torch.no_grad():
-            batch = self._calls.batch(self._network, self.processor, request, self.dtype, cuda_graph)
+            batch = self._calls.batch(self._caller(cuda_graph), request)
         penalty = self.generation_config.repetition_penalty
         decoding = Decoding(self._network, batch, max_new_tokens, sampling, penalty)
         prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
@@ -418,10 +379,13 @@ class QwenBatchedVL(Trainable):
     def _network(self) -> Network:
         return Network(self.visual, self.model, self.lm_head)
 
+    def _caller(self, cuda_graph: bool) -> Caller:
+        return Caller(self._network, self.processor, self.dtype, cuda_graph)
+
     def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> Wanted:
         """What a call asks for, where it can be given."""
-        check_norm(norm)
-        check_logits(logits)
+        checks.check_choice("norm", norm, "post", "pre")
+        checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
         return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)

@@ -7,11 +7,11 @@ to 5.x except for versions known to be wrong; what differs between them is in th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -21,29 +21,22 @@ from torch import Tensor, nn
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def without_tf32(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs `function` without TF32, which cuDNN's convolutions use unless told otherwise.
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """No TF32, which cuDNN's convolutions use unless told otherwise.
 
     transformers' patch embedding is such a convolution: with TF32 its "float32" features are off by 8e-5.
     """
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
-        before = [backend.allow_tf32 for backend in backends]
-        try:
-            for backend in backends:
-                backend.allow_tf32 = False
-            return function(*args, **kwargs)
-        finally:
-            for backend, allowed in zip(backends, before, strict=True):
-                backend.allow_tf32 = allowed
-
-    return wrapped
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 # (first release, last release, what is wrong with them)
@@ -54,11 +47,7 @@ KNOWN_WRONG_RELEASES = (
 
 
 def check_reference_version(version: str = transformers.__version__) -> None:
-    """Refuses transformers releases whose Qwen2.5-VL is known to be wrong.
-
-    Raises:
-        RuntimeError: Saying what is wrong.
-    """
+    """Raises `RuntimeError` for transformers releases whose Qwen2.5-VL is known to be wrong, and says what is."""
     release = Version(version).release
     for first, last, reason in KNOWN_WRONG_RELEASES:
         # Compared at the length of each bound, so that 4.55 covers every 4.55.x.
@@ -69,20 +58,14 @@ def check_reference_version(version: str = transformers.__version__) -> None:
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """What transformers computed for one sample of S tokens.
+    """What transformers computed for one sample of S tokens."""
 
-    Attributes:
-        hidden_states: L + 1 times (1, S, D): the input embeddings, then every decoder block's output, of which the
-            last one is after the final norm.
-        logits: (1, S, vocabulary).
-        image_features: For each image (h * w, D), cells in raster order.
-        position_ids: (3, 1, S), temporal, height and width.
-    """
-
+    # L + 1 times (1, S, D): the input embeddings, then every decoder block's output, of which the last one is after the
+    # final norm.
     hidden_states: tuple[Tensor, ...]
-    logits: Tensor
-    image_features: list[Tensor]
-    position_ids: Tensor
+    logits: Tensor  # (1, S, vocabulary)
+    image_features: list[Tensor]  # for each image (h * w, D), cells in raster order
+    position_ids: Tensor  # (3, 1, S), temporal, height and width
 
 
 class TransformersReference:
@@ -90,11 +73,8 @@ class TransformersReference:
 
     def __init__(self, model: nn.Module, tokenizer: Any, image_processor: Any) -> None:
         check_reference_version()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.visual = _visual(model)
-        self.decoder = _decoder(model)
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.visual, self.decoder = _networks(model)
 
     @classmethod
     def from_pretrained(
@@ -105,29 +85,16 @@ class TransformersReference:
         attn_implementation: str = "sdpa",
         resample_backend: str | None = None,
     ) -> TransformersReference:
-        """Loads a checkpoint folder or hub id.
+        """Loads a checkpoint folder or hub id; `resample_backend` is "pillow", "torchvision" or transformers' choice.
 
-        In float64, transformers still does norms and some of the rotary arithmetic in float32.
-
-        Args:
-            folder: The checkpoint.
-            dtype: Of the parameters.
-            device: Where the model runs.
-            attn_implementation: As in transformers.
-            resample_backend: Whose image processor, "pillow" or "torchvision"; None for transformers' own choice.
-
-        Raises:
-            RuntimeError: When the installed transformers is known to be wrong.
-            ValueError: When transformers would fill in weights that the checkpoint lacks.
+        In float64, transformers still does norms and some of the rotary arithmetic in float32. Raises `RuntimeError`
+        for a release known to be wrong, `ValueError` where it would fill in weights that the checkpoint lacks.
         """
         check_reference_version()
         # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
         stored_as = torch.float32 if dtype == torch.float64 else dtype
         model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **{_dtype_argument(): stored_as},
+            folder, attn_implementation=attn_implementation, output_loading_info=True, **{_DTYPE: stored_as}
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{folder} lacks {len(missing)} tensors, {missing[0]} first")
@@ -161,7 +128,6 @@ class TransformersReference:
 
         Args:
             frames: One uint8 image (3, H, W) for each camera.
-            text: The user's text.
             template: "chat" (the checkpoint's), "plain" (text first, then the images), or a string with {images}
                 and {text} in it.
             resize_on_gpu: Whether the image processor gets tensors on the model's GPU, where it can take them, in place
@@ -198,68 +164,49 @@ class TransformersReference:
         return template.replace("{images}", image * n_images).replace("{text}", text)
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def run(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None
     ) -> ReferenceOutput:
-        """Runs one sample.
-
-        Args:
-            input_ids: (1, S), one image token for each merged cell of each image.
-            pixel_values: (patches, patch size) in transformers' patch order; None: no image.
-            image_grid_thw: (images, 3), each image's grid in patches.
-        """
+        """Runs one sample: ids (1, S) and patches as `processor_inputs` returns them; None: no image."""
         _check_one_sample(input_ids)
         inputs = self._model_inputs(input_ids, pixel_values, image_grid_thw)
         seen_positions: list[Tensor] = []
         seen_features: list[Tensor] = []
         # Recorded on the way instead of computed again: these are the values that made the hidden states.
-        hooks = [
+        with (
             self.decoder.rotary_emb.register_forward_pre_hook(lambda _, args: seen_positions.append(args[1])),
             self.visual.register_forward_hook(lambda _, args, output: seen_features.append(_merged(output))),
-        ]
-        try:
+        ):
             output = self.model(**inputs, output_hidden_states=True, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return ReferenceOutput(
-            hidden_states=tuple(output.hidden_states),
-            logits=output.logits,
-            image_features=self._split_cells(seen_features[0], image_grid_thw) if seen_features else [],
-            position_ids=seen_positions[0],
-        )
+        features: list[Tensor] = []
+        if seen_features:
+            cells = image_grid_thw.prod(-1) // self.visual.spatial_merge_size**2
+            features = list(seen_features[0].split(cells.tolist()))
+        return ReferenceOutput(tuple(output.hidden_states), output.logits, features, seen_positions[0])
 
     def greedy(self, inputs: dict[str, Tensor], max_new_tokens: int) -> Tensor:
         """Returns the most likely continuation of one sample, 1-D, its end token included."""
         return self.greedy_with_scores(inputs, max_new_tokens)[0]
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def greedy_with_scores(self, inputs: dict[str, Tensor], max_new_tokens: int) -> tuple[Tensor, Tensor]:
         """Returns the most likely continuation, and the scores (tokens, vocabulary) by which it was chosen."""
         input_ids = inputs["input_ids"]
         _check_one_sample(input_ids)
+        returned = {"output_scores": True, "return_dict_in_generate": True}
         output = self.model.generate(
-            **self._model_inputs(**inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            output_scores=True,
-            return_dict_in_generate=True,
+            **self._model_inputs(**inputs), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **returned
         )
         return output.sequences[0, input_ids.shape[1] :], torch.cat(output.scores)
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def final_hidden_states(self, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """Runs samples with images as one batch, padded on the left, as nothing else here does.
+        """Runs samples (`processor_inputs`) with images as one batch, padded on the left, as nothing else here does.
 
-        Args:
-            samples: Of each what `processor_inputs` returned.
-
-        Returns:
-            For each sample (S, D), after the final norm, without padding.
+        Returns for each sample (S, D), after the final norm, without padding.
         """
         ids = [sample["input_ids"][0] for sample in samples]
         longest = max(map(len, ids))
@@ -274,26 +221,20 @@ class TransformersReference:
         return [rows[mask] for rows, mask in zip(output.hidden_states[-1], own, strict=True)]
 
     @torch.no_grad()
-    @without_tf32
+    @without_tf32()
     def vision_block_outputs(
         self, pixel_values: Tensor, image_grid_thw: Tensor, blocks: Sequence[int]
     ) -> list[list[Tensor]]:
-        """Returns for each of the blocks, for each image, its output as (grid height, grid width, C).
-
-        The blocks work in window order; what is returned is in raster order.
-        """
+        """Returns for each of the blocks, for each image, its output (grid height, grid width, C) in raster order."""
         seen: dict[int, Tensor] = {}
 
         def keep(index: int) -> Any:
             return lambda module, args, output: seen.__setitem__(index, output)
 
-        hooks = [self.visual.blocks[index].register_forward_hook(keep(index)) for index in blocks]
-        try:
-            grid = image_grid_thw.to(self.device)
-            self.visual(pixel_values.to(self.device, self.visual.dtype), grid_thw=grid)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for index in blocks:
+                hooks.enter_context(self.visual.blocks[index].register_forward_hook(keep(index)))
+            self.visual(pixel_values.to(self.device, self.visual.dtype), grid_thw=image_grid_thw.to(self.device))
         return [self.raster_patches(seen[index], image_grid_thw) for index in blocks]
 
     def raster_patches(self, windowed: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
@@ -324,12 +265,11 @@ class TransformersReference:
             return inputs
         inputs["pixel_values"] = pixel_values.to(self.device)
         inputs["image_grid_thw"] = image_grid_thw.to(self.device)
-        if _wants_token_types():
+        # Since 5, positions are computed only where the processor's mm_token_type_ids (1 on image tokens) are given.
+        # Without them transformers numbers an image's tokens like text, and does not complain.
+        if _RELEASE >= (5,):
             inputs["mm_token_type_ids"] = (input_ids == self.model.config.image_token_id).int()
         return inputs
-
-    def _split_cells(self, features: Tensor, grid: Tensor) -> list[Tensor]:
-        return list(features.split((grid.prod(-1) // self.visual.spatial_merge_size**2).tolist()))
 
 
 def _raster_order(windowed: Tensor, height: int, width: int, merge: int, window: int) -> Tensor:
@@ -368,36 +308,17 @@ def _check_one_sample(input_ids: Tensor) -> None:
 # --- what differs between transformers versions ---
 
 _RELEASE = Version(transformers.__version__).release
+_DTYPE = "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
 
 
-def _nested_modules() -> bool:
-    """Since 4.52, vision tower and decoder are both inside `model.model`."""
-    return _RELEASE >= (4, 52)
-
-
-def _visual(model: nn.Module) -> nn.Module:
-    return model.model.visual if _nested_modules() else model.visual
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    return model.model.language_model if _nested_modules() else model.model
+def _networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Vision tower and decoder, both inside `model.model` since 4.52."""
+    return (model.model.visual, model.model.language_model) if _RELEASE >= (4, 52) else (model.visual, model.model)
 
 
 def _merged(visual_output: Any) -> Tensor:
     """Since 5, the vision tower returns an object that holds the merged cells, before the plain tensor of them."""
     return visual_output if isinstance(visual_output, Tensor) else visual_output.pooler_output
-
-
-def _wants_token_types() -> bool:
-    """Since 5, positions are computed only where the processor's mm_token_type_ids (1 on image tokens) are given.
-
-    Without them transformers numbers an image's tokens like text, and does not complain.
-    """
-    return _RELEASE >= (5,)
-
-
-def _dtype_argument() -> str:
-    return "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
 
 
 def _image_processor(folder: str | Path, resample_backend: str | None) -> Any:

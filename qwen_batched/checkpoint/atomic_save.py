@@ -60,8 +60,9 @@ def replacing(folder: str | os.PathLike[str], stale: Callable[[str], bool], last
                 _complete(target)
             try:
                 yield from _save(target, stale, last)
-            except OSError as error:
-                raise _named_in(target, error) from error
+            except OSError as error:  # to be of the file in the folder and not of its staged twin
+                path = str(error.filename or target).replace(str(target / STAGING / NEW), str(target))
+                raise OSError(error.errno, error.strerror or str(error), path) from error
         for path in made:
             _sync(path.parent)
     except BaseException:
@@ -75,10 +76,8 @@ def recover(folder: Path) -> None:
     """Completes a `replacing` that was killed between its renames; removes what one killed before them has left.
 
     A save that is under way is let be: until its renames, which are waited for, the folder has its old files. Where no
-    save was killed this costs one look at the folder.
-
-    Raises:
-        ValueError: A save cannot be completed, because the folder cannot be written or has been changed since.
+    save was killed this costs one look at the folder. Raises `ValueError` where a save cannot be completed, because the
+    folder cannot be written or has been changed since.
     """
     staging = folder / STAGING
     if not os.path.lexists(staging):
@@ -362,9 +361,3 @@ def _sync(path: Path) -> None:
                 raise
         finally:
             os.close(file)
-
-
-def _named_in(target: Path, error: OSError) -> OSError:
-    """The same error, of the file in the folder and not of its staged twin."""
-    path = str(error.filename or target).replace(str(target / STAGING / NEW), str(target))
-    return OSError(error.errno, error.strerror or str(error), path)

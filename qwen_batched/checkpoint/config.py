@@ -63,9 +63,8 @@ class VisionConfig:
                 f"got hidden_size={self.hidden_size}, num_heads={self.num_heads}"
             )
         if self.window_size is not None and self.window_cells < 1:
-            raise ValueError(
-                f"vision_config.window_size must hold a merged cell of {self.cell_size} pixels, got {self.window_size}"
-            )
+            cell = f"a merged cell of {self.cell_size} pixels"
+            raise ValueError(f"vision_config.window_size must hold {cell}, got {self.window_size}")
 
     @property
     def head_dim(self) -> int:
@@ -93,23 +92,14 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Rope scaled to longer sequences (YaRN, arXiv:2309.00071): `rope_parameters` of type "yarn".
+    """Rope scaled to longer sequences (YaRN, arXiv:2309.00071): `rope_parameters` of type "yarn"."""
 
-    Attributes:
-        factor: How much longer sequences may be than those trained on.
-        original_max_position_embeddings: The length trained on.
-        attention_factor: Of cosines and sines.
-        beta_fast: Frequencies of more turns than this within the original length stay as they are.
-        beta_slow: Those of fewer turns are divided by `factor`; between the two is a ramp.
-        truncate: Whether the ramp begins and ends at whole frequencies.
-    """
-
-    factor: float
-    original_max_position_embeddings: float
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    factor: float  # how much longer sequences may be than those trained on
+    original_max_position_embeddings: float  # the length trained on
+    attention_factor: float  # of cosines and sines
+    beta_fast: float = 32.0  # frequencies of more turns than this within the original length stay as they are
+    beta_slow: float = 1.0  # those of fewer turns are divided by `factor`; between the two is a ramp
+    truncate: bool = True  # whether the ramp begins and ends at whole frequencies
 
 
 @dataclass(frozen=True)
@@ -165,8 +155,7 @@ class QwenVLConfig:
     def from_dict(cls, raw: Mapping[str, Any], defaults: QwenVLConfig) -> QwenVLConfig:
         """Reads either layout; what the file leaves out is as in `defaults`.
 
-        Raises:
-            ValueError: The file says what this package does not implement.
+        Raises `ValueError` where the file says what this package does not implement.
         """
         if raw.get("quantization_config"):
             raise ValueError("quantized checkpoints (quantization_config) are not supported")
@@ -178,14 +167,8 @@ class QwenVLConfig:
         image_token_id = raw.get("image_token_id", defaults.image_token_id)
         if not fits(image_token_id, int):
             raise ValueError(f"image_token_id must be an int, got {shown(image_token_id)}")
-        config = cls(
-            model_type=defaults.model_type,
-            vision=_vision_config(vision, defaults.vision),
-            text=_text_config(text, defaults.text, nested=text is not raw),
-            image_token_id=image_token_id,
-            tie_word_embeddings=any(tied),
-            dtype=_dtype(raw),
-        )
+        networks = _vision_config(vision, defaults.vision), _text_config(text, defaults.text, nested=text is not raw)
+        config = cls(defaults.model_type, *networks, image_token_id, any(tied), _dtype(raw))
         if config.vision.out_hidden_size != config.text.hidden_size:
             raise ValueError(
                 "vision_config.out_hidden_size must be the decoder's hidden_size "
@@ -200,11 +183,9 @@ class QwenVLConfig:
 
     def check_embedded(self, what: str, *token_ids: int) -> None:
         """Raises `ValueError` where one of these ids, which the model writes itself, has no embedding."""
-        beyond = [token for token in token_ids if not 0 <= token < self.text.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"{what} must be below the vocab_size {self.text.vocab_size} of config.json, got {shown(beyond[0])}"
-            )
+        size = self.text.vocab_size
+        if beyond := [token for token in token_ids if not 0 <= token < size]:
+            raise ValueError(f"{what} must be below the vocab_size {size} of config.json, got {shown(beyond[0])}")
 
 
 @dataclass(frozen=True)
@@ -236,9 +217,8 @@ class ImageConfig:
         patches = (self.patch_size, self.merge_size, self.temporal_patch_size)
         expected = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         if patches != expected:
-            raise ValueError(
-                f"(patch_size, merge_size, temporal_patch_size) must be {expected} as in config.json, got {patches}"
-            )
+            names = "(patch_size, merge_size, temporal_patch_size)"
+            raise ValueError(f"{names} must be {expected} as in config.json, got {patches}")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], defaults: ImageConfig) -> ImageConfig:
@@ -276,8 +256,7 @@ def _text_config(raw: Mapping[str, Any], defaults: TextConfig, nested: bool) -> 
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise ValueError(f"layer_types must be a list, got {shown(layer_types)}")
-    others = [kind for kind in layer_types if kind != "full_attention"]
-    if others:
+    if others := [kind for kind in layer_types if kind != "full_attention"]:
         raise ValueError(f"layer_types must all be full_attention, got {shown(others[0])}")
     if raw.get("attention_dropout"):
         raise ValueError(f"attention_dropout must be 0, got {shown(raw['attention_dropout'])}")
@@ -327,14 +306,9 @@ def _yarn(rope: Mapping[str, Any], original: object, config: TextConfig) -> Yarn
         attention = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)
     elif attention is None:
         attention = _yarn_mscale(factor)
-    return Yarn(
-        factor=float(factor),
-        original_max_position_embeddings=float(original),
-        attention_factor=float(attention),
-        beta_fast=float(rope.get("beta_fast") or Yarn.beta_fast),
-        beta_slow=float(rope.get("beta_slow") or Yarn.beta_slow),
-        truncate=bool(rope.get("truncate", Yarn.truncate)),
-    )
+    beta_fast, beta_slow = (rope.get(name) or getattr(Yarn, name) for name in ("beta_fast", "beta_slow"))
+    numbers = map(float, (factor, original, attention, beta_fast, beta_slow))
+    return Yarn(*numbers, truncate=bool(rope.get("truncate", Yarn.truncate)))
 
 
 def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:

@@ -15,13 +15,8 @@ from qwen_batched.arguments import cut
 
 # The largest tokenizer.json in use has 33 MB. Parsed, JSON takes up to 25 times its size in memory.
 MAX_BYTES = 48 * 2**20
-KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
 def is_file(path: Path) -> bool:
@@ -33,8 +28,7 @@ def is_file(path: Path) -> bool:
     except (OSError, ValueError) as error:  # a loop of links, a folder that may not be entered, a name too long
         raise ValueError(f"{path} must be a file, but cannot be looked at: {cut(error)}") from error
     if not stat.S_ISREG(mode):
-        kind = next((kind for test, kind in KINDS if test(mode)), "something else")
-        raise ValueError(f"{path} must be a file, got {kind}")
+        raise ValueError(f"{path} must be a file, got {KINDS.get(stat.S_IFMT(mode), 'something else')}")
     return True
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HFValidationError
 
 from qwen_batched.arguments import cut, shown
 from qwen_batched.checkpoint.atomic_save import recover, write_file
-from qwen_batched.checkpoint.config import ImageConfig, VisionConfig
+from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.checkpoint.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 
@@ -32,12 +32,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 CONFIG_FILES, WEIGHT_FILES = ("*.json", "*.jinja", "merges.txt"), ("*.safetensors",)
 # Written back as they stand: those that one version of transformers writes, another may not read.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
 )
 # The weights that some reader would take, by the names that transformers gives them: shards, variants, pickles.
 _WEIGHTS = r"((pytorch_)?model|tf_model|flax_model)(\.(bf|fp|f)\d+)?(-\d{5}-of-\d{5})?(\.(bf|fp|f)\d+)?"
@@ -45,21 +41,9 @@ CHECKPOINT_WEIGHTS = re.compile(_WEIGHTS + r"\.(safetensors|bin|h5|msgpack)(\.in
 # The other files of a checkpoint. Some readers prefer one that is not written here to one that is: transformers
 # processor_config.json and chat_template.json, vLLM tekken.json and the descriptions of quantised weights.
 CHECKPOINT_FILES = {
-    *TOKENIZER_FILES,
-    CONFIG_FILE,
-    GENERATION_FILE,
-    PREPROCESSOR_FILE,
-    VIDEO_FILE,
-    PROCESSOR_FILE,
-    "audio_tokenizer_config.json",
-    TEMPLATE_FILE,
-    JSON_TEMPLATE_FILE,
-    TEMPLATE_FOLDER,
-    "tokenizer.model",
-    "tekken.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
+    *(*TOKENIZER_FILES, CONFIG_FILE, GENERATION_FILE, PREPROCESSOR_FILE, VIDEO_FILE, PROCESSOR_FILE),
+    *(TEMPLATE_FILE, JSON_TEMPLATE_FILE, TEMPLATE_FOLDER, "audio_tokenizer_config.json", "tokenizer.model"),
+    *("tekken.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
 }
 ADAPTER_FILE = "adapter_config.json"
 DTYPE_NAMES = ("dtype", "torch_dtype")
@@ -70,19 +54,12 @@ OPENED_SUFFIXES = {".json", ".jinja", ".txt", ".model"}
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How a hub id is looked up, as huggingface_hub takes it; a local folder needs none of it.
+    """How a hub id is looked up, as huggingface_hub takes it; a local folder needs none of it."""
 
-    Attributes:
-        revision: A branch, tag or commit; None for the main branch.
-        cache_dir: Where downloads are kept; None for the hub's own cache.
-        token: An access token, True for the stored one, False for none.
-        local_files_only: Nothing is downloaded.
-    """
-
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    token: str | bool | None = None
-    local_files_only: bool = False
+    revision: str | None = None  # a branch, tag or commit; None for the main branch
+    cache_dir: str | Path | None = None  # where downloads are kept; None for the hub's own cache
+    token: str | bool | None = None  # an access token, True for the stored one, False for none
+    local_files_only: bool = False  # nothing is downloaded
 
     def __post_init__(self) -> None:
         kinds = {"revision": str | None, "cache_dir": str | Path | None, "token": str | bool | None}
@@ -93,28 +70,19 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder and what its JSON files say; a file that is not there is None.
-
-    Attributes:
-        folder: The folder itself.
-        config: config.json.
-        preprocessor: What transformers 5's processor_config.json says of images, else preprocessor_config.json.
-        generation: generation_config.json.
-        chat_template: The processor's chat template; None where only the tokenizer has one.
-        tokenizer: The tokenizer's files by name, byte for byte.
-        video: What transformers' video processor reads, to be written back; None where it reads `preprocessor`.
-        preprocessor_file: Where `preprocessor` comes from.
-        stamp: Tells the checkpoint's files from those of a later save.
-    """
+    """A folder and what its JSON files say; a file that is not there is None."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # config.json
+    # What transformers 5's processor_config.json says of images, else preprocessor_config.json.
     preprocessor: dict[str, Any] | None
-    generation: dict[str, Any] | None
-    chat_template: str | None
-    tokenizer: dict[str, bytes]
+    generation: dict[str, Any] | None  # generation_config.json
+    chat_template: str | None  # the processor's chat template; None where only the tokenizer has one
+    tokenizer: dict[str, bytes]  # the tokenizer's files by name, byte for byte
+    # What transformers' video processor reads, to be written back; None where it reads `preprocessor`.
     video: dict[str, Any] | None = None
-    preprocessor_file: str = PREPROCESSOR_FILE
+    preprocessor_file: str = PREPROCESSOR_FILE  # where `preprocessor` comes from
+    # Tells the checkpoint's files from those of a later save.
     stamp: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -122,10 +90,8 @@ class Checkpoint:
         """Finds and reads the checkpoint `name`: a folder, or a hub id (downloaded, or taken from the hub's cache).
 
         Without `weights`, nothing of a hub id but its small files is downloaded. Where the folder says a thing twice,
-        the order is that of transformers 5.
-
-        Raises:
-            ValueError: There is no such checkpoint, or a file of it is not readable.
+        the order is that of transformers 5. Raises `ValueError` where there is no such checkpoint, or a file of it is
+        not readable.
         """
         folder = find_folder(name, weights, hub or HubOptions())
         stamp = _stamp(folder)
@@ -139,17 +105,10 @@ class Checkpoint:
             preprocessor, source = read_json(folder / PREPROCESSOR_FILE), PREPROCESSOR_FILE
         elif not isinstance(preprocessor, dict):
             raise ValueError(f"{folder / source}: image_processor must be a JSON object, got {shown(preprocessor)}")
-        return cls(
-            folder=folder,
-            config=config,
-            preprocessor=preprocessor,
-            generation=read_json(folder / GENERATION_FILE),
-            chat_template=_read_chat_template(folder, processor),
-            tokenizer=_read_tokenizer_files(folder),
-            video=processor.get("video_processor") or read_json(folder / VIDEO_FILE),
-            preprocessor_file=source,
-            stamp=stamp,
-        )
+        generation, template = read_json(folder / GENERATION_FILE), _read_chat_template(folder, processor)
+        tokenizer, video = _read_tokenizer_files(folder), processor.get("video_processor")
+        video = video or read_json(folder / VIDEO_FILE)
+        return cls(folder, config, preprocessor, generation, template, tokenizer, video, source, stamp)
 
     def check_unchanged(self) -> None:
         """Is called when all is read. Raises `ValueError` where the folder was saved over meanwhile."""
@@ -174,10 +133,9 @@ class Checkpoint:
         with naming(self.folder / (CONFIG_FILE if self.generation is None else GENERATION_FILE)):
             return GenerationConfig.from_dict(self.generation, self.config)
 
-    def describing(
-        self, *, num_layers: int, tied: bool, dtype: torch.dtype, min_pixels: int, max_pixels: int
-    ) -> Checkpoint:
+    def describing(self, model: QwenVLConfig, dtype: torch.dtype, image: ImageConfig) -> Checkpoint:
         """The same files, saying of a model loaded from them what has changed since."""
+        num_layers, tied = model.text.num_hidden_layers, model.tie_word_embeddings
         config = copy.deepcopy(self.config)
         text = config.get("text_config") or config
         if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
@@ -193,15 +151,14 @@ class Checkpoint:
                 section["num_hidden_layers"] = num_layers
             if section.get("layer_types"):
                 section["layer_types"] = section["layer_types"][:num_layers]
-        size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels, "size": size}
+        size = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
+        pixels = {"min_pixels": image.min_pixels, "max_pixels": image.max_pixels, "size": size}
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def write(self, folder: Path) -> None:
         """Writes everything but the weights into `folder`: each thing once, where transformers of every age reads it.
 
-        Raises:
-            OSError: A file cannot be written; it is named.
+        Raises `OSError` where a file cannot be written; it is named.
         """
         files = {
             CONFIG_FILE: self.config,
@@ -210,11 +167,8 @@ class Checkpoint:
             VIDEO_FILE: self.video,
             GENERATION_FILE: self.generation,
         }
-        contents = {
-            name: json.dumps(content, indent=2, ensure_ascii=False).encode()
-            for name, content in files.items()
-            if content is not None
-        }
+        given = {name: content for name, content in files.items() if content is not None}
+        contents = {name: json.dumps(x, indent=2, ensure_ascii=False).encode() for name, x in given.items()}
         if self.chat_template is not None:
             # The tokenizer reads it from here too, the processor's chat_template.json it does not.
             contents[TEMPLATE_FILE] = self.chat_template.encode()
@@ -241,11 +195,8 @@ def is_checkpoint_file(name: str) -> bool:
 def warn_of_adapter(folder: Path) -> None:
     """Logs what transformers makes of an adapter beside the checkpoint, which is not ours to remove."""
     if (folder / ADAPTER_FILE).exists():
-        logging.getLogger(__name__).warning(
-            "%s has an adapter: where peft is installed, transformers loads that and the model it was trained on, "
-            "not the checkpoint saved here",
-            folder,
-        )
+        effect = "where peft is installed, transformers loads that and the model it was trained on"
+        logging.getLogger(__name__).warning("%s has an adapter: %s, not the checkpoint saved here", folder, effect)
 
 
 def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOptions()) -> Path:
@@ -261,14 +212,13 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    options = {field.name: getattr(hub, field.name) for field in fields(HubOptions)}
-    options = {option: value for option, value in options.items() if value != getattr(HubOptions, option)}
+    names = [field.name for field in fields(HubOptions)]
+    options = {name: getattr(hub, name) for name in names if getattr(hub, name) != getattr(HubOptions, name)}
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
-        raise ValueError(
-            f"{shown(name)} is neither a folder nor a checkpoint that the hub gives: {cut(error)}"
-        ) from error
+        reason = f"neither a folder nor a checkpoint that the hub gives: {cut(error)}"
+        raise ValueError(f"{shown(name)} is {reason}") from error
 
 
 @contextlib.contextmanager

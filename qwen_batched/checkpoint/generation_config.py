@@ -32,23 +32,12 @@ HARMLESS = frozenset(
 )
 # Settings that change nothing at one value, besides None; some versions of transformers write it.
 NEUTRAL = {
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": 1.0,
-    "token_healing": False,
-    "use_mtp": False,
-    "penalty_alpha": 0.0,
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "bad_words_ids": [],
-    "stop_strings": [],
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), 0.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), 1.0),
+    **dict.fromkeys(("token_healing", "use_mtp"), False),
+    **{name: [] for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop_strings")},
 }
 # Settings that only drawing tokens looks at, with the value at which they change nothing.
 SAMPLING = {"min_p": 0.0, "top_h": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
@@ -63,24 +52,18 @@ EXACT_CACHES = frozenset(
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """`generation_config.json`, as far as greedy decoding and sampling need it.
+    """`generation_config.json`, as far as greedy decoding and sampling need it."""
 
-    Attributes:
-        eos_token_ids: Any of them ends a sample.
-        repetition_penalty: As in transformers; 1 for none.
-        refused: Settings, with their values, that would change transformers' tokens and are not implemented.
-    """
-
-    eos_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()  # any of them ends a sample
+    repetition_penalty: float = 1.0  # as in transformers; 1 for none
+    # Settings, with their values, that would change transformers' tokens and are not implemented.
     refused: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any] | None, config: Mapping[str, Any]) -> GenerationConfig:
         """Reads the file's content `raw`; where there is no file (None), config.json's content `config`.
 
-        Raises:
-            ValueError: The end tokens are no token ids, or the repetition penalty is no number above 0.
+        Raises `ValueError` where the end tokens are no token ids, or the repetition penalty is no number above 0.
         """
         settings = _settings_of(config) if raw is None else raw
         eos = settings.get("eos_token_id")

@@ -15,19 +15,12 @@ Prefixes = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """The key layouts of a family: prefixes of stored keys, each with the prefix of the module's name it stands for.
+    """The key layouts of a family: prefixes of stored keys, each with the prefix of the module's name it stands for."""
 
-    Attributes:
-        adapters: The layout of adapters that `save_adapter` writes: that of transformers since 4.52.
-        others: Prefixes of further layouts that are read, tried after `adapters`.
-        saved: The layout of checkpoints that `save_pretrained` writes; empty for the modules' own names.
-        ignored: Prefixes of stored keys that no module has.
-    """
-
-    adapters: Prefixes
-    others: Prefixes = ()
-    saved: Prefixes = ()
-    ignored: tuple[str, ...] = ()
+    adapters: Prefixes  # the layout of adapters that `save_adapter` writes: that of transformers since 4.52
+    others: Prefixes = ()  # prefixes of further layouts that are read, tried after `adapters`
+    saved: Prefixes = ()  # the layout of checkpoints that `save_pretrained` writes; empty for the modules' own names
+    ignored: tuple[str, ...] = ()  # prefixes of stored keys that no module has
 
     def module_name(self, key: str) -> str:
         """The module's name of a key of any of the layouts."""
@@ -51,12 +44,9 @@ def _replace_prefix(name: str, prefixes: Collection[tuple[str, str]]) -> str:
 
 
 def unread_layers(names: Collection[str], kept: int, stored: int) -> Callable[[str], bool]:
-    """Says of a module's name whether it belongs to a decoder block above those kept.
+    """Says of a module's name whether it belongs to a decoder block above the `kept` of the `stored` ones.
 
-    Args:
-        names: Those of the parameters wanted, of which block 0's stand for every block's.
-        kept: How many decoder blocks are wanted.
-        stored: How many the checkpoint has.
+    `names` are those of the parameters wanted, of which block 0's stand for every block's.
     """
 
     def unread(name: str) -> bool:

@@ -20,13 +20,9 @@ O = TypeVar("O", bound=HubOptions)
 
 @dataclass(frozen=True)
 class ProcessorOptions(HubOptions):
-    """What `TensorProcessor.from_pretrained` takes: the hub's options, and that no code may be run.
+    """What `TensorProcessor.from_pretrained` takes: the hub's options, and that no code may be run."""
 
-    Attributes:
-        trust_remote_code: Only False or None: a checkpoint's own code is never run.
-    """
-
-    trust_remote_code: bool | None = None
+    trust_remote_code: bool | None = None  # only False or None: a checkpoint's own code is never run
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,19 +35,13 @@ class ProcessorOptions(HubOptions):
 
 @dataclass(frozen=True)
 class ModelOptions(ProcessorOptions):
-    """What the models' `from_pretrained` take, so that calls written for transformers work.
+    """What the models' `from_pretrained` take, so that calls written for transformers work."""
 
-    Attributes:
-        torch_dtype: Another name of `dtype`.
-        device_map: Another name of `device`: one device, {"": device}, or "auto" for the default.
-        attn_implementation: Has no effect; attention has one implementation here. Logged once for each value.
-        low_cpu_mem_usage: Has no effect: weights are always read one tensor at a time.
-    """
-
-    torch_dtype: torch.dtype | str | None = None
+    torch_dtype: torch.dtype | str | None = None  # another name of `dtype`
+    # Another name of `device`: one device, {"": device}, or "auto" for the default.
     device_map: Device | Mapping[str, Device] = None
-    attn_implementation: Any = None
-    low_cpu_mem_usage: Any = None
+    attn_implementation: Any = None  # has no effect; attention has one implementation here. Logged once for each value
+    low_cpu_mem_usage: Any = None  # has no effect: weights are always read one tensor at a time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,34 +51,28 @@ class ModelOptions(ProcessorOptions):
     def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
         """`dtype` and `device`, by whichever names they were given.
 
-        Raises:
-            ValueError: Two names say different things, or `device_map` is not one device.
+        Raises `ValueError` where two names say different things, or `device_map` is not one device.
         """
         if self.torch_dtype not in (None, "auto"):
             theirs = resolve_dtype(self.torch_dtype, stored=None)
             if dtype not in (None, "auto") and resolve_dtype(dtype, stored=None) != theirs:
-                raise ValueError(
-                    f"dtype and torch_dtype must be the same, got {shown(dtype)} and {shown(self.torch_dtype)}"
-                )
+                both = f"{shown(dtype)} and {shown(self.torch_dtype)}"
+                raise ValueError(f"dtype and torch_dtype must be the same, got {both}")
             dtype = theirs
         mapped = _one_device(self.device_map)
         if mapped is None:
             return dtype, device
         if device is not None and resolve_device(device) != resolve_device(mapped):
-            raise ValueError(
-                f"device and device_map must be the same, got {shown(device)} and {shown(self.device_map)}"
-            )
+            both = f"{shown(device)} and {shown(self.device_map)}"
+            raise ValueError(f"device and device_map must be the same, got {both}")
         return dtype, mapped
 
 
 def read_options(kind: type[O], given: Mapping[str, Any]) -> O:
     """The options `given` to a `from_pretrained` as `kind`. Raises `TypeError` for one that is unknown."""
     known = [field.name for field in fields(kind)]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        raise TypeError(
-            f"from_pretrained got unknown arguments: {', '.join(unknown)}; it also takes {', '.join(known)}"
-        )
+    if unknown := ", ".join(sorted(given.keys() - set(known))):
+        raise TypeError(f"from_pretrained got unknown arguments: {unknown}; it also takes {', '.join(known)}")
     return kind(**given)
 
 

@@ -39,11 +39,7 @@ class StoredTensor:
 
 
 def build_on_meta(make: Callable[[], M], config: Path | str = "config.json") -> M:
-    """A module without storage, as the file `config` describes it: nothing is allocated that loading would overwrite.
-
-    Raises:
-        ValueError: A tensor would have more elements than PyTorch can count.
-    """
+    """A module without storage. Raises `ValueError` where `config` describes tensors larger than PyTorch can count."""
     try:
         with torch.device("meta"):
             return make()
@@ -65,12 +61,8 @@ def load_weights(
     """Fills a module on the meta device from a folder's safetensors files. Each tensor goes straight to its place.
 
     Args:
-        module: Its parameters' names, after `prefix`, are those of the whole model.
-        checkpoint: Its folder has the files.
-        keys: How the files may spell those names.
-        dtype: Of the parameters; None or "auto" for the stored one.
-        device: Of the parameters; None for CUDA where there is any, else the CPU.
-        prefix: The part of the checkpoint that the module is.
+        module, keys: Its parameters' names, after `prefix`, are those of the whole model; how files may spell them.
+        dtype, device: None for the stored one, as "auto"; None for CUDA where there is any, else the CPU.
         skip: Says of a name that the module lacks whether it may be left unread.
         tied_head: The module's output projection is its embedding; one that is stored all the same must be equal.
 
@@ -83,13 +75,12 @@ def load_weights(
     wanted = {prefix + name: parameter for name, parameter in module.named_parameters()}
     _check_names(folder, wanted, stored, skip)
     for name, parameter in wanted.items():
-        if stored[name].shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{stored[name].file}: {stored[name].key} must have shape {tuple(parameter.shape)}, "
-                f"got {stored[name].shape}"
-            )
-    if tied_head:
-        _check_tied_head(folder, stored)
+        found, shape = stored[name], tuple(parameter.shape)
+        if found.shape != shape:
+            raise ValueError(f"{found.file}: {found.key} must have shape {shape}, got {found.shape}")
+    # transformers has used either of the two over time; a checkpoint that says both things is not read.
+    if tied_head and HEAD_NAME in stored and not torch.equal(*(_read(stored[x]) for x in (HEAD_NAME, EMBEDDING_NAME))):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
     dtype = resolve_dtype(dtype, stored[next(iter(wanted))].dtype)
     device = resolve_device(device)
     if device.type == "meta":
@@ -106,8 +97,7 @@ def load_weights(
 def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """What there is to save: `state_dict`, where it is that of what `build` makes.
 
-    Raises:
-        ValueError: It has other tensors, or what is no tensor, or they are sharded or quantised.
+    Raises `ValueError` where it has other tensors, or what is no tensor, or they are sharded or quantised.
     """
     tensors = dict(state_dict)
     for name, value in tensors.items():
@@ -124,19 +114,16 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
             f"a checkpoint must hold the model's own tensors, got others for {wrong[:5]} ({len(wrong)} in all): an "
             "adapter has to be merged or unloaded first"
         )
-    parts = [name for name, tensor in tensors.items() if type(tensor) not in (Tensor, nn.Parameter)]
-    if parts:
-        kind = type(tensors[parts[0]]).__name__
-        raise ValueError(f"tensors to save must be whole, got a {kind} for {parts[0]}: give a gathered state_dict")
+    for name, tensor in tensors.items():
+        if (kind := type(tensor)) not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"tensors to save must be whole, got a {kind.__name__} for {name}: give a gathered state_dict"
+            )
     return tensors
 
 
 def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes tensors under their names into `folder`, in shards of at most 5 GB.
-
-    Raises:
-        OSError: A file cannot be written; it is named.
-    """
+    """Writes tensors under their names into `folder`, in shards of at most 5 GB. An `OSError` names its file."""
     split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: tensors[name] for name in names})
@@ -162,10 +149,8 @@ def find_tensors(folder: Path, keys: KeyLayout) -> dict[str, StoredTensor]:
             if tensor.key.startswith(keys.ignored):
                 continue
             name = keys.module_name(tensor.key)
-            if name in found:
-                raise ValueError(
-                    f"{cut(tensor.key)} is in {file} and, as {cut(found[name].key)}, in {found[name].file}"
-                )
+            if other := found.get(name):
+                raise ValueError(f"{cut(tensor.key)} is in {file} and, as {cut(other.key)}, in {other.file}")
             found[name] = tensor
     return found
 
@@ -214,12 +199,6 @@ def _read(tensor: StoredTensor) -> Tensor:
     # The file is mapped anew for each tensor: pages of one mapping would stay in memory until its end.
     with safe_open(tensor.file, framework="pt") as tensors:
         return tensors.get_tensor(tensor.key)
-
-
-def _check_tied_head(folder: Path, stored: dict[str, StoredTensor]) -> None:
-    # transformers has used either of the two over time; a checkpoint that says both things is not read.
-    if HEAD_NAME in stored and not torch.equal(_read(stored[HEAD_NAME]), _read(stored[EMBEDDING_NAME])):
-        raise ValueError(f"{folder}: tie_word_embeddings is true, but {HEAD_NAME} differs from {EMBEDDING_NAME}")
 
 
 def _check_names(

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -22,13 +21,14 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import find_folder
 from qwen_batched.deviation import batch_effect, cases, report
 from qwen_batched.deviation.bounds import misses
-from qwen_batched.deviation.cases import Case, Size
+from qwen_batched.deviation.cases import Case
 from qwen_batched.deviation.comparison import Plan, compare
 from qwen_batched.deviation.memory import Needs, check_frames
 from qwen_batched.deviation.plot import draw
 from qwen_batched.deviation.stages import Stages
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.ops import PILLOW, TORCHVISION
+from qwen_batched.profile import frame_size
 from qwen_batched.testing import PRESETS, WEIGHTS, default_checkpoint, write_checkpoint
 from qwen_batched.transformers_reference import check_reference_version
 
@@ -70,10 +70,7 @@ def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
             changes = batch_effect.measure_batch_effect(plan, bar)
         else:
             findings = compare(plan, bar)
-    settings = {name: _plain(value) for name, value in vars(options).items()} | {
-        "weights": weights,
-        "resample_backend": backend,
-    }
+    settings = vars(options) | {"weights": weights, "resample_backend": backend}
     facts = {"settings": settings, "environment": report.environment(plan.device)}
     if options.batch_effect:
         print(batch_effect.text(plan, changes, title))
@@ -85,13 +82,8 @@ def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
         missed = bool(found)
         facts |= report.as_json(plan, findings, found)
         if options.plot:
-            draw(
-                plan,
-                findings,
-                f"Deviation from transformers {transformers.__version__} in float32",
-                title,
-                options.plot,
-            )
+            heading = f"Deviation from transformers {transformers.__version__} in float32"
+            draw(plan, findings, heading, title, options.plot)
     if options.json:
         options.json.write_text(report.dumps(facts) + "\n", encoding="utf-8")
     return int(missed)
@@ -106,18 +98,9 @@ def _plan(options: argparse.Namespace, folder: Path) -> Plan:
     dtypes = tuple(dtype for name, dtype in DTYPES.items() if name in options.dtype)
     needs = Needs.of(folder, processor, chosen, stages, options.new_tokens)
     needs.check(device, [torch.float32, *dtypes, *([torch.float64] if options.float64 == "always" else [])])
-    return Plan(
-        folder=str(folder),
-        processor=processor,
-        cases=chosen,
-        stages=stages,
-        dtypes=dtypes,
-        device=device,
-        new_tokens=options.new_tokens,
-        float64=options.float64 if torch.float32 in dtypes else "never",
-        needs=needs,
-        trained_like=options.weights == "trained-like",
-    )
+    new_tokens, trained_like = options.new_tokens, options.weights == "trained-like"
+    float64 = options.float64 if torch.float32 in dtypes else "never"
+    return Plan(str(folder), processor, chosen, stages, dtypes, device, new_tokens, float64, needs, trained_like)
 
 
 @contextlib.contextmanager
@@ -151,8 +134,7 @@ def check_writable(path: Path) -> None:
     """Raises `ValueError` where no file can be written; leaves none behind."""
     existed = path.exists()
     try:
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
     if not existed:
@@ -167,14 +149,8 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
     for size in dict.fromkeys(options.sizes or ([None] if pictures else SIZES)):
         if size:
             check_frames(batch * cameras * size[0] * size[1])
-        if pictures:
-            yield cases.of_files(pictures, size, batch, cameras, texts)
-        else:
-            yield cases.made_up(size, batch, cameras, texts)
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else [_plain(x) for x in value] if isinstance(value, list) else value
+        case = (size, batch, cameras, texts)
+        yield cases.of_files(pictures, *case) if pictures else cases.made_up(*case)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -183,18 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("checkpoint").add_argument
     add("--model", metavar="FOLDER_OR_ID", help="the embedded default with random weights where left out")
     add("--preset", choices=sorted(PRESETS), help="without --model: shapes of weights that are made up")
-    add(
-        "--weights",
-        choices=WEIGHTS,
-        help="without --model: their kind; trained-like ones stress rounding as real ones do",
-    )
+    add("--weights", choices=WEIGHTS, help="without --model: their kind; trained-like ones round as real ones do")
     add = parser.add_argument_group("frames and texts").add_argument
     add(
         "--sizes",
-        type=_size,
+        type=frame_size,
         nargs="+",
         metavar="HxW",
-        help="of the frames in pixels, 224 or 480x640; several are several batches",
+        help="of frames in pixels, 224 or 480x640; a batch each",
     )
     add("--cameras", type=_positive, help="frames of a sample")
     add("--batch", type=_positive, help="samples of a batch")
@@ -222,13 +194,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--plot", type=Path, metavar="FILE.png", help="draw the deviation against the depth there")
     return parser
-
-
-def _size(text: str) -> Size:
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"expected pixels as 224 or 480x640 (height x width), got {text!r}")
-    return int(sides[0]), int(sides[-1])
 
 
 def _count(text: str) -> int:

@@ -19,8 +19,7 @@ from qwen_batched.deviation.comparison import FLOAT32_BOUND, OURS, THEIRS, Plan
 from qwen_batched.deviation.loading import dtype_name, load_ours, load_theirs
 from qwen_batched.deviation.measures import Distance
 from qwen_batched.deviation.ours import call
-from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
-from qwen_batched.transformers_reference import TransformersReference, without_tf32
+from qwen_batched.transformers_reference import without_tf32
 
 LONG_TEXT = " ".join(["then open the drawer and move the arm to the sink"] * 12)
 COPIES = 4
@@ -34,28 +33,12 @@ RunBatch = Callable[[Case], list[Tensor]]  # final hidden states (T, D) of each 
 
 @dataclass(frozen=True)
 class Change:
-    """What a situation does to the samples of a case.
+    """What a situation does to the samples of a case."""
 
-    Attributes:
-        distance: From the samples alone, over all their tokens.
-        worst: Largest relative L2 of a sample.
-        exact: How many samples are the same to the last bit.
-        samples: How many there are.
-    """
-
-    distance: Distance
-    worst: float
-    exact: int
+    distance: Distance  # from the samples alone, over all their tokens
+    worst: float  # largest relative L2 of a sample
+    exact: int  # how many samples are the same to the last bit
     samples: int
-
-    def numbers(self) -> dict[str, float]:
-        """For JSON."""
-        return {
-            "worst_relative_l2": self.worst,
-            "min_cosine": self.distance.min_cosine,
-            "equal_to_the_last_bit": self.exact,
-            "samples": self.samples,
-        }
 
 
 Changes = dict[tuple[str, torch.dtype, str, str], Change]  # by whose, dtype, case and situation
@@ -93,44 +76,37 @@ def text(plan: Plan, changes: Changes, title: str) -> str:
     for situation in SITUATIONS:
         for case in plan.cases:
             name = situation if case is plan.cases[0] else ""
-            cells = [
-                f"   {_in_short(changes[OURS, dtype, case.label, situation]):>10}"
-                f" {_in_short(changes[THEIRS, dtype, case.label, situation]):>10}"
-                for dtype in plan.dtypes
-            ]
-            lines.append(f"{name:<{width}}  {case.label:>9}{''.join(cells)}")
+            pairs = [[changes[who, dtype, case.label, situation] for who in (OURS, THEIRS)] for dtype in plan.dtypes]
+            cells = "".join("  " + "".join(f" {_in_short(change):>10}" for change in pair) for pair in pairs)
+            lines.append(f"{name:<{width}}  {case.label:>9}{cells}")
     broken = broken_promises(changes)
     shown = [f"  {case}, {situation}: {change.worst:.2e}" for (_, _, case, situation), change in broken]
     verdict = f"MISSED: ours in float32 moves by more than {FLOAT32_BOUND:.0e}:" if broken else "All bounds hold: "
-    promise = (
-        "" if broken or torch.float32 not in plan.dtypes else f"ours in float32 moves by {FLOAT32_BOUND:.0e} at most."
-    )
-    return "\n".join([*lines, "", verdict + promise, *shown])
+    if not broken and torch.float32 in plan.dtypes:
+        verdict += f"ours in float32 moves by {FLOAT32_BOUND:.0e} at most."
+    return "\n".join([*lines, "", verdict, *shown])
 
 
 def broken_promises(changes: Changes) -> list[tuple[tuple[str, torch.dtype, str, str], Change]]:
     """Where a sample feels its batch, in our float32."""
-    return [
-        (key, change)
-        for key, change in changes.items()
-        if key[:2] == (OURS, torch.float32) and not change.worst <= FLOAT32_BOUND
-    ]
+    ours = [(key, change) for key, change in changes.items() if key[:2] == (OURS, torch.float32)]
+    return [(key, change) for key, change in ours if not change.worst <= FLOAT32_BOUND]
 
 
 def as_json(changes: Changes) -> list[dict[str, Any]]:
     """One row for each."""
-    return [
-        {"run": f"{who} {dtype_name(dtype)}", "size": case, "situation": situation, **change.numbers()}
-        for (who, dtype, case, situation), change in changes.items()
-    ]
+    names = ("run", "size", "situation", "worst_relative_l2", "min_cosine", "equal_to_the_last_bit", "samples")
+    rows = (
+        (f"{who} {dtype_name(dtype)}", *where, change.worst, change.distance.min_cosine, change.exact, change.samples)
+        for (who, dtype, *where), change in changes.items()
+    )
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _changes(case: Case, run_batch: RunBatch) -> Iterator[tuple[str, Change]]:
     samples = range(len(case.texts))
     alone = [run_batch(case.part([sample]))[0] for sample in samples]
-
-    together = run_batch(case)
-    yield NEIGHBOURS, _change(together, alone)
+    yield NEIGHBOURS, _change(run_batch(case), alone)
 
     def with_other_neighbours(sample: int) -> Tensor:
         """Those of the next samples turned upside down, with their texts turned round."""
@@ -151,20 +127,18 @@ def _changes(case: Case, run_batch: RunBatch) -> Iterator[tuple[str, Change]]:
 
 
 def _change(values: Sequence[Tensor], alone: Sequence[Tensor]) -> Change:
-    each = []
-    for value, single in zip(values, alone, strict=True):
-        distance = Distance()
+    each = [Distance() for _ in alone]
+    for distance, value, single in zip(each, values, alone, strict=True):
         distance.add(value, single)
-        each.append(distance)
     exact = sum(torch.equal(value, single) for value, single in zip(values, alone, strict=True))
     return Change(Distance.pooled(each), max(distance.relative_l2 for distance in each), exact, len(each))
 
 
 def _our_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
-    model: QwenBatchedVL = load_ours(plan.folder, dtype, plan.device, plan.processor.resample_backend)
+    model = load_ours(plan.folder, dtype, plan.device, plan.processor.resample_backend)
 
     @torch.inference_mode()
-    @without_tf32
+    @without_tf32()
     def run_batch(case: Case) -> list[Tensor]:
         out = call(model, case)
         return [rows[own] for rows, own in zip(out.last_hidden_state, out.attention_mask, strict=True)]
@@ -173,7 +147,7 @@ def _our_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
 
 
 def _their_batches(plan: Plan, dtype: torch.dtype) -> RunBatch:
-    reference: TransformersReference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
+    reference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
 
     def run_batch(case: Case) -> list[Tensor]:
         samples = range(len(case.texts))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,23 +28,14 @@ ALL_CASES = "all sizes together"
 
 @dataclass(frozen=True)
 class Miss:
-    """A bound that does not hold.
+    """A bound that does not hold."""
 
-    Attributes:
-        stage: Where it was looked at.
-        case: On which frames.
-        what: The number's name.
-        value: The number.
-        bound: What it should be at most, or at least.
-        first: The stage where it first went wrong, which may be an earlier one.
-    """
-
-    stage: str
-    case: str
-    what: str
+    stage: str  # where it was looked at
+    case: str  # on which frames
+    what: str  # the number's name
     value: float
-    bound: float
-    first: str
+    bound: float  # what it should be at most, or at least
+    first: str  # the stage where it first went wrong, which may be an earlier one
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.case}: {self.what} {self.value:.7g}, bound {self.bound:.7g}"
@@ -95,22 +87,19 @@ def _float32_misses(findings: Findings, case: str, stage: str) -> Iterable[Miss]
 
 
 def _low_precision_misses(plan: Plan, findings: Findings, dtype: torch.dtype) -> Iterable[Miss]:
-    names = plan.stages.names
     bounds = {FEATURES: RATIO_BOUND, FINAL: FINAL_RATIO_BOUND, LOGITS: RATIO_BOUND}
     middle = plan.processor.config.text.num_hidden_layers // 2
     if middle in plan.stages.decoder_blocks:
         bounds[decoder_stage(middle)] = RATIO_BOUND
     for case in plan.cases:
-        ratios = {
-            stage: ratio(
-                findings.get((OURS, dtype), case.label, stage), findings.get((THEIRS, dtype), case.label, stage)
-            )
-            for stage in names
-            if isinstance(findings.get((OURS, dtype), case.label, stage), Distance)
-        }
+        ratios = {}
+        for stage in plan.stages.names:
+            ours, theirs = (findings.get((who, dtype), case.label, stage) for who in (OURS, THEIRS))
+            if isinstance(ours, Distance):
+                ratios[stage] = ratio(ours, theirs)
         for stage, bound in bounds.items():
             if not ratios[stage] <= bound:
-                first = _first_above(list(ratios), ratios, stage, bound)
+                first = _first_above(ratios, stage, bound)
                 yield Miss(stage, case.label, f"{dtype_name(dtype)} ratio", ratios[stage], bound, first)
     strict = plan.trained_like and plan.processor.config.text.hidden_size >= REAL_WIDTH
     factor = COSINE_FACTOR if strict else COSINE_FACTOR_BY_CHANCE
@@ -120,9 +109,8 @@ def _low_precision_misses(plan: Plan, findings: Findings, dtype: torch.dtype) ->
         yield Miss(FINAL, ALL_CASES, f"{dtype_name(dtype)} min cosine, at least", ours, bound, FINAL)
 
 
-def _first_above(names: Sequence[str], ratios: dict[str, float], stage: str, bound: float) -> str:
+def _first_above(ratios: dict[str, float], stage: str, bound: float) -> str:
     """The stage from which on the ratio stays above the bound until `stage`."""
-    first = names.index(stage)
-    while first > 0 and not ratios[names[first - 1]] <= bound:
-        first -= 1
-    return names[first]
+    names = list(ratios)
+    before = reversed(names[: names.index(stage)])
+    return [stage, *itertools.takewhile(lambda name: not ratios[name] <= bound, before)][-1]

@@ -26,17 +26,11 @@ TEXTS = (
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A batch of samples.
+    """A batch of samples."""
 
-    Attributes:
-        label: What tables call it: the cameras' sizes.
-        cameras: For each camera uint8 frames (B, 3, H, W).
-        texts: B of them.
-    """
-
-    label: str
-    cameras: tuple[Tensor, ...]
-    texts: tuple[str, ...]
+    label: str  # what tables call it: the cameras' sizes
+    cameras: tuple[Tensor, ...]  # for each camera uint8 frames (B, 3, H, W)
+    texts: tuple[str, ...]  # B of them
 
     @property
     def images(self) -> Tensor | list[Tensor]:
@@ -74,15 +68,7 @@ def made_up(size: Size, batch: int, cameras: int, texts: Sequence[str], seed: in
 def of_files(images: Sequence[Image.Image], size: Size | None, batch: int, cameras: int, texts: Sequence[str]) -> Case:
     """Pictures as frames, in turns: those of the first sample's cameras, then the next sample's; texts in turns.
 
-    Args:
-        images: The pictures.
-        size: What they are scaled to beforehand; None for their own sizes.
-        batch: Samples.
-        cameras: Frames of a sample.
-        texts: At least one.
-
-    Raises:
-        ValueError: A camera would see pictures of different sizes.
+    They are scaled to `size` beforehand, unless it is None. Raises `ValueError` where a camera would see several sizes.
     """
     frames = [_frame(image, size) for image in itertools.islice(itertools.cycle(images), batch * cameras)]
     by_camera = [frames[camera::cameras] for camera in range(cameras)]
@@ -96,11 +82,7 @@ def of_files(images: Sequence[Image.Image], size: Size | None, batch: int, camer
 
 
 def read_images(paths: Sequence[Path]) -> Iterator[Image.Image]:
-    """Opens files as RGB.
-
-    Raises:
-        ValueError: A file is not there, or no picture.
-    """
+    """Opens files as RGB. Raises `ValueError` where one is not there, or no picture."""
     for path in paths:
         try:
             with Image.open(path) as image:

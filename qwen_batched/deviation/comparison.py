@@ -31,47 +31,30 @@ Run = tuple[str, torch.dtype]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared.
+    """What is to be compared."""
 
-    Attributes:
-        folder: The checkpoint's.
-        processor: Ours, for pixels and sizes.
-        cases: Each with a label of its own.
-        stages: Which blocks.
-        dtypes: float32 and others, or some of them. The yardstick is float32 in any case.
-        device: Where all models run.
-        new_tokens: How many tokens are generated; 0 for none.
-        float64: "always", "never", or "auto": for cases with a float32 stage above `FLOAT32_BOUND`.
-        needs: What it takes.
-        trained_like: Whether the weights were made up to be like a trained model's.
-    """
-
-    folder: str
-    processor: TensorProcessor
-    cases: tuple[Case, ...]
-    stages: Stages
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
-    new_tokens: int
-    float64: str
+    folder: str  # the checkpoint's
+    processor: TensorProcessor  # ours, for pixels and sizes
+    cases: tuple[Case, ...]  # each with a label of its own
+    stages: Stages  # which blocks
+    dtypes: tuple[torch.dtype, ...]  # float32 and others, or some of them. The yardstick is float32 in any case
+    device: torch.device  # where all models run
+    new_tokens: int  # how many tokens are generated; 0 for none
+    float64: str  # "always", "never", or "auto": for cases with a float32 stage above `FLOAT32_BOUND`
     needs: Needs
-    trained_like: bool = False
+    trained_like: bool = False  # whether the weights were made up to be like a trained model's
 
 
 @dataclass
 class Findings:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        measures: By run, case and stage. transformers' own float32 is measured from its float64.
-        resized_apart: Cases whose frames transformers resizes with another library than we do. Their pixels have no
-            bound, and transformers' networks were given ours.
-        notes: What the reader has to know.
-    """
-
+    # By run, case and stage. transformers' own float32 is measured from its float64.
     measures: dict[tuple[Run, str, str], Measure] = field(default_factory=dict)
+    # Cases whose frames transformers resizes with another library than we do. Their pixels have no bound, and
+    # transformers' networks were given ours.
     resized_apart: set[str] = field(default_factory=set)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the reader has to know
 
     def get(self, run: Run, case: str, stage: str) -> Measure | None:
         """The measure, where there is one."""
@@ -95,17 +78,15 @@ class _Sample:
 def compare(plan: Plan, bar: tqdm) -> Findings:
     """Runs everything.
 
-    Raises:
-        ValueError: transformers or this package cannot load the checkpoint.
-        torch.OutOfMemoryError: There was less memory than it looked.
+    Raises `ValueError` where transformers or this package cannot load the checkpoint, `torch.OutOfMemoryError` where
+    there was less memory than it looked.
     """
     return _Comparison(plan, bar).run()
 
 
 class _Comparison:
     def __init__(self, plan: Plan, bar: tqdm) -> None:
-        self.plan = plan
-        self.bar = bar
+        self.plan, self.bar = plan, bar
         self.findings = Findings()
         self.samples: dict[tuple[str, int], _Sample] = {}
 
@@ -119,7 +100,13 @@ class _Comparison:
             self._measure_ours(torch.float32)
         if cases := self._cases_for_float64():
             self.bar.total += _work(cases) * (plan.float64 == "auto")
-            self._measure_float64(cases)
+            try:
+                self._measure_theirs(torch.float64, cases)
+            except torch.OutOfMemoryError as error:
+                if plan.float64 == "always":
+                    raise
+                reason = str(error).splitlines()[0]
+                self.findings.notes.append(f"transformers' own float32 was not measured everywhere: {reason}")
         for dtype in low:
             self._measure_theirs(dtype, plan.cases)
             self._measure_ours(dtype)
@@ -182,16 +169,6 @@ class _Comparison:
             return ()
         return cases
 
-    def _measure_float64(self, cases: Iterable[Case]) -> None:
-        try:
-            self._measure_theirs(torch.float64, cases)
-        except torch.OutOfMemoryError as error:
-            if self.plan.float64 == "always":
-                raise
-            self.findings.notes.append(
-                f"transformers' own float32 was not measured everywhere: {error}".splitlines()[0]
-            )
-
     def _measure_theirs(self, dtype: torch.dtype, cases: Iterable[Case]) -> None:
         plan, exact = self.plan, dtype == torch.float64
         reference = load_theirs(plan.folder, dtype, plan.device, plan.processor.resample_backend)
@@ -221,17 +198,16 @@ class _Comparison:
                 sample = self.samples[case.label, index]
                 self._add((OURS, dtype), case, stage, values, sample.stages[stage], sample)
 
-            without_tf32(run_ours)(model, case, plan.stages, plan.new_tokens, measure)
+            with without_tf32():
+                run_ours(model, case, plan.stages, plan.new_tokens, measure)
             self.bar.update(case.pixels)
 
     def _add(self, run: Run, case: Case, stage: str, values: Tensor, yardstick: Tensor, sample: _Sample) -> None:
         measures, key = self.findings.measures, (run, case.label, stage)
-        if stage in EXACT:
-            measures.setdefault(key, Equality()).add(values, yardstick)
-        elif stage == GREEDY:
+        if stage == GREEDY:
             measures.setdefault(key, Continuation()).add(values, yardstick, sample.scores)
         else:
-            measures.setdefault(key, Distance()).add(values, yardstick)
+            measures.setdefault(key, Equality() if stage in EXACT else Distance()).add(values, yardstick)
 
 
 def _work(cases: Iterable[Case]) -> int:

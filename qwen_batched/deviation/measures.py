@@ -16,28 +16,32 @@ M = TypeVar("M")
 CHUNK = 2**22  # elements that are widened to float64 at once
 
 
-@dataclass
-class Distance:
-    """Of some outputs from the yardstick's, over all tokens so far. Sums are taken in float64, where the values are.
-
-    Attributes:
-        squared_error: Of the difference.
-        squared_norm: Of the yardstick.
-        relative: Sum of |difference| / (|yardstick| + 1).
-        elements: How many.
-        cosines: One for each token, in parts.
-    """
-
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    relative: float = 0.0
-    elements: int = 0
-    cosines: list[Tensor] = field(default_factory=list)
+class _Sums:
+    """A record of sums."""
 
     @classmethod
-    def pooled(cls, distances: Iterable[Distance]) -> Distance:
-        """Over the tokens of all."""
-        return _summed(cls(), distances)
+    def pooled(cls: type[M], parts: Iterable[M]) -> M:
+        """Over all parts."""
+        total = cls()
+        for part in parts:
+            for field_ in fields(part):
+                setattr(total, field_.name, getattr(total, field_.name) + getattr(part, field_.name))
+        return total
+
+    def numbers(self) -> dict[str, float]:
+        """What a report tells, by name."""
+        return dict(vars(self))
+
+
+@dataclass
+class Distance(_Sums):
+    """Of some outputs from the yardstick's, over all tokens so far. Sums are taken in float64, where the values are."""
+
+    squared_error: float = 0.0  # of the difference
+    squared_norm: float = 0.0  # of the yardstick
+    relative: float = 0.0  # sum of |difference| / (|yardstick| + 1)
+    elements: int = 0  # how many
+    cosines: list[Tensor] = field(default_factory=list)  # one for each token, in parts
 
     def add(self, values: Tensor, yardstick: Tensor) -> None:
         """Takes tokens (T, width) of each, on any devices; the work is done where `values` are."""
@@ -52,11 +56,7 @@ class Distance:
             ours, theirs = ours.double(), theirs.to(ours.device).double()
             difference = ours - theirs
             sums = torch.stack(
-                [
-                    difference.square().sum(),
-                    theirs.square().sum(),
-                    (difference.abs() / (theirs.abs() + 1)).sum(),
-                ]
+                [difference.square().sum(), theirs.square().sum(), (difference.abs() / (theirs.abs() + 1)).sum()]
             ).tolist()
             self.squared_error += sums[0]
             self.squared_norm += sums[1]
@@ -85,22 +85,15 @@ class Distance:
         return self.relative / self.elements if self.elements else math.nan
 
     def numbers(self) -> dict[str, float]:
-        """All four."""
-        names = ("relative_l2", "min_cosine", "median_cosine", "mean_relative")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("relative_l2", "min_cosine", "median_cosine", "mean_relative")}
 
 
 @dataclass
-class Equality:
+class Equality(_Sums):
     """Of integers: how many there are, and how many differ."""
 
     total: int = 0
     different: int = 0
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Equality]) -> Equality:
-        """Over all."""
-        return _summed(cls(), parts)
 
     def add(self, values: Tensor, yardstick: Tensor) -> None:
         """Takes tensors that should be equal; where shapes differ, all values do."""
@@ -108,35 +101,20 @@ class Equality:
         same_shape = values.shape == yardstick.shape
         self.different += int((values.cpu() != yardstick.cpu()).sum()) if same_shape else yardstick.numel()
 
-    def numbers(self) -> dict[str, int]:
-        """Both."""
-        return {"total": self.total, "different": self.different}
-
 
 @dataclass
-class Continuation:
-    """Greedy tokens: how many agree until the first that differs, which may be a tie.
+class Continuation(_Sums):
+    """Greedy tokens: how many agree until the first that differs, which may be a tie."""
 
-    Attributes:
-        total: Tokens of the yardstick.
-        agreeing: Those before the first difference, over all samples.
-        differing: Samples that differ somewhere.
-        ties: Of those, the samples whose first difference is between two tokens that the yardstick finds equally
-            likely, but for rounding.
-    """
-
-    total: int = 0
-    agreeing: int = 0
-    differing: int = 0
+    total: int = 0  # tokens of the yardstick
+    agreeing: int = 0  # those before the first difference, over all samples
+    differing: int = 0  # samples that differ somewhere
+    # Of those, the samples whose first difference is between two tokens that the yardstick finds equally likely, but
+    # for rounding.
     ties: int = 0
 
     # Logits' distance of the two best tokens, over the logits' deviation: float32 rounding moves it by 1e-6 or so.
     TIE: ClassVar[float] = 1e-4
-
-    @classmethod
-    def pooled(cls, parts: Iterable[Continuation]) -> Continuation:
-        """Over all samples."""
-        return _summed(cls(), parts)
 
     def add(self, tokens: Tensor, yardstick: Tensor, scores: Tensor) -> None:
         """Takes new tokens (T,) of each, and the scores (T, vocabulary) by which the yardstick chose its own."""
@@ -153,17 +131,6 @@ class Continuation:
             row = scores[first].double().cpu()
             gap = row[yardstick[first]] - row[tokens[first]]
             self.ties += bool(gap <= self.TIE * row[row.isfinite()].std())
-
-    def numbers(self) -> dict[str, int]:
-        """All four."""
-        return {name: getattr(self, name) for name in ("total", "agreeing", "differing", "ties")}
-
-
-def _summed(total: M, parts: Iterable[M]) -> M:
-    for part in parts:
-        for field_ in fields(part):
-            setattr(total, field_.name, getattr(total, field_.name) + getattr(part, field_.name))
-    return total
 
 
 Measure = Distance | Equality | Continuation

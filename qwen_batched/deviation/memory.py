@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.deviation.cases import Case
+from qwen_batched.deviation.loading import dtype_name
 from qwen_batched.deviation.stages import Stages
 from qwen_batched.families import family_of
 from qwen_batched.model.tensor_processor import TensorProcessor
@@ -29,17 +29,11 @@ class TooLittleMemory(ValueError):
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a comparison, in bytes.
+    """Of a comparison, in bytes."""
 
-    Attributes:
-        parameters: How many the checkpoint has.
-        stages: All stages of each case, in float32.
-        scores: Of the largest attention: how many it has, all heads together.
-    """
-
-    parameters: int
-    stages: tuple[int, ...]
-    scores: int
+    parameters: int  # how many the checkpoint has
+    stages: tuple[int, ...]  # all stages of each case, in float32
+    scores: int  # of the largest attention: how many it has, all heads together
 
     @classmethod
     def of(
@@ -52,31 +46,23 @@ class Needs:
         return cls(parameters, sizes, max(_scores(processor, case) for case in cases))
 
     def check(self, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-        """Whether each model fits, one at a time, with the stages on the host.
-
-        Raises:
-            TooLittleMemory: On the device, or on the host.
-        """
+        """Raises `TooLittleMemory` where a model does not fit on the device, or on the host with the stages."""
         host = sum(self.stages) + WORKSPACE["cpu"]
         for dtype in dtypes:
             size = dtype.itemsize
-            model = self.parameters * size
-            largest = max(self.stages) * size / 4
-            need = model + PASSING * largest + WORKSPACE[device.type]
+            need = self.parameters * size + PASSING * max(self.stages) * size / 4 + WORKSPACE[device.type]
             if dtype == torch.float64:  # no fused attention has it: scores, probabilities and a copy exist at once
                 need += 3 * self.scores * size
             if device.type == "cuda":
-                _compare(need, free_bytes(device), f"a model in {_name(dtype)}", str(device))
+                _compare(need, free_bytes(device), f"a model in {dtype_name(dtype)}", str(device))
                 # transformers loads on the host first; our float64 is widened on the device.
                 need = self.parameters * min(size, 4)
-            _compare(
-                host + need, free_bytes(torch.device("cpu")), f"a model in {_name(dtype)} and the stages", "the host"
-            )
+            _check_host(host + need, f"a model in {dtype_name(dtype)} and the stages")
 
 
 def check_frames(pixels: int) -> None:
     """Raises `TooLittleMemory` where so many pixels cannot be made up on the host: three float32 copies at once."""
-    _compare(3 * 3 * 4 * pixels, free_bytes(torch.device("cpu")), "frames of this size", "the host")
+    _check_host(3 * 3 * 4 * pixels, "frames of this size")
 
 
 def free_bytes(device: torch.device) -> float:
@@ -87,7 +73,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _stage_bytes(processor: TensorProcessor, case: Case, stages: Stages, new_tokens: int) -> int:
-    config: QwenVLConfig = processor.config
+    config = processor.config
     request = processor.request(case.images, list(case.texts), max_new_tokens=new_tokens)
     cells = len(case.texts) * sum(h * w for h, w in request.grids)
     patches = cells * config.vision.cell_patches
@@ -100,10 +86,14 @@ def _stage_bytes(processor: TensorProcessor, case: Case, stages: Stages, new_tok
 
 def _scores(processor: TensorProcessor, case: Case) -> int:
     """One image's in a block over whole images, or one sample's in the decoder."""
-    config: QwenVLConfig = processor.config
+    config = processor.config
     request = processor.request(case.images, list(case.texts))
     patches = max(h * w for h, w in request.grids) * config.vision.cell_patches
     return max(patches**2 * config.vision.num_heads, request.prompts.length**2 * config.text.num_attention_heads)
+
+
+def _check_host(need: float, what: str) -> None:
+    _compare(need, free_bytes(torch.device("cpu")), what, "the host")
 
 
 def _compare(need: float, free: float, what: str, where: str) -> None:
@@ -134,7 +124,3 @@ def _left_in_cgroup() -> float:
         return math.inf if limit == "max" else float(limit) - used + float(cached.get("inactive_file", 0))
     except (OSError, ValueError):
         return math.inf
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,20 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from qwen_batched.deviation import stages as names
 from qwen_batched.deviation.cases import Case
-from qwen_batched.deviation.stages import (
-    FEATURES,
-    FINAL,
-    GREEDY,
-    LOGITS,
-    PATCHES,
-    PIXELS,
-    POSITIONS,
-    TOKENS,
-    Stages,
-    decoder_stage,
-    vision_stage,
-)
+from qwen_batched.deviation.stages import Stages
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
@@ -42,34 +31,34 @@ def run_ours(model: QwenBatchedVL, case: Case, stages: Stages, new_tokens: int, 
             receive(stage, sample, values[sample])
 
     cameras = camera_pixels(model.processor, case, model.device, model.dtype)
-    each(PIXELS, _joined(cameras))
-    each(PATCHES, _joined([model.visual.patch_embed(pixels) for pixels in cameras]))
+    each(names.PIXELS, _joined(cameras))
+    each(names.PATCHES, _joined([model.visual.patch_embed(pixels) for pixels in cameras]))
 
     if stages.vision_blocks:
         outputs = model.encode_images(images, layers=stages.vision_blocks)
         for block, output in zip(stages.vision_blocks, outputs, strict=True):
-            each(vision_stage(block), _tokens_of_images(output))
+            each(names.vision_stage(block), _tokens_of_images(output))
         del outputs
 
     out = call(model, case, layers=(0, -1))
     own = [out.attention_mask[sample] for sample in samples]
-    each(FEATURES, _tokens_of_images(out.image_features))
-    each(TOKENS, [out.input_ids[sample][own[sample]] for sample in samples])
-    each(POSITIONS, [out.position_ids[:, sample][:, own[sample]] for sample in samples])
+    each(names.FEATURES, _tokens_of_images(out.image_features))
+    each(names.TOKENS, [out.input_ids[sample][own[sample]] for sample in samples])
+    each(names.POSITIONS, [out.position_ids[:, sample][:, own[sample]] for sample in samples])
 
     if stages.decoder_blocks:
         embeddings, position_ids, mask = out.hidden_states[0], out.position_ids, out.attention_mask
         outputs = model.model(embeddings, position_ids, mask, layers=stages.decoder_blocks, norm="pre")
         for layer, states in zip(stages.decoder_blocks, outputs, strict=True):
-            each(decoder_stage(layer), [states[sample][own[sample]] for sample in samples])
+            each(names.decoder_stage(layer), [states[sample][own[sample]] for sample in samples])
         del outputs
 
-    each(FINAL, [out.last_hidden_state[sample][own[sample]] for sample in samples])
+    each(names.FINAL, [out.last_hidden_state[sample][own[sample]] for sample in samples])
     for sample in samples:
         text = own[sample] & ~out.image_mask[sample]
-        receive(LOGITS, sample, model.logits(out.last_hidden_state[sample][text]))
+        receive(names.LOGITS, sample, model.logits(out.last_hidden_state[sample][text]))
     if new_tokens:
-        each(GREEDY, model.generate(images, texts, max_new_tokens=new_tokens).token_ids)
+        each(names.GREEDY, model.generate(images, texts, max_new_tokens=new_tokens).token_ids)
 
 
 def call(model: QwenBatchedVL, case: Case, layers: Sequence[int] = (-1,)) -> VLOutput:

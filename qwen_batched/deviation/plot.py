@@ -58,17 +58,14 @@ class Curve:
 
 def draw(plan: Plan, findings: Findings, title: str, subtitle: str, path: Path) -> None:
     """Writes the picture, a PNG."""
-    curves = [curve for run in _runs(plan) if (curve := _curve(plan, findings, run)).values]
+    dtypes = sorted(plan.dtypes, key=lambda dtype: dtype == torch.float32)  # those far up first, as in the picture
+    runs = [(who, dtype) for dtype in dtypes for who in (OURS, THEIRS)]
+    curves = [curve for run in runs if (curve := _curve(plan, findings, run)).values]
     picture = _Picture(plan, curves)
     picture.draw_curves(curves)
     picture.draw_ratios(curves)
     picture.write(title, subtitle, curves)
     picture.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path, format="PNG")
-
-
-def _runs(plan: Plan) -> list[Run]:
-    """Those far up first, as in the picture."""
-    return [(who, dtype) for dtype in sorted(plan.dtypes, key=lambda d: d == torch.float32) for who in (OURS, THEIRS)]
 
 
 def _curve(plan: Plan, findings: Findings, run: Run) -> Curve:
@@ -109,7 +106,7 @@ class _Picture:
         self._field(*CURVES)
         for decade in range(bottom, top + 1):
             self._rule(y(10.0**decade), GRID)
-            small = self._font(10).getlength(str(decade))
+            small = _font(10).getlength(str(decade))
             self._text(str(decade), (LEFT - 12) * FINER - small, y(10.0**decade) - 7 * FINER, 10, INK, "lm")
             self._text("10", (LEFT - 13) * FINER - small, y(10.0**decade), 13, INK, "rm")
         self._rule(y(FLOAT32_BOUND), FAINT, dashed=True)
@@ -163,7 +160,7 @@ class _Picture:
             self._line([(x, y - 4 * FINER), (x + 34 * FINER, y - 4 * FINER)], curve, dots=False)
             self._dot(x + 17 * FINER, y - 4 * FINER, curve)
             self._text(curve.name, x + 42 * FINER, y, 13, INK, "ls")
-            x += 68 * FINER + self._font(13).getlength(curve.name)
+            x += 68 * FINER + _font(13).getlength(curve.name)
 
     # --- where ---
 
@@ -252,7 +249,7 @@ class _Picture:
         self.pen.line((self._x(stage), bottom, self._x(stage), bottom + 5 * FINER), fill=INK, width=FINER)
 
     def _upright(self, text: str, x: float, top: float) -> None:
-        font = self._font(12)
+        font = _font(12)
         ascent, descent = font.getmetrics()
         label = Image.new("L", (math.ceil(font.getlength(text)), ascent + descent), 0)
         ImageDraw.Draw(label).text((0, 0), text, fill=255, font=font)
@@ -260,11 +257,11 @@ class _Picture:
         self.image.paste(Image.new("RGB", label.size, INK), (round(x - label.width / 2), round(top)), label)
 
     def _text(self, text: str, x: float, y: float, size: int, colour: str, anchor: str) -> None:
-        self.pen.text((x, y), text, fill=colour, font=self._font(size), anchor=anchor)
+        self.pen.text((x, y), text, fill=colour, font=_font(size), anchor=anchor)
 
-    @staticmethod
-    def _font(size: int) -> ImageFont.FreeTypeFont:
-        return ImageFont.load_default(size * FINER)
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size * FINER)
 
 
 def _between(top: float, bottom: float, share: float) -> float:

@@ -38,12 +38,13 @@ def table(plan: Plan, findings: Findings, misses: Sequence[Miss], title: str) ->
     lines = [
         f"Deviation from transformers {transformers.__version__} in float32, one sample at a time",
         title,
-        *_explanation(plan, with_float64),
+        "Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1).",
+        *["In float32, theirs is transformers' own deviation from its float64."] * with_float64,
         "",
         *_heads("all sizes together", width, plan.dtypes, with_float64),
         *((line + mark).rstrip() for line, mark in zip(stages, marks, strict=True)),
         "",
-        *_heads(f"{FINAL}", width, plan.dtypes, with_float64),
+        *_heads(FINAL, width, plan.dtypes, with_float64),
         *map(str.rstrip, sizes),
         "",
         *findings.notes,
@@ -64,24 +65,18 @@ def verdict(plan: Plan, misses: Sequence[Miss]) -> list[str]:
 def as_json(plan: Plan, findings: Findings, misses: Sequence[Miss]) -> dict[str, Any]:
     """Everything that was measured."""
     runs = sorted({run for run, _, _ in findings.measures}, key=str)
+    sizes = [case.label for case in plan.cases]
 
-    def numbers(find: Find) -> dict[str, Any]:
-        found = {f"{who} {dtype_name(dtype)}": find(who, dtype) for who, dtype in runs}
+    def numbers(stage: str, size: str | None = None) -> dict[str, Any]:
+        find = (lambda run: findings.get(run, size, stage)) if size else lambda run: findings.pooled(run, stage)
+        found = {f"{who} {dtype_name(dtype)}": find((who, dtype)) for who, dtype in runs}
         return {name: _finite(measure.numbers()) for name, measure in found.items() if measure is not None}
 
     return {
         "stages": list(plan.stages.names),
-        "sizes": [case.label for case in plan.cases],
-        "all_sizes": {
-            stage: numbers(lambda *run, stage=stage: findings.pooled(run, stage)) for stage in plan.stages.names
-        },
-        "by_size": {
-            case.label: {
-                stage: numbers(lambda *run, case=case, stage=stage: findings.get(run, case.label, stage))
-                for stage in plan.stages.names
-            }
-            for case in plan.cases
-        },
+        "sizes": sizes,
+        "all_sizes": {stage: numbers(stage) for stage in plan.stages.names},
+        "by_size": {size: {stage: numbers(stage, size) for stage in plan.stages.names} for size in sizes},
         "notes": findings.notes,
         "missed": [_finite(vars(miss)) for miss in misses],
         "first_wrong": misses[0].first if misses else None,
@@ -101,7 +96,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def dumps(facts: Any, depth: int = 3) -> str:
     """JSON with a line for each value down to that depth, so that a file can be read and compared by lines."""
     if depth == 0 or not facts or not isinstance(facts, dict | list):
-        return json.dumps(facts, allow_nan=False)
+        return json.dumps(facts, allow_nan=False, default=str)
     indent = " " * (4 - depth)
     if isinstance(facts, list):
         return "[\n" + ",\n".join(f"{indent}{dumps(value, 0)}" for value in facts) + f"\n{indent[1:]}]"
@@ -117,27 +112,14 @@ def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
 # --- the table ---
 
 
-def _explanation(plan: Plan, with_float64: bool) -> list[str]:
-    lines = [
-        "Ours and theirs are both measured from that; ratio: ours over theirs; mean d: mean of |d| / (|r| + 1).",
-    ]
-    if with_float64:
-        lines.append("In float32, theirs is transformers' own deviation from its float64.")
-    return lines
-
-
 def _groups(dtype: torch.dtype, with_float64: bool) -> list[tuple[str, str]]:
     """Titles of groups of columns, and the columns'."""
     pair = " ".join(COSINES.format(who) for who in (OURS, THEIRS))
     both = " ".join(RELATIVE.format(who) for who in (OURS, THEIRS)) + f" {'ratio':>5}"
     if dtype == torch.float32:
         return [("float32 rel. L2", both if with_float64 else RELATIVE.format(OURS)), ("mean d", MEANS.format(OURS))]
-    return [
-        (f"{dtype_name(dtype)} relative L2", both),
-        ("1 - cosine, worst", pair),
-        ("1 - cosine, median", pair),
-        ("mean d", pair),
-    ]
+    others = ("1 - cosine, worst", "1 - cosine, median", "mean d")
+    return [(f"{dtype_name(dtype)} relative L2", both), *((title, pair) for title in others)]
 
 
 def _heads(first: str, width: int, dtypes: Sequence[torch.dtype], with_float64: bool) -> list[str]:

@@ -16,26 +16,18 @@ EXACT = (TOKENS, POSITIONS)  # integers: equal or wrong
 
 @dataclass(frozen=True)
 class Stages:
-    """The blocks that are compared, besides everything before, between and after them.
+    """The blocks that are compared, besides everything before, between and after them."""
 
-    Attributes:
-        vision_blocks: Indices of the vision transformer's blocks, from 0, as `encode_images` takes them.
-        decoder_blocks: Indices as of transformers' `hidden_states`: 0 is the embeddings, k the output of decoder block
-            k, the last one before the final norm.
-    """
-
-    vision_blocks: tuple[int, ...]
+    vision_blocks: tuple[int, ...]  # indices of the vision transformer's blocks, from 0, as `encode_images` takes them
+    # Indices as of transformers' `hidden_states`: 0 is the embeddings, k the output of decoder block k, the last one
+    # before the final norm.
     decoder_blocks: tuple[int, ...]
 
     @classmethod
     def of(
         cls, config: QwenVLConfig, vision_layers: Sequence[int] | None = None, layers: Sequence[int] | None = None
     ) -> Stages:
-        """All blocks of a model, or those asked for; negative indices count from the end.
-
-        Raises:
-            ValueError: There is no such block.
-        """
+        """All blocks, or those asked for, negative ones counted from the end. Raises `ValueError` where one is not."""
         depth, blocks = config.vision.depth, config.text.num_hidden_layers
         vision = range(depth) if vision_layers is None else resolve_layers(vision_layers, depth)
         decoder = range(blocks + 1) if layers is None else resolve_layers(layers, blocks + 1)

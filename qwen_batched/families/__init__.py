@@ -26,8 +26,7 @@ def family_of(model_type: Any) -> Family:
 def read_config(checkpoint: Checkpoint) -> QwenVLConfig:
     """The shape of a checkpoint's model.
 
-    Raises:
-        ValueError: Its family or something that its config says is not implemented here. The file is named.
+    Raises `ValueError` where its family or something that its config says is not implemented here. The file is named.
     """
     with naming(checkpoint.folder / CONFIG_FILE):
         return family_of(checkpoint.config.get("model_type")).read_config(checkpoint.config)

@@ -15,39 +15,25 @@ from qwen_batched.checkpoint.keys import KeyLayout
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How a family writes prompts.
+    """How a family writes prompts."""
 
-    Attributes:
-        image_token: The token that stands for an image's features.
-        image: What a layout writes for an image; holds `image_token` once.
-        default_pad: Pads where the tokenizer names neither a pad nor an end token.
-        control_tokens: The added tokens of the family's published tokenizers, "special" there or not. In a user's text
-            they stay text. Every other added token of a checkpoint was added by its fine-tuner, and is read as a token.
-    """
-
-    image_token: str
-    image: str
-    default_pad: str
+    image_token: str  # the token that stands for an image's features
+    image: str  # what a layout writes for an image; holds `image_token` once
+    default_pad: str  # pads where the tokenizer names neither a pad nor an end token
+    # The added tokens of the family's published tokenizers, "special" there or not. In a user's text they stay text.
+    # Every other added token of a checkpoint was added by its fine-tuner, and is read as a token.
     control_tokens: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Family:
-    """The models of one `model_type`.
+    """The models of one `model_type`."""
 
-    Attributes:
-        config: What config.json may leave out.
-        image: What the image processor's config may leave out.
-        image_processor: The class that the published image processor configs name.
-        keys: The layouts of stored keys.
-        prompt: How prompts are written.
-    """
-
-    config: QwenVLConfig
-    image: ImageConfig
-    image_processor: str
-    keys: KeyLayout
-    prompt: PromptStyle
+    config: QwenVLConfig  # what config.json may leave out
+    image: ImageConfig  # what the image processor's config may leave out
+    image_processor: str  # the class that the published image processor configs name
+    keys: KeyLayout  # the layouts of stored keys
+    prompt: PromptStyle  # how prompts are written
 
     @property
     def model_type(self) -> str:

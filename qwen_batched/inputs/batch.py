@@ -18,56 +18,36 @@ FeatureMaps = Tensor | list[Tensor]  # (B, V, h, w, D), or one (B, h, w, D) for 
 
 
 class Features(NamedTuple):
-    """What the decoder takes of images.
+    """What the decoder takes of images."""
 
-    Attributes:
-        main: (B, V, h, w, D), or V tensors (B, h_v, w_v, D).
-        deep: One such item for each of the config's `deepstack_visual_indexes`. The decoder adds the first to the image
-            tokens after its first block, and so on.
-    """
-
-    main: FeatureMaps
+    main: FeatureMaps  # (B, V, h, w, D), or V tensors (B, h_v, w_v, D)
+    # One such item for each of the config's `deepstack_visual_indexes`. The decoder adds the first to the image tokens
+    # after its first block, and so on.
     deep: list[FeatureMaps]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first.
+    """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first."""
 
-    Attributes:
-        input_ids: Int64 (B, S); like the other four of `Sequences` None for images without texts.
-        attention_mask: Bool (B, S), False on padding.
-        rope_positions: Int64 (B, 3, S), temporal, height and width positions.
-        camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
-        feature_index: Int64 (B, S), see `Sequences`.
-        labels: Int64 (B, S), see `label_answers`; None without targets.
-        pixel_values: (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ; None
-            without images, or with `features`.
-        camera_present: Bool (B, V), False where a camera is absent; None where none is.
-        features: Image features in place of pixels.
-        valid: Bool (B,), False for samples whose hidden states become NaN; None where the host has checked them.
-        labels_valid: Bool (B,), the same of what the loss needs.
-        grids: Of each camera's image, where there are pixels.
-        as_list: Whether image features are a list, of one tensor for each camera.
-        tokens: How many tokens are not padding; None where only the device knows.
-        answer_tokens: How many labels there are, or the most there can be where only the device knows.
-    """
-
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    rope_positions: Tensor | None = None
-    camera_ids: Tensor | None = None
-    feature_index: Tensor | None = None
-    labels: Tensor | None = None
+    input_ids: Tensor | None = None  # int64 (B, S); like the other four of `Sequences` None for images without texts
+    attention_mask: Tensor | None = None  # bool (B, S), False on padding
+    rope_positions: Tensor | None = None  # int64 (B, 3, S), temporal, height and width positions
+    camera_ids: Tensor | None = None  # int64 (B, S), the camera of an image token, -1 elsewhere
+    feature_index: Tensor | None = None  # int64 (B, S), see `Sequences`
+    labels: Tensor | None = None  # int64 (B, S), see `label_answers`; None without targets
+    # (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ; None without images, or
+    # with `features`.
     pixel_values: Tensor | list[Tensor] | None = None
-    camera_present: Tensor | None = None
-    features: Features | None = None
+    camera_present: Tensor | None = None  # bool (B, V), False where a camera is absent; None where none is
+    features: Features | None = None  # image features in place of pixels
+    # Bool (B,), False for samples whose hidden states become NaN; None where the host has checked them.
     valid: Tensor | None = None
-    labels_valid: Tensor | None = None
-    grids: tuple[Grid, ...] = ()
-    as_list: bool = False
-    tokens: int | None = None
-    answer_tokens: int | None = None
+    labels_valid: Tensor | None = None  # bool (B,), the same of what the loss needs
+    grids: tuple[Grid, ...] = ()  # of each camera's image, where there are pixels
+    as_list: bool = False  # whether image features are a list, of one tensor for each camera
+    tokens: int | None = None  # how many tokens are not padding; None where only the device knows
+    answer_tokens: int | None = None  # how many labels there are, or the most there can be where only the device knows
 
 
 HOST_FIELDS = ("grids", "as_list", "tokens", "answer_tokens")

@@ -17,29 +17,19 @@ TEXT_MARK, ANSWER_MARK, SYSTEM_MARK = (f"{MARK}{name}\ue001" for name in ("text"
 
 @dataclass(frozen=True)
 class Rendering:
-    """A rendered conversation.
+    """A rendered conversation."""
 
-    Attributes:
-        text: The prompt.
-        looked: Whether the template did anything with a mark but print it, so that other texts may change more.
-    """
-
-    text: str
-    looked: bool
+    text: str  # the prompt
+    looked: bool  # whether the template did anything with a mark but print it, so that other texts may change more
 
 
 class ChatTemplate:
-    """A chat template as transformers runs it, within bounds of work and memory.
-
-    Attributes:
-        source: In Jinja's language.
-        timed: Whether it may read the clock.
-    """
+    """A chat template as transformers runs it, within bounds of work and memory."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any]) -> None:
         """Takes the tokenizer's special tokens by their names, which the template may print."""
         self.source = source
-        self.timed = "strftime_now" in source
+        self.timed = "strftime_now" in source  # whether it may read the clock
         self._special_tokens = special_tokens
         self._compiled: jinja2.Template | None = None
 
@@ -55,8 +45,7 @@ class ChatTemplate:
     def render(self, cameras: int, text: str, system: str | None = None, answer: str | None = None) -> Rendering:
         """A user's turn with the generation prompt, or with the assistant's turn where there is an answer.
 
-        Raises:
-            ValueError: The template fails.
+        Raises `ValueError` where the template fails.
         """
         try:
             return self._render(cameras, text, system, answer)
@@ -71,11 +60,7 @@ class ChatTemplate:
         template = self._template
         with bounded() as run:
             rendered = template.render(
-                messages=turns,
-                tools=None,
-                documents=None,
-                add_generation_prompt=answer is None,
-                **self._special_tokens,
+                messages=turns, tools=None, documents=None, add_generation_prompt=answer is None, **self._special_tokens
             )
         return Rendering(rendered, run.looked)
 

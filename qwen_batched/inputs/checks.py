@@ -25,9 +25,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tensor]:
     """`images` as groups of cameras of one size, (B, V_g, 3, H, W) each, in camera order.
 
-    Raises:
-        TypeError: `images` is neither a tensor nor a list of tensors.
-        ValueError: Its shape, dtype or device is not as the contract says.
+    Raises `TypeError` where `images` is neither a tensor nor a list of tensors, `ValueError` where its shape, dtype or
+    device is not as the contract says.
     """
     if isinstance(images, Tensor):
         check_plain("images", images)
@@ -39,10 +38,8 @@ def check_frames(images: Tensor | Sequence[Tensor], min_side: int) -> list[Tenso
             raise ValueError("images must hold at least one camera, got an empty list")
         for camera, frames in enumerate(images):
             check_plain(f"images[{camera}]", frames)
-            if frames.ndim != 4:
-                raise ValueError(
-                    f"images[{camera}] must be (B, 3, H, W), got {frames.ndim} dimensions {_shape(frames)}"
-                )
+            if (ndim := frames.ndim) != 4:
+                raise ValueError(f"images[{camera}] must be (B, 3, H, W), got {ndim} dimensions {_shape(frames)}")
         groups = [frames[:, None] for frames in images]
     else:
         raise TypeError(f"images must be a tensor or a list of tensors, got {_describe(images)}")
@@ -75,8 +72,7 @@ def _check_group(frames: Tensor, min_side: int) -> None:
 def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
     """The texts as a list; a single string stands for a batch of one.
 
-    Raises:
-        TypeError, ValueError: They are not `batch` strings.
+    Raises `TypeError` or `ValueError` where they are not `batch` strings.
     """
     if isinstance(texts, str):
         texts = [texts]
@@ -91,8 +87,7 @@ def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
 def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> Sequence[str]:
     """The targets as a list; a single string stands for a batch of one.
 
-    Raises:
-        TypeError, ValueError: They are not one string for each of `texts`.
+    Raises `TypeError` or `ValueError` where they are not one string for each of `texts`.
     """
     if texts is None:
         raise ValueError("targets need texts that they answer, got texts=None")
@@ -143,7 +138,9 @@ def check_float_range(groups: Sequence[Tensor], camera_mask: Tensor | None) -> N
     cameras = 0
     for frames in groups:
         here = slice(cameras, cameras := cameras + frames.shape[1])
-        if not frames.dtype.is_floating_point or frames.device.type != "cpu" or _is_transformed(frames):
+        # A functional transform or a mode hides values.
+        is_hidden = type(frames) is not Tensor or torch._C._functorch.maybe_current_level() is not None
+        if not frames.dtype.is_floating_point or frames.device.type != "cpu" or is_hidden:
             continue
         frames = frames.detach()
         least, most = frames.aminmax()
@@ -168,9 +165,7 @@ def check_camera_mask(camera_mask: Tensor, batch: int, cameras: int, device: tor
         raise TypeError(f"camera_mask must be a bool tensor, got {_describe(camera_mask)}")
     check_plain("camera_mask", camera_mask)
     if camera_mask.dtype != torch.bool or camera_mask.shape != (batch, cameras):
-        raise ValueError(
-            f"camera_mask must be bool ({batch}, {cameras}), got {camera_mask.dtype} {_shape(camera_mask)}"
-        )
+        raise ValueError(f"camera_mask must be bool ({batch}, {cameras}), got {describe_tensor(camera_mask)}")
     check_device("camera_mask", camera_mask, device)
 
 
@@ -214,9 +209,8 @@ def check_dtype(dtype: object) -> torch.dtype:
 def check_resize(resize: Resize, factor: int) -> Resize:
     """`resize` with plain ints.
 
-    Raises:
-        TypeError: It is not "hf", None or a pair of ints.
-        ValueError: The size is not in multiples of `factor`, or above `MAX_FRAME_PIXELS`.
+    Raises `TypeError` where it is not "hf", None or a pair of ints, `ValueError` where the size is not in multiples of
+    `factor`, or above `MAX_FRAME_PIXELS`.
     """
     if resize is None or (isinstance(resize, str) and resize == "hf"):
         return resize
@@ -243,9 +237,8 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     """`layers` as indices 0 to `size` - 1; negative ones count from the end.
 
-    Raises:
-        TypeError: `layers` is not a list or tuple of ints.
-        ValueError: It is empty, or an index is out of range.
+    Raises `TypeError` where `layers` is not a list or tuple of ints, `ValueError` where it is empty, or an index is out
+    of range.
     """
     given, resolved = [], []
     for layer in layers if isinstance(layers, (list, tuple)) else (None,):
@@ -258,16 +251,11 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     return resolved
 
 
-def check_norm(norm: str) -> None:
-    """Raises `ValueError` where `norm` is neither "post" nor "pre"."""
-    if norm not in ("post", "pre"):
-        raise ValueError(f"norm must be 'post' or 'pre', got {shown(norm)}")
-
-
-def check_logits(logits: str | None) -> None:
-    """Raises `ValueError` where `logits` is neither None nor "last" nor "all"."""
-    if logits not in (None, "last", "all"):
-        raise ValueError(f"logits must be None, 'last' or 'all', got {shown(logits)}")
+def check_choice(name: str, value: str | None, *choices: str | None) -> None:
+    """Raises `ValueError` where `value` is none of them."""
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:
@@ -297,10 +285,9 @@ def check_decoder_inputs(
             f"inputs_embeds {_shape(inputs_embeds)} needs position_ids (3, {batch}, {length}) and attention_mask "
             f"({batch}, {length}), got {_shape(position_ids)} and {_shape(attention_mask)}"
         )
-    if attention_mask.dtype != torch.bool or position_ids.dtype != torch.int64:
-        raise ValueError(
-            f"attention_mask must be bool and position_ids int64, got {attention_mask.dtype} and {position_ids.dtype}"
-        )
+    dtypes = attention_mask.dtype, position_ids.dtype
+    if dtypes != (torch.bool, torch.int64):
+        raise ValueError(f"attention_mask must be bool and position_ids int64, got {dtypes[0]} and {dtypes[1]}")
     _check_activations("inputs_embeds", inputs_embeds, like)
     if tokens is not None:
         tokens = as_int("tokens", tokens, 1, batch * length)
@@ -337,15 +324,9 @@ def check_pixels(
 ) -> Sequence[Grid]:
     """The grid of each camera's image, in merged cells, as shapes say it.
 
-    Args:
-        pixel_values: (B, V, P, patch_dim), or V tensors (B, P_v, patch_dim).
-        raster_order: (B, h, w), or one for each camera; or the grids themselves, pairs of ints.
-        patch_dim: Width of a patch.
-        cell_patches: Patches of a merged cell.
-        batch: B; None for the first tensor's.
-
-    Raises:
-        ValueError: Pixels and grids do not fit together, or not to `batch` samples.
+    Of `pixel_values` (B, V, P, patch_dim) or V tensors (B, P_v, patch_dim), and `raster_order` (B, h, w) or one for
+    each camera, or the grids themselves, pairs of ints. Raises `ValueError` where they do not fit together, or not to
+    `batch` samples; None for the first tensor's.
     """
     uniform = isinstance(pixel_values, Tensor)
     if not uniform and not isinstance(pixel_values, (list, tuple)):
@@ -370,7 +351,9 @@ def check_pixels(
                 raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
         grids = [(order.shape[1], order.shape[2]) for order in orders] * (cameras or (1,))[0]
     for part, (h, w) in zip(pixels, grids, strict=False):  # of a tensor, the first grid is every camera's
-        _check_pixel_tensor(part, (batch, *cameras, h * w * cell_patches, patch_dim))
+        shape, floating = (batch, *cameras, h * w * cell_patches, patch_dim), part.dtype.is_floating_point
+        if tuple(part.shape) != shape or part.numel() == 0 or not (floating and part.dtype.itemsize > 1):
+            raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(part)}")
     return grids
 
 
@@ -390,20 +373,9 @@ def _raster_orders(raster_order: object, uniform: bool, count: int) -> Sequence[
     return orders
 
 
-def _check_pixel_tensor(pixels: Tensor, shape: tuple[int, ...]) -> None:
-    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
-    if tuple(pixels.shape) != shape or pixels.numel() == 0 or not floating:
-        raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(pixels)}")
-
-
 def describe_tensor(value: object) -> str:
     """Dtype and shape of a tensor, the type of anything else."""
     return f"{value.dtype} {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether a functional transform or a mode hides the values of `x`."""
-    return type(x) is not Tensor or torch._C._functorch.maybe_current_level() is not None
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

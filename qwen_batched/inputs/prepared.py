@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import (
-    IMAGE_NAMES,
-    TEXT_NAMES,
-    Resize,
-    can_read,
-    check_device,
-    check_pixels,
-    check_plain,
-    describe_tensor,
-)
+from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, Resize, can_read
 from qwen_batched.inputs.sequence import NO_LABEL
 
 MARKER = "prepared"
@@ -31,14 +23,8 @@ NAMES = {*TEXT_NAMES, *IMAGE_NAMES, "camera_present", "labels", MARKER}
 # Of batches that earlier releases made, and of transformers' own: told apart from ours by the missing marker.
 EARLIER_NAMES = {"token_index", "answer_index", "raster_order", "feature_index", "camera_ids", "camera_present"}
 TRANSFORMERS_NAMES = {
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_grid_thw",
-    "mm_token_type_ids",
-    "position_ids",
-    "labels",
-    "inputs_embeds",
+    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw"),
+    *("mm_token_type_ids", "position_ids", "labels", "inputs_embeds"),
 }
 
 
@@ -46,11 +32,8 @@ class HostFacts(dict):
     """What the host knows of a batch, and the mark of a batch that `TensorProcessor` prepared.
 
     A mapping without items. Libraries that cut or join the tensors of a batch build each mapping in it anew from its
-    items, and so forget what is no longer true: then the host counts again, or the device does without.
-
-    Attributes:
-        tokens: How many tokens of the batch are not padding; None where only the device knows.
-        answer_tokens: How many labels there are, or the most there can be; None where only the device knows.
+    items, and so forget what is no longer true: then the host counts again, or the device does without. The two facts
+    are those of a `Batch`.
     """
 
     def __init__(
@@ -97,9 +80,8 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
         prepared["raster_order"] = raster_orders[0].repeat(len(pixels), 1, 1)
     elif pixels is not None:
         prepared["pixel_values"] = [part.contiguous() for part in pixels]
-        prepared["raster_order"] = [
-            order.repeat(len(part), 1, 1) for part, order in zip(pixels, raster_orders, strict=True)
-        ]
+        pairs = zip(pixels, raster_orders, strict=True)
+        prepared["raster_order"] = [order.repeat(len(part), 1, 1) for part, order in pairs]
     if batch.camera_present is not None:
         prepared["camera_present"] = batch.camera_present.clone(memory_format=torch.contiguous_format)
     if batch.input_ids is not None:  # a batch of images only goes to the vision transformer, which takes nothing else
@@ -108,14 +90,7 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
 
 
 def check_prepared_alone(
-    batch: Collection[str],
-    images: object,
-    texts: object,
-    camera_mask: object,
-    targets: object,
-    template: str,
-    resize: Resize,
-    system: object,
+    batch: Collection[str], images: object, texts: object, template: str, resize: Resize, *others: object
 ) -> None:
     """Raises `TypeError` or `ValueError` where `batch` is not ours, or comes with what shapes one when it is made."""
     unknown = sorted(batch - NAMES - EARLIER_NAMES - TRANSFORMERS_NAMES)
@@ -137,23 +112,18 @@ def check_prepared_alone(
         raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
     if images is not None or texts is not None:
         raise ValueError("give either images and texts or a prepared batch, got both")
-    given = any(value is not None for value in (camera_mask, targets, system))
-    if given or template != "chat" or resize != "hf":
-        raise ValueError(
-            "camera_mask, targets, template, system and resize shape a batch when the processor makes it, not later"
-        )
+    if template != "chat" or resize != "hf" or any(value is not None for value in others):
+        names = "camera_mask, targets, template, system and resize"
+        raise ValueError(f"{names} shape a batch when the processor makes it, not later")
 
 
 def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:
     """What the model runs on, on `device`; from pinned memory without a wait.
 
     Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
-    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and
-    loss shall be NaN then.
-
-    Raises:
-        TypeError, ValueError: The batch is not what a processor returned for frames and texts of this model. Raised
-            before any work.
+    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and loss
+    shall be NaN then. Raises `TypeError` or `ValueError`, before any work, where the batch is not what a processor
+    returned for frames and texts of this model.
     """
     grids = _check_fields(batch, config, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
@@ -171,9 +141,8 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     if on_host:
         for what, bad_B in (faults | label_faults).items():
             if bad_B.any():
-                raise ValueError(
-                    f"a prepared batch must hold {what}, got others for sample {int(bad_B.int().argmax())}"
-                )
+                sample = int(bad_B.int().argmax())
+                raise ValueError(f"a prepared batch must hold {what}, got others for sample {sample}")
     else:
         valid = ~torch.stack(list(faults.values())).any(dim=0)
         labels_valid = ~torch.stack([~valid, *label_faults.values()]).any(dim=0)
@@ -188,16 +157,13 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     as_list = isinstance(pixels, (list, tuple))
     if as_list and len(set(grids)) == 1:
         pixels = torch.stack(list(pixels), dim=1)
-    return Batch(
-        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
-        pixel_values=pixels if pixels is None else _to(pixels, device),
-        valid=valid,
-        labels_valid=labels_valid,
-        grids=tuple(grids),
-        as_list=as_list,
-        tokens=tokens,
-        answer_tokens=answers,
-    )
+    if isinstance(pixels, Tensor):
+        pixels = pixels.to(device, non_blocking=True)
+    elif pixels is not None:
+        pixels = [part.to(device, non_blocking=True) for part in pixels]
+    fields = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
+    fields |= {"pixel_values": pixels, "valid": valid, "labels_valid": labels_valid}
+    return Batch(**fields, grids=tuple(grids), as_list=as_list, tokens=tokens, answer_tokens=answers)
 
 
 def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
@@ -214,19 +180,19 @@ def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.
         parts = batch[name] if name in IMAGE_NAMES and isinstance(batch[name], list | tuple) else [batch[name]]
         for part in parts:
             if isinstance(part, Tensor):
-                check_plain(name, part)
-                check_device(name, part, device)
+                checks.check_plain(name, part)
+                checks.check_device(name, part, device)
     input_ids = batch["input_ids"]
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be (B, S), got {describe_tensor(input_ids)}")
+        raise ValueError(f"input_ids must be (B, S), got {checks.describe_tensor(input_ids)}")
     size, length = input_ids.shape
     for name in (*TEXT_NAMES, *(("labels",) if "labels" in batch else ())):
         shape = (size, 3, length) if name == "rope_positions" else (size, length)
         _check_tensor(name, batch[name], shape, torch.bool if name == "attention_mask" else torch.int64)
     if not has_images:
         return []
-    vision = config.vision
-    grids = check_pixels(batch["pixel_values"], batch["raster_order"], vision.patch_dim, vision.cell_patches, size)
+    sizes = config.vision.patch_dim, config.vision.cell_patches, size
+    grids = checks.check_pixels(batch["pixel_values"], batch["raster_order"], *sizes)
     if "camera_present" in batch:
         _check_tensor("camera_present", batch["camera_present"], (size, len(grids)), torch.bool)
     return grids
@@ -234,7 +200,7 @@ def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.
 
 def _check_tensor(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {describe_tensor(value)}")
+        raise ValueError(f"{name} must be {dtype} {shape} to fit input_ids, got {checks.describe_tensor(value)}")
 
 
 def _count(marks: Tensor, known: int | None, most: int) -> int:
@@ -269,9 +235,8 @@ def _faults(
         # What stands behind the image is max(h, w) further.
         behind_BS = present_BV[:, camera, None] & (images_before_BS >= end_B[:, None])
         position_BS = position_BS + behind_BS * max(h, w)
-        row_BS, column_BS = (
-            torch.where(inside_BS, x, y) for x, y in ((cell_BS // w, row_BS), (cell_BS % w, column_BS))
-        )
+        row_BS = torch.where(inside_BS, cell_BS // w, row_BS)
+        column_BS = torch.where(inside_BS, cell_BS % w, column_BS)
         feature_BS = torch.where(inside_BS, feature + cell_BS, feature_BS)
         camera_BS = camera_BS.masked_fill(inside_BS, camera)
         begin_B, feature = end_B, feature + h * w
@@ -300,9 +265,3 @@ def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: i
         "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
         "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
     }
-
-
-def _to(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return [part.to(device, non_blocking=True) for part in value]

@@ -34,17 +34,12 @@ Cameras = int | tuple[bool, ...]  # how many there are, or which where the layou
 
 @dataclass(frozen=True)
 class Layout:
-    """A template for some cameras.
+    """A template for some cameras."""
 
-    Attributes:
-        pieces: Ids of control tokens, and strings, each as its parts, of which some are marks.
-        looked: Whether these pieces hold for the marks only, since the chat template looks at what it lays out.
-        known: The ids of strings that are the same for every text.
-    """
-
+    # Ids of control tokens, and strings, each as its parts, of which some are marks.
     pieces: tuple[int | tuple[str, ...], ...]
-    looked: bool
-    known: Mapping[str, list[int]] = field(default_factory=dict)
+    looked: bool  # whether these pieces hold for the marks only, since the chat template looks at what it lays out
+    known: Mapping[str, list[int]] = field(default_factory=dict)  # the ids of strings that are the same for every text
 
     @property
     def control_tokens(self) -> list[int]:
@@ -53,12 +48,7 @@ class Layout:
 
 
 class PromptEncoder:
-    """Tokenises prompts for one checkpoint.
-
-    Attributes:
-        pad_token_id: Fills `input_ids` on padding; hidden by the mask. May be assigned.
-        chat: The chat template; None where there is none. Caches of prompts have it in their keys.
-    """
+    """Tokenises prompts for one checkpoint. `chat_template` and `pad_token_id` may be assigned."""
 
     def __init__(
         self,
@@ -71,29 +61,20 @@ class PromptEncoder:
     ) -> None:
         """Takes the checkpoint's tokenizer, and its processor's chat template where that has its own.
 
-        Args:
-            tokenizer: A fast one.
-            chat_template: One, or several by name, of which "default" is taken; None for the tokenizer's.
-            image_token_id: The model's.
-            style: The family's.
-            added_tokens: Which of the other added tokens are read in texts, see `select_added_tokens`; None for all.
-
-        Raises:
-            TypeError, ValueError: An argument is not as described, the tokenizer's image token is not the model's, or
-                the chat template takes more work than any has to.
+        Of several by name "default" is taken; None is for the tokenizer's. For `added_tokens` see
+        `select_added_tokens`. Raises `TypeError` or `ValueError` where an argument is not as described, the tokenizer's
+        image token is not the model's, or the chat template takes more work than any has to.
         """
         self._vocabulary = Vocabulary(tokenizer, style.control_tokens, added_tokens)
-        self._tokenizer = tokenizer
-        self._image_token_id = image_token_id
+        self._tokenizer, self._image_token_id = tokenizer, image_token_id
         control_ids = self._vocabulary.control_ids
-        if control_ids.get(style.image_token) != image_token_id:
-            raise ValueError(
-                f"config.json's image_token_id is {image_token_id}, but the tokenizer's {style.image_token} is "
-                f"{control_ids.get(style.image_token)}"
-            )
+        if (theirs := control_ids.get(style.image_token)) != image_token_id:
+            token = f"the tokenizer's {style.image_token} is {theirs}"
+            raise ValueError(f"config.json's image_token_id is {image_token_id}, but {token}")
         self._image = style.image
         self._fields = re.compile("(" + "|".join(map(re.escape, (*_FIELDS, style.image))) + ")")
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(style.default_pad), 0)
+        # Fills `input_ids` on padding; hidden by the mask.
         self.pad_token_id = next(index for index in pads if index is not None)
         self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
         self._without_default: list[str] | None = None
@@ -113,11 +94,12 @@ class PromptEncoder:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the chat template, in Jinja's language. May be assigned."""
+        """The source of the chat template, in Jinja's language; None where there is none."""
         return None if self.chat is None else self.chat.source
 
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
+        # Caches of prompts have it in their keys.
         self.chat = None if source is None else ChatTemplate(source, self._tokenizer.special_tokens_map)
 
     def encode(self, text: str, template: str, cameras: Cameras, system: str | None = None) -> list[int]:
@@ -132,10 +114,8 @@ class PromptEncoder:
 
         The prompt's tokens are those of `encode`, with which new text will begin. Only "chat" follows transformers,
         which tokenises a conversation whole: an answer's leading line breaks merge with the last of the generation
-        prompt into one token, which counts as the answer's.
-
-        Raises:
-            ValueError: The chat template changes the answer.
+        prompt into one token, which counts as the answer's. Raises `ValueError` where the chat template changes the
+        answer.
         """
         layout = self._layout(template, cameras, system is not None)
         pieces, end = self._filled(layout, text, cameras, system), self.end_token(template)
@@ -163,8 +143,7 @@ class PromptEncoder:
     def end_token(self, template: str) -> int:
         """What ends an answer: the end of the chat template's assistant turn, in other layouts the tokenizer's own.
 
-        Raises:
-            ValueError: There is none, or the assistant's turn is not what the generation prompt begins.
+        Raises `ValueError` where there is none, or the assistant's turn is not what the generation prompt begins.
         """
         if template == "chat":
             return self._ending().control_tokens[0]
@@ -205,10 +184,6 @@ class PromptEncoder:
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def stream(self, batch: int) -> TextStream:
-        """Decodes the tokens of `batch` samples as they come."""
-        return TextStream(self, batch)
 
     def _default(self, named: object) -> str | None:
         """One chat template, of several the one that is named "default", as in transformers."""
@@ -260,9 +235,8 @@ class PromptEncoder:
             marks = (mark if value else given for mark, value, given in zip(_BOTH, values, (text, system), strict=True))
             layout = Layout(self._pieces(self.chat.render(cameras, *marks).text), looked=True)
         if [piece for piece in pieces if isinstance(piece, int)] != layout.control_tokens:
-            raise ValueError(
-                f"the chat template must have the same control tokens for every text, got others for {text!r:.200}"
-            )
+            expected = "the same control tokens for every text"
+            raise ValueError(f"the chat template must have {expected}, got others for {text!r:.200}")
         return [piece if isinstance(piece, int) else piece.translate(back) for piece in pieces]
 
     def _ids(self, pieces: Sequence[int | str], layout: Layout) -> list[int]:
@@ -288,9 +262,8 @@ class PromptEncoder:
                     f"({fields.count(name)} times)"
                 )
         if "{images}" in fields and slots:
-            raise ValueError(
-                f"template must hold either {{images}} or {{image}} for each, got both in {template!r:.200}"
-            )
+            either = "either {images} or {image} for each"
+            raise ValueError(f"template must hold {either}, got both in {template!r:.200}")
         return None if "{images}" in fields else slots
 
     def _layout(self, template: str, cameras: Cameras, has_system: bool) -> Layout:
@@ -399,10 +372,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ValueError(
-            f"checkpoint folder {folder} has no readable tokenizer (tokenizer.json, tokenizer_config.json): "
-            f"{cut(error)}"
-        ) from error
+        files = "tokenizer.json, tokenizer_config.json"
+        raise ValueError(f"checkpoint folder {folder} has no readable tokenizer ({files}): {cut(error)}") from error
 
 
 def _layout_bytes(key: Hashable, value: object) -> int:

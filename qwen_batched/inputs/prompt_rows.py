@@ -34,29 +34,17 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class TextCall:
-    """What a call says of its prompts.
+    """What a call says of its prompts."""
 
-    Attributes:
-        encoder: Makes tokens of them.
-        config: Of the decoder: the longest sequence, and how many ids its embedding has.
-        texts: B of them.
-        targets: B answers; None without.
-        template: As of `TensorProcessor`, like `system`.
-        system: None for the chat template's own.
-        grids: Of each camera's image.
-        max_new_tokens: How many tokens must find room behind each prompt.
-        device: Where the ids go.
-    """
-
-    encoder: PromptEncoder
-    config: TextConfig
-    texts: Sequence[str]
-    targets: Sequence[str] | None
-    template: str
-    system: str | None
-    grids: Sequence[Grid]
-    max_new_tokens: int
-    device: torch.device
+    encoder: PromptEncoder  # makes tokens of them
+    config: TextConfig  # of the decoder: the longest sequence, and how many ids its embedding has
+    texts: Sequence[str]  # B of them
+    targets: Sequence[str] | None  # B answers; None without
+    template: str  # as of `TensorProcessor`, like `system`
+    system: str | None  # None for the chat template's own
+    grids: Sequence[Grid]  # of each camera's image
+    max_new_tokens: int  # how many tokens must find room behind each prompt
+    device: torch.device  # where the ids go
 
 
 class PromptRows:
@@ -68,8 +56,7 @@ class PromptRows:
     def lay_out(self, call: TextCall, camera_mask: Tensor | None) -> Prompts:
         """The tokens of a batch whose cameras the host knows: `camera_mask`, bool (B, V), on the host, or None for all.
 
-        Raises:
-            ValueError: A prompt is empty or too long, or a token of it has no embedding.
+        Raises `ValueError` where a prompt is empty or too long, or a token of it has no embedding.
         """
         batch, cameras = len(call.texts), len(call.grids)
         present = [[True] * cameras] * batch if camera_mask is None else camera_mask.tolist()
@@ -138,7 +125,10 @@ class PromptRows:
             else:
                 ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
             _check_length(config, len(ids) + span, call.max_new_tokens)
-            _check_embedding(encoder, config, ids)
+            if (largest := max(ids, default=0)) >= config.vocab_size:
+                token = f"{largest} for {encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
+                limit = f"{config.vocab_size}, the rows of the model's embedding"
+                raise ValueError(f"token ids must be below {limit}, got {token}")
             both = h2d(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
@@ -153,24 +143,13 @@ def _cells(call: TextCall) -> list[int]:
     return list(itertools.starmap(operator.mul, call.grids))
 
 
-def _check_embedding(encoder: PromptEncoder, config: TextConfig, ids: Sequence[int]) -> None:
-    """Raises `ValueError` where the decoder's embedding has no row for a token."""
-    largest = max(ids, default=0)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"token ids must be below {config.vocab_size}, the rows of the model's embedding, got {largest} for "
-            f"{encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
-        )
-
-
 def _check_length(config: TextConfig, length: int, max_new_tokens: int, about: str = "") -> None:
     limit = config.max_position_embeddings
     if length > limit:
         raise ValueError(f"a prompt must have at most {limit} tokens, images included, got {about}{length}")
     if length + max_new_tokens > limit:
-        raise ValueError(
-            f"prompt and new tokens must fit into {limit} tokens, got {length} and max_new_tokens={max_new_tokens}"
-        )
+        both = f"{length} and max_new_tokens={max_new_tokens}"
+        raise ValueError(f"prompt and new tokens must fit into {limit} tokens, got {both}")
 
 
 def _options(cells: Sequence[int], has_slots: bool) -> list[tuple[bool, ...]]:

@@ -14,21 +14,14 @@ from qwen_batched.inputs.batch import Grid
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The texts of a batch as tokens, each with its answer where there are targets, and one token for each image.
+    """The texts of a batch as tokens, each with its answer where there are targets, and one token for each image."""
 
-    Attributes:
-        ids: Int64 (B, U), as `expand_prompts` takes them.
-        length: S of the sequences, images expanded.
-        tokens: How many tokens they have in all; None where only the device knows.
-        answers: Int64 (B,), how many tokens at the end of each are its answer's; None without targets.
-        answer_tokens: How many these are in all, or the most there can be where only the device knows.
-    """
-
-    ids: Tensor
-    length: int
-    tokens: int | None
+    ids: Tensor  # int64 (B, U), as `expand_prompts` takes them
+    length: int  # S of the sequences, images expanded
+    tokens: int | None  # how many tokens they have in all; None where only the device knows
+    # Int64 (B,), how many tokens at the end of each are its answer's; None without targets.
     answers: Tensor | None = None
-    answer_tokens: int = 0
+    answer_tokens: int = 0  # how many these are in all, or the most there can be where only the device knows
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,23 +29,15 @@ class Request:
     """A checked call: its tensors, and all that the host knows of them.
 
     To PyTorch's pytrees its tensors are children, and all else that shapes the batch is the structure, hashable.
-
-    Attributes:
-        frames: (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text
-            only.
-        camera_mask: Bool (B, V) on `device`, False where a camera is absent; None where none is.
-        prompts: Tokens on `device`; None for images only.
-        grids: Of each camera's image.
-        device: Where the batch goes.
-        as_list: Whether image features are to be a list, of one tensor for each camera.
     """
 
+    # (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text only.
     frames: tuple[Tensor, ...]
-    camera_mask: Tensor | None
-    prompts: Prompts | None
-    grids: tuple[Grid, ...]
-    device: torch.device
-    as_list: bool = False
+    camera_mask: Tensor | None  # bool (B, V) on `device`, False where a camera is absent; None where none is
+    prompts: Prompts | None  # tokens on `device`; None for images only
+    grids: tuple[Grid, ...]  # of each camera's image
+    device: torch.device  # where the batch goes
+    as_list: bool = False  # whether image features are to be a list, of one tensor for each camera
 
 
 def _flatten(request: Request) -> tuple[list[Tensor], Hashable]:

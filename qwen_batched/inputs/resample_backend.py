@@ -17,16 +17,9 @@ def resolve_resample_backend(
 ) -> str:
     """`chosen`, or where that is None what transformers' AutoImageProcessor would use on this machine.
 
-    torchvision is looked for but never imported, as in transformers: an installation that cannot be imported counts.
-
-    Args:
-        chosen: "pillow", "torchvision" or None.
-        image_processor_type: The class that the checkpoint's image processor config names; None where it names none.
-        published: The class that the family's published checkpoints name.
-        release: transformers' version.
-
-    Raises:
-        ValueError: `chosen` is something else.
+    That hangs on the class that the checkpoint's image processor config names (None: none), on the one that the
+    family's `published` checkpoints name, and on transformers' `release`. torchvision is looked for but never imported,
+    as there: an installation that cannot be imported counts. Raises `ValueError` where `chosen` is unknown.
     """
     if chosen is not None:
         ops.check_resample_backend(chosen)

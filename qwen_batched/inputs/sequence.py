@@ -18,21 +18,14 @@ NO_LABEL = -100  # of a token that is not trained on, as in transformers
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences of B samples, padded to S.
+    """Token sequences of B samples, padded to S."""
 
-    Attributes:
-        input_ids: Int64 (B, S).
-        attention_mask: Bool (B, S), False on padding.
-        position_ids: Int64 (3, B, S), temporal, height and width rope positions; 0 on padding.
-        camera_ids: Int64 (B, S), the camera of an image token, -1 elsewhere.
-        feature_index: Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token
-            stands for, -1 elsewhere.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    camera_ids: Tensor
+    input_ids: Tensor  # int64 (B, S)
+    attention_mask: Tensor  # bool (B, S), False on padding
+    position_ids: Tensor  # int64 (3, B, S), temporal, height and width rope positions; 0 on padding
+    camera_ids: Tensor  # int64 (B, S), the camera of an image token, -1 elsewhere
+    # Int64 (B, S), which of its sample's features (cameras in order, each row-major) an image token stands for, -1
+    # elsewhere.
     feature_index: Tensor
 
 
@@ -40,34 +33,20 @@ def expand_prompts(
     prompts: Tensor,
     grids: Tensor,
     camera_mask: Tensor | None,
-    *,
     image_token_id: int,
     pad_token_id: int,
     length: int,
     padding_side: str,
 ) -> Sequences:
-    """Gives each image token of the prompts as many places as its camera's image has cells.
-
-    Args:
-        prompts: As for `reference.expand_prompts`, like `grids` and `camera_mask`.
-        image_token_id: The token that stands for an image.
-        pad_token_id: Fills `input_ids` on padding.
-        length: S, no less than the longest sequence.
-        padding_side: "left" or "right".
-    """
+    """`ops.expand_prompts`, which see, with a name for the padding side and for each result."""
     left = padding_side == "left"
     return Sequences(*ops.expand_prompts(prompts, grids, camera_mask, image_token_id, pad_token_id, length, left))
 
 
 def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
-    """What to train on: the tokens at the end of each sequence that are its answer's.
+    """What to train on: the tokens at the end of each sequence that are its answer's, int64 (B,) `answers` of them.
 
-    Args:
-        sequences: Prompts with their answers.
-        answers: Int64 (B,), how many tokens of each are its answer's.
-
-    Returns:
-        Labels, int64 (B, S): the answers' tokens, `NO_LABEL` elsewhere; each is to be predicted from the token before.
+    Returns labels, int64 (B, S): the answers' tokens, `NO_LABEL` elsewhere; each is predicted from the one before.
     """
     mask_BS = sequences.attention_mask
     tokens_BS = mask_BS.long().cumsum(1)
@@ -76,13 +55,7 @@ def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
 
 
 def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:
-    """The embeddings with each image token's feature in its place.
-
-    Args:
-        embeds_BSD: Token embeddings.
-        features: (B, V, h, w, D), or V tensors (B, h, w, D).
-        feature_index: (B, S), see `Sequences`.
-    """
+    """Token embeddings with each image token's feature, of (B, V, h, w, D) or V tensors (B, h, w, D), in its place."""
     by_camera = [features.flatten(1, 3)] if isinstance(features, Tensor) else [x.flatten(1, 2) for x in features]
     features_BMD = torch.cat(by_camera, dim=1)
     index_BS1 = feature_index[..., None]

@@ -37,15 +37,11 @@ class TemplateBudgetError(Exception):
 
 
 class Run:
-    """What one rendering may still do, and what it has been seen to do.
-
-    Attributes:
-        looked: Whether something else than printing was done with a marked text.
-    """
+    """What one rendering may still do, and what it has been seen to do."""
 
     def __init__(self) -> None:
         self.steps, self.bytes = MAX_STEPS, MAX_BYTES
-        self.looked = False
+        self.looked = False  # whether something else than printing was done with a marked text
 
     def step(self, steps: int = 1) -> None:
         self.steps -= steps

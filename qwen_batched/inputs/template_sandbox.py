@@ -23,13 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from markupsafe import Markup
 
-from qwen_batched.inputs.template_budget import (
-    MAX_SOURCE,
-    TemplateBudgetError,
-    current,
-    format_cost,
-    is_marked,
-)
+from qwen_batched.inputs.template_budget import MAX_SOURCE, TemplateBudgetError, current, format_cost, is_marked
 from qwen_batched.inputs.template_nodes import HookedNodes
 
 MAX_BITS = 1 << 16  # of an integer
@@ -52,24 +46,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, loopcontrols],
-            optimized=False,
-            finalize=_printed,
-            cache_size=0,
-        )
+        settings = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False, "cache_size": 0}
+        super().__init__(extensions=[_Generation, loopcontrols], finalize=_printed, **settings)
         filters = {name: filter_ for name, filter_ in self.filters.items() if name not in REFUSED_FILTERS}
         self.filters = {name: _counted(name, filter_) for name, filter_ in {**filters, "tojson": _tojson}.items()}
         self.tests = {name: _counted_test(name, test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-            "dict": _Dict(),
-            "namespace": _SafeNamespace,
-        }
+        self.globals |= {"raise_exception": _raise_exception, "dict": _Dict(), "namespace": _SafeNamespace}
+        self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
 
     def template(self, source: str) -> jinja2.Template:
         """Compiles, within `bounded`. Raises whatever Jinja raises, and `TemplateBudgetError`."""
@@ -261,10 +245,9 @@ class _Dict:
 
 class _SafeNamespace(Namespace):
     def __init__(*args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args[1:], **kwargs)
-        if any(str(name).startswith("_") for name in attributes):
-            raise jinja2.exceptions.SecurityError("a namespace cannot hold names that begin with an underscore")
-        Namespace.__init__(args[0], attributes)
+        Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
@@ -284,7 +267,3 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)

@@ -20,48 +20,40 @@ _NFC_SHRINKS = 3
 
 
 class Vocabulary:
-    """Cuts a layout at its control tokens and turns the rest into ids.
-
-    Attributes:
-        control_ids: The control tokens that the checkpoint has, and those that were turned off, with their ids.
-    """
+    """Cuts a layout at its control tokens and turns the rest into ids."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, control: Sequence[str], added_tokens: Sequence[str] | None = None
     ) -> None:
-        """Takes the checkpoint's tokenizer, its family's control tokens, and which others texts may use.
-
-        Raises:
-            TypeError, ValueError: `added_tokens` is not as described, or the tokenizer is not one that this reads.
-        """
+        """Raises `TypeError` or `ValueError` as of `select_added_tokens`, or for a tokenizer that this cannot read."""
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {type(tokenizer).__name__}"
-            )
+            kind = type(tokenizer).__name__
+            raise ValueError(f"the checkpoint needs a tokenizer.json (a fast tokenizer), got {kind}")
         added = tokenizer.get_added_vocab()
         readable = select_added_tokens(added, control, added_tokens)
+        # The control tokens that the checkpoint has, and those that were turned off.
         self.control_ids = {token: index for token, index in added.items() if token not in readable}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         flags = {entry["content"]: entry for entry in state["added_tokens"]}
         for token in self.control_ids:
             if flags[token]["single_word"]:
                 raise ValueError(f"the tokenizer's control token {token!r} is a single_word, which is not implemented")
+        self.first_characters = frozenset(token[0] for token in self.control_ids)  # with which control tokens begin
         self._strips_before = {index for token, index in added.items() if flags[token]["lstrip"]}
         self._strips_behind = {index for token, index in added.items() if flags[token]["rstrip"]}
         self._added = added
         # The longest token that begins at a place counts, as in the tokenizer.
         self._added_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self._forbidden = frozenset(self.control_ids.values())
-        self._tokenizer = _text_tokenizer(state, readable)
+        # To this one every string is text but the readable tokens. transformers sets truncation and padding anew at
+        # each call; a file may hold those of some earlier one.
+        kept = [entry for entry in state["added_tokens"] if entry["content"] in set(readable)]
+        changed = {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = Tokenizer.from_str(json.dumps({**state, **changed}))
         # The tokenizers library numbers added tokens anew where there are fewer of them.
         renamed = {self._tokenizer.token_to_id(token): added[token] for token in readable}
         self._renamed = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
         self._max_token_bytes = _max_token_bytes(state, [flags[token] for token in readable])
-
-    @property
-    def first_characters(self) -> frozenset[str]:
-        """Those with which control tokens begin."""
-        return frozenset(token[0] for token in self.control_ids)
 
     def cut(self, layout: str) -> list[int | str]:
         """A layout as ids of control tokens and the strings between them."""
@@ -92,11 +84,7 @@ class Vocabulary:
         return stripped
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a stretch without control tokens.
-
-        Raises:
-            ValueError: The tokenizer's own rules make a control token of it.
-        """
+        """Ids of a stretch without control tokens. Raises `ValueError` where the tokenizer makes one of it."""
         return self._ids(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
@@ -109,9 +97,8 @@ class Vocabulary:
         if self._renamed:
             ids = [self._renamed.get(index, index) for index in ids]
         if not self._forbidden.isdisjoint(ids):
-            raise ValueError(
-                "the checkpoint's tokenizer makes a control token of a text: its vocabulary holds one twice"
-            )
+            reason = "its vocabulary holds one twice"
+            raise ValueError(f"the checkpoint's tokenizer makes a control token of a text: {reason}")
         return ids
 
     def least_tokens(self, text: str) -> int:
@@ -128,14 +115,8 @@ class Vocabulary:
 def select_added_tokens(added: Mapping[str, int], control: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
     """The added tokens that are read in texts, by id: those that are no control tokens, or those that are wanted.
 
-    Args:
-        added: All added tokens of the tokenizer.
-        control: The family's control tokens.
-        wanted: Tokens, or patterns as of `fnmatch` ("<action_*>"); None for all, () for none.
-
-    Raises:
-        TypeError: `wanted` is not a list or tuple of strings.
-        ValueError: One of them names a control token or nothing.
+    `wanted` are tokens, or patterns as of `fnmatch` ("<action_*>"); None for all, () for none. Raises `TypeError` where
+    they are not a list or tuple of strings, `ValueError` where one names a control token or nothing.
     """
     own = sorted(added.keys() - set(control), key=added.__getitem__)
     if wanted is None:
@@ -153,14 +134,6 @@ def select_added_tokens(added: Mapping[str, int], control: Sequence[str], wanted
             )
         chosen.update(found)
     return [token for token in own if token in chosen]
-
-
-def _text_tokenizer(state: dict[str, Any], readable: Sequence[str]) -> Tokenizer:
-    """The same tokenizer, to which every string is text but the `readable` added tokens."""
-    kept = [entry for entry in state["added_tokens"] if entry["content"] in set(readable)]
-    # transformers sets truncation and padding anew at each call; a file may hold those of some earlier one.
-    changed = {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps({**state, **changed}))
 
 
 def _max_token_bytes(state: dict[str, Any], readable: Sequence[dict[str, Any]]) -> int | None:

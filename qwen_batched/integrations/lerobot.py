@@ -62,8 +62,10 @@ def from_lerobot(
         masks[_key(name)].append(_checked_mask(f"image_masks[{name!r}]", mask, samples))
 
     black = torch.zeros_like(next(iter(present.values())))
+    frames = [present.get(key, black) for key in keys]
+    alike = len({(each.shape, each.dtype, each.device) for each in frames}) == 1
     return {
-        "images": _together([present.get(key, black) for key in keys]),
+        "images": torch.stack(frames, dim=1) if alike else frames,
         "texts": _texts(batch),
         "camera_mask": _camera_mask(masks, present, samples),
     }
@@ -124,11 +126,6 @@ def _checked_mask(name: str, mask: object, samples: int) -> Tensor:
             f"{name} must be bool ({samples},) or ({samples}, 1), one step, got {mask.dtype} {tuple(mask.shape)}"
         )
     return mask.reshape(samples)
-
-
-def _together(cameras: list[Tensor]) -> Tensor | list[Tensor]:
-    alike = len({(frames.shape, frames.dtype, frames.device) for frames in cameras}) == 1
-    return torch.stack(cameras, dim=1) if alike else cameras
 
 
 def _camera_mask(masks: Mapping[str, list[Tensor]], present: Iterable[str], samples: int) -> Tensor | None:

@@ -6,7 +6,6 @@ In: the packed projections (T, (N + 2K) * E) of a block. Out: (T, N * E).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,47 +13,27 @@ from torch import Tensor
 from qwen_batched import ops
 
 
-class Context(Protocol):
-    """What all blocks share about the tokens that run through them."""
+@dataclass(frozen=True)
+class PromptContext:
+    """Prompts back to back, each attending to itself."""
 
-    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
-        """Rotates and attends, in block `layer`."""
-        ...
+    cos: Tensor  # (T, E / 2), the rotation of each token, with `sin`
+    sin: Tensor
+    places: Tensor  # int64 (T,), the place b * S + s of each token
+    rows: AttentionRows  # where attention wants the tokens
+    cache: KVCache | None = None  # takes the keys and values; None where nothing is decoded afterwards
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """The tokens of (B, S, D), back to back, (T, D)."""
-        ...
-
-    def place(self, x_TD: Tensor) -> Tensor:
-        """Tokens back to back as (B, S, D), with zeros for padding."""
-        ...
-
-
-@dataclass(frozen=True)
-class PromptContext:
-    """Prompts back to back, each attending to itself.
-
-    Attributes:
-        cos, sin: (T, E / 2), the rotation of each token.
-        places: Int64 (T,), the place b * S + s of each token.
-        rows: Where attention wants the tokens.
-        cache: Takes the keys and values; None where nothing is decoded afterwards.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    places: Tensor
-    rows: AttentionRows
-    cache: KVCache | None = None
-
-    def take(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.flatten(0, 1).index_select(0, self.places)
 
     def place(self, x_TD: Tensor) -> Tensor:
+        """Tokens back to back as (B, S, D), with zeros for padding."""
         shape = (self.rows.batch, self.rows.length, x_TD.shape[-1])
         return x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, self.places, x_TD).view(shape)
 
     def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
+        """Rotates and attends, in block `layer`."""
         rows = self.rows
         placed = ops.mrope(qkv, self.cos, self.sin, num_kv_heads, rows.slots, rows.batch * rows.length)
         heads_BSHE = placed.view(rows.batch, rows.length, -1, 2 * self.cos.shape[-1])
@@ -67,16 +46,11 @@ class PromptContext:
 
 @dataclass(frozen=True)
 class NextTokenContext:
-    """One token of each sample, T = B, attending to those in the cache and itself.
+    """The same of one token of each sample, T = B, attending to those in the cache and itself."""
 
-    Attributes:
-        cos, sin: (B, E / 2), the rotation of each token.
-        cache: What came before; takes the new keys and values.
-    """
-
-    cos: Tensor
+    cos: Tensor  # (B, E / 2), the rotation of each token, with `sin`
     sin: Tensor
-    cache: KVCache
+    cache: KVCache  # what came before; takes the new keys and values
 
     def take(self, x_BSD: Tensor) -> Tensor:
         return x_BSD[:, 0]
@@ -90,17 +64,16 @@ class NextTokenContext:
         return ops.decode_attention(qkv, self.cos, self.sin, keys, values, cache.lengths, cache.tickets)
 
 
+Context = PromptContext | NextTokenContext  # what all blocks share about the tokens that run through them
+
+
 @dataclass(frozen=True)
 class AttentionRows:
-    """The rows that attention works on: one of `length` places for each sample, its tokens first.
-
-    Attributes:
-        slots: Int64 (T,), the place b * length + s of each token; None where tokens fill the rows.
-    """
+    """The rows that attention works on: one of `length` places for each sample, its tokens first."""
 
     batch: int
     length: int
-    slots: Tensor | None = None
+    slots: Tensor | None = None  # int64 (T,), the place b * length + s of each token; None where tokens fill the rows
 
     def take(self, x: Tensor) -> Tensor:
         """Rows (batch, length, ...) to tokens back to back, (T, ...)."""
@@ -111,8 +84,7 @@ class AttentionRows:
 def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
     """How `tokens` tokens of (B, S) stand back to back: all real ones, and padding where there is more room.
 
-    Returns:
-        Their places b * S + s, (T,), real ones first, and the rows that attention works on.
+    Returns their places b * S + s, (T,), real ones first, and the rows that attention works on.
     """
     batch, length = attention_mask.shape
     padding_BS = (~attention_mask).to(torch.uint8)
@@ -130,20 +102,15 @@ class KVCache:
 
     A sample's tokens stand at 0, 1, 2, ... whatever its neighbours' lengths, so that padding is never attended to.
     First comes the prompt, through `store_prompt` in every block and one `end_prompt`; then single tokens, each stored
-    by `ops.decode_attention` in every block and followed by one `end_token`.
-
-    Attributes:
-        keys_LBCKE: Rotated keys.
-        values_LBCKE: Values.
-        lengths: Int64 (B,), tokens that each sample holds.
-        tickets: What `ops.decode_attention` keeps between its programs.
+    by `ops.decode_attention` in every block and followed by one `end_token`. Keys are rotated.
     """
 
     def __init__(self, num_layers: int, batch: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
         shape = (num_layers, batch, capacity, num_heads, head_dim)
         # Zeros, not garbage: the reference multiplies values past a sample's end by 0, which a NaN would survive.
         self.keys_LBCKE, self.values_LBCKE = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)  # tokens that each sample holds
+        # What `ops.decode_attention` keeps between its programs.
         self.tickets = torch.zeros(batch * num_heads, dtype=torch.int32, device=like.device)
 
     def store_prompt(self, layer: int, keys: Tensor, values: Tensor) -> None:

@@ -1,9 +1,4 @@
-"""The decoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for.
-
-Shape letters: B samples, V cameras, I = B * V images, P patches of an image, M = h * w merged cells of an image,
-T patches of all images back to back, S tokens of a sequence, C vision width, D text width, N query heads,
-K key/value heads, E head size.
-"""
+"""The decoder: embeddings (B, S, D) with rope positions -> hidden states (B, S, D) of the layers asked for."""
 
 from __future__ import annotations
 
@@ -21,11 +16,7 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX, 
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import family_of, read_config
-from qwen_batched.inputs.checks import (
-    check_decoder_inputs,
-    check_norm,
-    resolve_layers,
-)
+from qwen_batched.inputs.checks import check_choice, check_decoder_inputs, resolve_layers
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
@@ -58,13 +49,8 @@ class Decoder(GradientCheckpointing):
     ) -> None:
         """Builds the modules with fresh weights.
 
-        Args:
-            config: Sizes.
-            norm: Makes a block's norms and the final one, of so many channels.
-            mlp: Makes a block's MLP.
-            qkv_bias: Whether queries, keys and values have biases.
-            qk_norm: Makes the norms of a query's and a key's head, before they are rotated.
-            rope: Makes the rotation of positions.
+        `norm` makes a block's norms and the final one, of so many channels, `mlp` a block's MLP, `qk_norm` the norms of
+        a query's and a key's head, before they are rotated by `rope`.
         """
         super().__init__()
         self.config = config
@@ -138,7 +124,7 @@ class Decoder(GradientCheckpointing):
             ValueError: A layer is out of range, `norm` is unknown, or shapes do not fit together.
         """
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
-        check_norm(norm)
+        check_choice("norm", norm, "post", "pre")
         check_has_values(self.norm)
         check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
         tokens = attention_mask.numel() if tokens is None else tokens
@@ -245,16 +231,12 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         qkv = self._qkv(self, x_TD)  # (T, (N + 2 * K) * E)
-        if self.has_qk_norm:
-            qkv = self._normalise_heads(qkv)
-        return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads))
-
-    def _normalise_heads(self, qkv: Tensor) -> Tensor:
-        """The same with each query's and key's head normalised."""
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
         num_kv = self.num_kv_heads
-        q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
-        return torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
+        if self.has_qk_norm:
+            heads = qkv.unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
+            qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
+        return apply_linear(self.o_proj, context.attend(self.index, qkv, num_kv))
 
     def _apply(self, *arguments: Any, **keywords: Any) -> DecoderAttention:
         super()._apply(*arguments, **keywords)

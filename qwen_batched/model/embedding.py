@@ -16,17 +16,12 @@ from qwen_batched.training.process_groups import needs_collective_participation
 
 
 class Embedded(NamedTuple):
-    """What the decoder takes, and where it comes from.
+    """What the decoder takes, and where it comes from."""
 
-    Attributes:
-        inputs_embeds: (B, S, D).
-        deep: Deep features where the main ones stand, each (B, S, D) and zero on text: see `Decoder.forward`.
-        features: None without images.
-    """
-
-    inputs_embeds: Tensor
+    inputs_embeds: Tensor  # (B, S, D)
+    # Deep features where the main ones stand, each (B, S, D) and zero on text: see `Decoder.forward`.
     deep: list[Tensor]
-    features: Features | None
+    features: Features | None  # None without images
 
 
 def embed(visual: VisionTransformer, decoder: Decoder, batch: Batch) -> Embedded:

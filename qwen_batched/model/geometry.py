@@ -35,39 +35,27 @@ class VisionPlan:
     raster order; inside a cell, patches in raster order. So every shape of window is one dense batch.
 
     Where the vision transformer has leading tokens, an image has as many more tokens in front of its patches.
-
-    Attributes:
-        window_order: (M,) int64, the raster index of the cell at each place of the window order.
-        raster_order: (h, w) int64, the place in window order of each cell; the inverse of `window_order`.
-        segments: By name, what a block may attend within: the whole image as one segment (`IMAGE`); and the attention
-            windows (`WINDOWS`), at most four runs (full, right edge, bottom edge, corner), where there are any.
-        cos: (P, head_dim / 2) float32, rotary table in window order: rows, then columns. Those of no rotation without
-            rotary embedding, and for leading tokens.
-        sin: (P, head_dim / 2) float32.
-        taps: Where the tokens are in the learned position table; None where there is none.
-        leading: How many leading tokens an image has.
     """
 
-    window_order: Tensor
-    raster_order: Tensor
+    window_order: Tensor  # (M,) int64, the raster index of the cell at each place of the window order
+    raster_order: Tensor  # (h, w) int64, the place in window order of each cell; the inverse of `window_order`
+    # By name, what a block may attend within: the whole image as one segment (`IMAGE`); and the attention windows
+    # (`WINDOWS`), at most four runs (full, right edge, bottom edge, corner), where there are any.
     segments: Mapping[str, Segments]
+    # (P, head_dim / 2) float32, rotary table in window order: rows, then columns. Those of no rotation without rotary
+    # embedding, and for leading tokens.
     cos: Tensor
-    sin: Tensor
-    taps: Taps | None
-    leading: int
+    sin: Tensor  # (P, head_dim / 2) float32
+    taps: Taps | None  # where the tokens are in the learned position table; None where there is none
+    leading: int  # how many leading tokens an image has
 
 
 @dataclass(frozen=True)
 class Taps:
-    """Rows of a position table and their weights: token `t` gets the sum of `table[rows[t]] * weights[t]`.
+    """Rows of a position table and their weights: token `t` gets the sum of `table[rows[t]] * weights[t]`."""
 
-    Attributes:
-        rows: Int64 (P, 4).
-        weights: Float32 (P, 4).
-    """
-
-    rows: Tensor
-    weights: Tensor
+    rows: Tensor  # int64 (P, 4)
+    weights: Tensor  # float32 (P, 4)
 
     def of(self, table: Tensor) -> Tensor:
         """(P, C) of a table (rows, C), in its dtype; summed in float32."""
@@ -78,10 +66,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """The size to which transformers' Qwen2-VL image processor resizes: multiples of `factor` near the same aspect.
 
     Python's `round` rounds halves to even, which is part of the rule (transformers, image_processing_qwen2_vl.py).
-
-    Raises:
-        ValueError: A side is below `factor`, the aspect ratio is above 200, or `min_pixels` asks for a larger frame
-            than `MAX_FRAME_PIXELS`.
+    Raises `ValueError` where a side is below `factor`, the aspect ratio is above 200, or `min_pixels` asks for a larger
+    frame than `MAX_FRAME_PIXELS`.
     """
     if min(height, width) < factor:
         raise ValueError(f"images must be at least {factor} x {factor} pixels, got {height} x {width}")
@@ -95,10 +81,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         beta = math.sqrt(min_pixels / (height * width))
         rows, columns = (math.ceil(side * beta / factor) * factor for side in (height, width))
         if rows * columns > MAX_FRAME_PIXELS:  # rounding up may take it past min_pixels
-            raise ValueError(
-                f"a frame must be resized to at most {MAX_FRAME_PIXELS} pixels, got {height} x {width} for "
-                f"min_pixels={min_pixels}"
-            )
+            given = f"{height} x {width} for min_pixels={min_pixels}"
+            raise ValueError(f"a frame must be resized to at most {MAX_FRAME_PIXELS} pixels, got {given}")
         return rows, columns
     return rounded_height, rounded_width
 
@@ -107,10 +91,8 @@ def resize_axis(source: int, target: int, device: torch.device) -> tuple[Tensor,
     """One axis of PyTorch's antialiased bicubic resize, as a table for a kernel.
 
     Read off PyTorch itself, by resizing an identity, so that the kernel's weights are PyTorch's to the last bit.
-
-    Returns:
-        Int32 (target,), the first source pixel of each target pixel, and float32 (taps, target), the weights of the
-        source pixels from there. All of them exist: a kernel needs no mask.
+    Returns int32 (target,), the first source pixel of each target pixel, and float32 (taps, target), the weights of the
+    source pixels from there. All of them exist: a kernel needs no mask.
     """
     # PyTorch's GPU kernel has no room for the weights of a stronger reduction.
     where = device if source <= MAX_REDUCTION_ON_GPU * target else torch.device("cpu")
@@ -142,15 +124,10 @@ def make_vision_plan(config: VisionConfig, h: int, w: int, device: torch.device)
     runs = {IMAGE: (Run(start=0, count=1, length=leading + h * w * config.cell_patches),)}
     if config.window_size is not None:
         runs[WINDOWS] = windows
-    return VisionPlan(
-        window_order=window_order.to(device),
-        raster_order=raster_order.to(device),
-        segments={name: Segments.of(each, device) for name, each in runs.items()},
-        cos=cos.to(device),
-        sin=sin.to(device),
-        taps=None if taps is None else Taps(taps.rows.to(device), taps.weights.to(device)),
-        leading=leading,
-    )
+    segments = {name: Segments.of(each, device) for name, each in runs.items()}
+    window_order, raster_order, cos, sin = (x.to(device) for x in (window_order, raster_order, cos, sin))
+    taps = None if taps is None else Taps(taps.rows.to(device), taps.weights.to(device))
+    return VisionPlan(window_order, raster_order, segments, cos, sin, taps, leading)
 
 
 def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[Run, ...]]:
@@ -158,16 +135,15 @@ def _window_order(config: VisionConfig, h: int, w: int) -> tuple[Tensor, tuple[R
     side = max(h, w) if config.window_size is None else config.window_cells
     cells = torch.arange(h * w).view(h, w)
     full_h, full_w = h - h % side, w - w % side
-    # (rows, columns, window height, window width) of the full, right edge, bottom edge and corner windows
+    # Cells, window height and width of the full, right edge, bottom edge and corner windows.
     areas = (
-        (slice(0, full_h), slice(0, full_w), side, side),
-        (slice(0, full_h), slice(full_w, w), side, w - full_w),
-        (slice(full_h, h), slice(0, full_w), h - full_h, side),
-        (slice(full_h, h), slice(full_w, w), h - full_h, w - full_w),
+        (cells[:full_h, :full_w], side, side),
+        (cells[:full_h, full_w:], side, w - full_w),
+        (cells[full_h:, :full_w], h - full_h, side),
+        (cells[full_h:, full_w:], h - full_h, w - full_w),
     )
     order, runs, start = [], [], 0
-    for rows, columns, window_h, window_w in areas:
-        area = cells[rows, columns]
+    for area, window_h, window_w in areas:
         if area.numel() == 0:
             continue
         order.append(rearrange(area, "(a y) (b x) -> (a b y x)", y=window_h, x=window_w))
@@ -223,13 +199,8 @@ def _position_taps(config: VisionConfig, places: tuple[Tensor, Tensor], sizes: S
 def split_into_passes(counts: Sequence[int], patches: Sequence[int], chunk_size: int | None) -> list[dict[int, slice]]:
     """Which images go through the vision tower at once: consecutive ones, in passes of about equal length.
 
-    Args:
-        counts: How many images there are of each size.
-        patches: Of an image of each size.
-        chunk_size: Most images in a pass; None for about `PATCHES_PER_PASS` patches.
-
-    Returns:
-        For each pass, by size, the images of that size in it.
+    Of each size there are `counts` images of `patches`. A pass has at most `chunk_size` images, or about
+    `PATCHES_PER_PASS` patches. Returns for each pass, by size, the images of that size in it.
     """
     total = done = 0
     for count, cost in zip(counts, patches, strict=True):

@@ -31,17 +31,9 @@ def answer_loss(
 ) -> Tensor:
     """Mean cross entropy, in float32, of all labels of the batch, each predicted from the token before it.
 
-    Logits are made a chunk of tokens at a time, and made again in the backward pass.
-
-    Args:
-        hidden_BSD: Hidden states after the final norm.
-        attention_mask: Bool (B, S), False on padding.
-        labels_BS: Token ids, `NO_LABEL` where there is nothing to learn.
-        answer_tokens: A, no fewer than there are labels: the host's count of them, so that nothing is read back.
-        logits: (T, D) to (T, vocabulary).
-
-    Returns:
-        A scalar; 0 where there are no labels.
+    Logits are made a chunk of tokens at a time, by `logits`, (T, D) to (T, vocabulary), and made again in the backward
+    pass. `labels_BS` are `NO_LABEL` where there is nothing to learn; `answer_tokens`, A, is no fewer than there are
+    labels: the host's count of them, so that nothing is read back. Returns a scalar; 0 where there are no labels.
     """
     # The places b * S + s of all labels first, in ascending order.
     places_A = torch.argsort((labels_BS == NO_LABEL).flatten().to(torch.uint8), stable=True)[:answer_tokens]

@@ -30,17 +30,11 @@ class Network(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a call asks for.
+    """What a call asks for."""
 
-    Attributes:
-        layers: Indices of hidden states, 0 for the input embeddings.
-        norm: "post" or "pre", see `Decoder.forward`.
-        logits: None, "last" or "all".
-    """
-
-    layers: tuple[int, ...]
-    norm: str
-    logits: str | None
+    layers: tuple[int, ...]  # indices of hidden states, 0 for the input embeddings
+    norm: str  # "post" or "pre", see `Decoder.forward`
+    logits: str | None  # None, "last" or "all"
 
 
 def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:

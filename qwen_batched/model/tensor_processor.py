@@ -21,20 +21,9 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint, naming
 from qwen_batched.checkpoint.options import ProcessorOptions, read_options
 from qwen_batched.families import family_of, read_config
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import (
-    Resize,
-    check_camera_mask,
-    check_device,
-    check_dtype,
-    check_float_range,
-    check_frames,
-    check_resize,
-    check_system,
-    check_targets,
-    check_texts,
-    check_unicode,
-)
+from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
@@ -45,6 +34,7 @@ from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smar
 from qwen_batched.runtime.host_copies import cached_h2d, h2d
 from qwen_batched.runtime.lru_cache import LRUCache
 
+Images = Tensor | Sequence[Tensor] | None
 MAX_CACHED_TABLES, MAX_CACHED_MASKS = 256, 256
 
 
@@ -66,9 +56,7 @@ class TensorProcessor:
                 unknown.
         """
         image.check_patches(config.vision)
-        self.config = config
-        self.image = image
-        self.prompts = prompts
+        self.config, self.image, self.prompts = config, image, prompts
         self.padding_side = padding_side
         published = family_of(config.model_type).image_processor
         self.resample_backend = resolve_resample_backend(resample_backend, published, published)
@@ -115,8 +103,7 @@ class TensorProcessor:
     ) -> TensorProcessor:
         """The processor of an opened checkpoint.
 
-        Raises:
-            ValueError: The folder lacks a file, or says something that this package does not implement.
+        Raises `ValueError` where the folder lacks a file, or says something that this package does not implement.
         """
         config = read_config(checkpoint)
         family = family_of(config.model_type)
@@ -176,18 +163,9 @@ class TensorProcessor:
             TypeError, ValueError: An argument is not as described, or a prompt with its new tokens is longer than the
                 model's maximum.
         """
-        check_dtype(dtype)
-        request = self.request(
-            images,
-            texts,
-            camera_mask,
-            targets=targets,
-            template=template,
-            resize=resize,
-            device=device,
-            max_new_tokens=max_new_tokens,
-            system=system,
-        )
+        checks.check_dtype(dtype)
+        options = {"template": template, "resize": resize, "max_new_tokens": max_new_tokens, "system": system}
+        request = self.request(images, texts, camera_mask, targets=targets, device=device, **options)
         return self.prepared(request, dtype)
 
     @torch.compiler.disable  # work of the host, different at every call
@@ -207,7 +185,7 @@ class TensorProcessor:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         factor = self.config.vision.cell_size
-        resize = check_resize(resize, factor)
+        resize = checks.check_resize(resize, factor)
         groups, device = self._check_images(images, camera_mask, device, factor)
         if groups is None and texts is None:
             raise ValueError("there must be images or texts, got neither")
@@ -216,15 +194,15 @@ class TensorProcessor:
             height, width = self._target_size(group, resize, factor)
             grids += ((height // factor, width // factor),) * group.shape[1]
         if texts is not None:
-            texts = check_texts(texts, groups[0].shape[0] if groups else None)
+            texts = checks.check_texts(texts, groups[0].shape[0] if groups else None)
             self.prompts.check_template(template, len(grids))
             if not template.isascii():
-                check_unicode("template", template)
+                checks.check_unicode("template", template)
         if targets is not None:
-            targets = check_targets(targets, texts)
+            targets = checks.check_targets(targets, texts)
             self.prompts.end_token(template)
         if system is not None:
-            check_system(system, texts, template)
+            checks.check_system(system, texts, template)
         prompts = None
         if texts is not None:
             text = self.config.text
@@ -232,14 +210,8 @@ class TensorProcessor:
             on_host = camera_mask is None or camera_mask.device.type == "cpu"
             lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
             prompts = lay_out(call, camera_mask)
-        return Request(
-            frames=tuple(groups or ()),
-            camera_mask=None if camera_mask is None else self._mask_on_device(camera_mask, device),
-            prompts=prompts,
-            grids=grids,
-            device=device,
-            as_list=isinstance(images, (list, tuple)),
-        )
+        mask = None if camera_mask is None else self._mask_on_device(camera_mask, device)
+        return Request(tuple(groups or ()), mask, prompts, grids, device, as_list=isinstance(images, (list, tuple)))
 
     @torch.compiler.disable
     def batch(self, request: Request, dtype: torch.dtype) -> Batch:
@@ -268,24 +240,20 @@ class TensorProcessor:
         return prepare(self.batch(request, dtype), orders)
 
     def _check_images(
-        self,
-        images: Tensor | Sequence[Tensor] | None,
-        camera_mask: Tensor | None,
-        device: torch.device | str | None,
-        factor: int,
+        self, images: Images, camera_mask: Tensor | None, device: torch.device | str | None, factor: int
     ) -> tuple[list[Tensor] | None, torch.device]:
         """The cameras' frames by size, and the device of the batch."""
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
             return None, _with_memory(resolve_device("cpu" if device is None else device))
-        groups = check_frames(images, min_side=factor)
+        groups = checks.check_frames(images, min_side=factor)
         device = groups[0].device if device is None else _with_memory(resolve_device(device))
-        check_device("images", groups[0], device)
+        checks.check_device("images", groups[0], device)
         if camera_mask is not None:
             cameras = sum(group.shape[1] for group in groups)
-            check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
-        check_float_range(groups, camera_mask)
+            checks.check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
+        checks.check_float_range(groups, camera_mask)
         return groups, device
 
     def _target_size(self, frames: Tensor, resize: Resize, factor: int) -> tuple[int, int]:
@@ -341,15 +309,8 @@ class TensorProcessor:
             ("grids", grids, device),
             lambda: torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 2).to(device),
         )
-        return expand_prompts(
-            prompts.ids,
-            table,
-            request.camera_mask,
-            image_token_id=self.config.image_token_id,
-            pad_token_id=self.prompts.pad_token_id,
-            length=prompts.length,
-            padding_side=self._padding_side,
-        )
+        tokens = self.config.image_token_id, self.prompts.pad_token_id
+        return expand_prompts(prompts.ids, table, request.camera_mask, *tokens, prompts.length, self._padding_side)
 
     def _mask_on_device(self, camera_mask: Tensor, device: torch.device) -> Tensor:
         """A host mask on the device, copied there the first time only."""

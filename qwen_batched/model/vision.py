@@ -1,8 +1,6 @@
 """The vision transformer: patches of all images, in window order -> features (B, V, h, w, D), row-major.
 
-Shape letters: B samples, V cameras, I = B * V images, P patches of an image, M = h * w merged cells of an image,
-T patches of all images back to back, S tokens of a sequence, C vision width, D text width, N query heads,
-K key/value heads, E head size.
+Shape letters as in CONTRIBUTING.md, and C the vision width.
 """
 
 from __future__ import annotations
@@ -21,14 +19,8 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, TEXT_PREFIX, VISION_PREFIX
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import family_of, read_config
+from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features, Grid
-from qwen_batched.inputs.checks import (
-    check_camera_mask,
-    check_chunk_size,
-    check_pixels,
-    check_same_device,
-    resolve_layers,
-)
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.geometry import IMAGE, MAX_PLANS, WINDOWS, VisionPlan, split_into_passes, vision_plan
@@ -57,15 +49,10 @@ class VisionTransformer(GradientCheckpointing):
         deep_merger: Callable[[], nn.Module] | None = None,
         patch_bias: bool = False,
     ) -> None:
-        """Builds the modules with fresh weights.
+        """Builds the modules with fresh weights, of sizes and parts as in `config`.
 
-        Args:
-            config: Sizes, and which parts there are.
-            norm: Makes a block's norms, of so many channels.
-            mlp: Makes a block's MLP.
-            merger: Makes what joins patches: an update and the residual stream, (T, C) each, to (M, D).
-            deep_merger: Makes those of `deepstack_visual_indexes`.
-            patch_bias: Whether the patch embedding has one.
+        `norm` makes a block's norms, of so many channels, `mlp` its MLP; `merger` what joins patches, an update and the
+        residual stream, (T, C) each, to (M, D), and `deep_merger` the same for `deepstack_visual_indexes`.
         """
         super().__init__()
         self.config = config
@@ -138,18 +125,18 @@ class VisionTransformer(GradientCheckpointing):
                 Raised before any work.
         """
         config = self.config
-        chunk_size = check_chunk_size(chunk_size)
+        chunk_size = checks.check_chunk_size(chunk_size)
         if deepstack and layers is not None:
             raise ValueError(f"layers must be None with deepstack, got {layers!r:.200}")
-        wanted = None if layers is None else resolve_layers(layers, config.depth)
+        wanted = None if layers is None else checks.resolve_layers(layers, config.depth)
         deep = (config.deepstack_visual_indexes or ()) if deepstack else ()
-        grids = check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
+        grids = checks.check_pixels(pixel_values, raster_order, config.patch_dim, config.cell_patches)
         uniform = isinstance(pixel_values, Tensor)
         pixels = [pixel_values.flatten(0, 1)] if uniform else list(pixel_values)
         batch, device = pixel_values.shape[0] if uniform else pixels[0].shape[0], pixels[0].device
-        check_same_device("pixel_values", pixels, self.patch_embed.proj.weight)
+        checks.check_same_device("pixel_values", pixels, self.patch_embed.proj.weight)
         if camera_present is not None:
-            check_camera_mask(camera_present, batch, len(grids), device)
+            checks.check_camera_mask(camera_present, batch, len(grids), device)
             camera_present = camera_present.to(device, non_blocking=True)
         plans = [self.plan(*grid, device) for grid in (grids[:1] if uniform else grids)]
 
@@ -215,19 +202,15 @@ class VisionTransformer(GradientCheckpointing):
             parts.append(x_IPC.flatten(0, 1))
         return join(parts)
 
-    def _segments(self, index: int) -> str:
-        """What block `index` attends within."""
-        config = self.config
-        return WINDOWS if config.window_size is not None and index not in config.fullatt_block_indexes else IMAGE
-
     def _run_blocks(
         self, x_TC: Tensor, groups: tuple[ImageGroup, ...], wanted: Sequence[int], depth: int
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """The update and the residual stream of block `depth`, for the merger, and the `wanted` blocks' outputs."""
+        config, outputs = self.config, {}
         update, residual = x_TC, None
-        outputs = {}
         for index, block in enumerate(self.blocks[:depth]):
-            segments = self._segments(index)
+            is_whole = config.window_size is None or index in config.fullatt_block_indexes
+            segments = IMAGE if is_whole else WINDOWS
             if can_fuse(block, VisionBlock):
                 update, residual = block.advance(update, residual, groups, segments)
             else:
@@ -237,10 +220,7 @@ class VisionTransformer(GradientCheckpointing):
         return update, residual, [outputs[index] for index in wanted]
 
     def _in_raster_order(self, x: Tensor, groups: tuple[ImageGroup, ...], patch_rows: int) -> list[Tensor]:
-        """Tokens of all images in window order to one (count, rows, columns, width) per group, row-major.
-
-        A merged cell holds `patch_rows` x `patch_rows` tokens.
-        """
+        """Tokens of all images, `patch_rows`**2 a cell, to one (count, rows, columns, width) per group, row-major."""
         cell = patch_rows**2
         parts = x.split([group.count * group.plan.raster_order.numel() * cell for group in groups])
         return [to_raster(part, group, patch_rows) for part, group in zip(parts, groups, strict=True)]
@@ -284,12 +264,12 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_TC: Tensor, groups: tuple[ImageGroup, ...], segments: str) -> Tensor:
-        qkv = apply_linear(self.qkv, x_TC)
-        parts = [qkv] if len(groups) == 1 else qkv.split([group.tokens for group in groups])
-        outs = [self._attend(qkv, group, segments) for qkv, group in zip(parts, groups, strict=True)]
+        qkv_TC = apply_linear(self.qkv, x_TC)
+        parts = [qkv_TC] if len(groups) == 1 else qkv_TC.split([group.tokens for group in groups])
+        outs = []
+        for qkv, group in zip(parts, groups, strict=True):
+            plan = group.plan
+            qkv_IPC = qkv.view(group.count, plan.cos.shape[0], -1)
+            out_IPC = ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads)
+            outs.append(out_IPC.flatten(0, 1))
         return apply_linear(self.proj, join(outs))
-
-    def _attend(self, qkv: Tensor, group: ImageGroup, segments: str) -> Tensor:
-        plan = group.plan
-        qkv_IPC = qkv.view(group.count, plan.cos.shape[0], -1)
-        return ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads).flatten(0, 1)

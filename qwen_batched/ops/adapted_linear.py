@@ -93,7 +93,7 @@ class AdaptedLinear(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        low, stacked, product, x, weight, bias, *factors = ctx.saved_tensors
+        saved = _, _, product, x, *_ = ctx.saved_tensors
         if torch.is_autocast_enabled(x.device.type):  # the forward pass has chosen the dtypes
             with torch.autocast(x.device.type, enabled=False):
                 return AdaptedLinear.backward(ctx, grad)
@@ -101,11 +101,10 @@ class AdaptedLinear(Function):
         if grad is None:
             grads = [None] * len(wanted)
         elif torch.is_grad_enabled():  # the gradients are to be differentiated themselves
-            grads = _differentiable_grads(grad, x, weight, bias, ctx.places, ctx.gated, factors, wanted)
+            grads = _differentiable_grads(grad, saved, ctx.places, ctx.gated, wanted)
         else:
             grad = swiglu_backward(grad, product, None) if ctx.gated else grad
-            stacked = factors[0] if stacked is None else stacked
-            grads = _grads(grad, x, weight, low, stacked, ctx.places, factors[1::2], wanted)
+            grads = _grads(grad, saved, ctx.places, wanted)
         return grads[0], None, None, None, None, *grads[1:]
 
 
@@ -114,16 +113,11 @@ _apply = super(Function, AdaptedLinear).apply
 
 
 def _grads(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    low: Tensor,
-    stacked: Tensor,
-    places: Sequence[tuple[float, int]],
-    bs: Sequence[Tensor],
-    wanted: Sequence[bool],
+    grad: Tensor, saved: Sequence[Tensor | None], places: Sequence[tuple[float, int]], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of `x` and of all matrices, in the order of `wanted`."""
+    low, stacked, _, x, weight, _, *factors = saved
+    stacked, bs = factors[0] if stacked is None else stacked, factors[1::2]
     trains = any(wanted[1:])
     wide_grad, grad_lows, grad_bs = _as_factor(grad, low), [], []
     for (scaling, start), b, part in zip(places, bs, _parts(low, bs), strict=True):
@@ -144,15 +138,13 @@ def _grads(
 
 def _differentiable_grads(
     grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    saved: Sequence[Tensor | None],
     places: Sequence[tuple[float, int]],
     gated: bool,
-    factors: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The same by autograd."""
+    _, _, _, x, weight, bias, *factors = saved
     updates = [LowRankUpdate(a, b, *place) for a, b, place in zip(factors[::2], factors[1::2], places, strict=True)]
     out = _by_the_reference(x, weight, bias, updates, gated)
     chosen = [tensor for tensor, is_wanted in zip((x, *factors), wanted, strict=True) if is_wanted]

@@ -23,7 +23,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         or backend() == "reference"
     ):
         return reference.causal_attention(q, k, v)
-    out = fastest_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+    out = fastest_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -32,16 +32,7 @@ def fastest_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) 
 
     H200, bf16: 64 images of 1024 tokens, 16 heads of 80: cuDNN 828 us, flash 1367 us; 8 texts of 817 tokens, 16 heads
     of 128 on 2, causal: 70 us and 135 us. It is called by its own name: `sdpa_kernel` would change the choice of every
-    thread.
-
-    Args:
-        q: (B, N, S, E).
-        k: (B, K, S, E), K dividing N.
-        v: (B, K, S, E).
-        is_causal: Whether a token sees only those before it and itself.
-
-    Returns:
-        (B, N, S, E).
+    thread. `q` and the result are (B, N, S, E), `k` and `v` (B, K, S, E), K dividing N.
     """
     grouped = k.shape[1] != q.shape[1]
     params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, is_causal, grouped)

@@ -11,18 +11,12 @@ class LowRankUpdate(NamedTuple):
     """`scaling * (x A^T) B^T`, added to some columns of a linear layer's result.
 
     It is computed in the matrices' dtype, which may be wider than that of `x`.
-
-    Attributes:
-        a: (R, D); where `x` is wider, its first D columns are taken.
-        b: (F, R).
-        scaling: A number.
-        start: The first of the F columns.
     """
 
-    a: Tensor
-    b: Tensor
+    a: Tensor  # (R, D); where `x` is wider, its first D columns are taken
+    b: Tensor  # (F, R)
     scaling: float
-    start: int = 0
+    start: int = 0  # the first of the F columns
 
     @property
     def columns(self) -> slice:

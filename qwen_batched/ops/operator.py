@@ -18,11 +18,7 @@ _library = torch.library.Library("qwen_batched", "DEF")
 
 
 class Operator:
-    """Runs an operation's Triton kernel, or its reference where there is none. It has no derivative.
-
-    Attributes:
-        traced: PyTorch's operator, for whatever looks at the call: compilers, tracers, modes, subclasses of tensors.
-    """
+    """Runs an operation's Triton kernel, or its reference where there is none. It has no derivative."""
 
     def __init__(
         self,
@@ -31,14 +27,10 @@ class Operator:
         file: str | None = None,
         adapt: Callable[..., object] = lambda compute, *arguments: compute(*arguments),
     ) -> None:
-        """Defines PyTorch's operator.
+        """Defines PyTorch's operator: by the name in `schema`, that of the reference and of the kernel's launcher.
 
-        Args:
-            schema: Its name is that of the reference and of the kernel's launcher.
-            fake: The results of PyTorch's operator, without values.
-            file: Of the launcher in `ops.triton`; None where it is the name.
-            adapt: Calls its first argument, the launcher or the reference, where their arguments or results are not
-                those that the schema can say.
+        `fake` makes its results without values; `file` is the launcher's in `ops.triton`, where not the name. `adapt`
+        calls its first argument, launcher or reference, where their arguments are not those that the schema can say.
         """
         self.name = schema.partition("(")[0]
         self._file = file or self.name
@@ -46,6 +38,7 @@ class Operator:
         _library.define(schema)
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"qwen_batched::{self.name}", fake, lib=_library)
+        # For whatever looks at the call: compilers, tracers, modes, subclasses of tensors.
         self.traced = getattr(torch.ops.qwen_batched, self.name)
 
     @functools.cached_property

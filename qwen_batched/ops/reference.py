@@ -22,14 +22,8 @@ NO_TOKEN = -1  # no token, no camera, no feature
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds `update` to the residual stream and normalises the sum (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    Args:
-        update: (..., D), what the last sub-layer adds.
-        residual: (..., D), the stream before it; None at the start, where `update` is the stream.
-        weight: (D,).
-        eps: Added to the mean square.
-
-    Returns:
-        The normalised stream, and the stream itself, both (..., D).
+    `update` and `residual` (..., D), the latter None at the start, where the former is the stream; `weight` (D,).
+    Returns the normalised stream, and the stream itself, both (..., D).
     """
     stream = update if residual is None else residual + update
     x = widen(stream)
@@ -40,18 +34,9 @@ def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: f
 def add_rms_norm_backward(
     grad_normed: Tensor, grad_stream: Tensor | None, stream: Tensor, weight: Tensor, eps: float, for_weight: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `add_rms_norm`.
+    """The gradient of `add_rms_norm`, from those of its results (`grad_stream` None for zeros) and from its stream.
 
-    Args:
-        grad_normed: (..., D), of the normalised stream.
-        grad_stream: (..., D), of the stream; None for zeros.
-        stream: (..., D), as `add_rms_norm` returned it.
-        weight: (D,).
-        eps: As there.
-        for_weight: Whether the weight's is wanted.
-
-    Returns:
-        (..., D), of the update and of the residual alike; and (D,), of the weight, (0,) where it is not wanted.
+    Returns (..., D), of the update and of the residual alike; and (D,), of the weight, (0,) where it is not wanted.
     """
     x, grad = widen(stream), widen(grad_normed)
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -65,16 +50,9 @@ def add_rms_norm_backward(
 def swiglu(
     gate: Tensor, up: Tensor | None = None, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
 ) -> Tensor:
-    """SiLU(gate + gate_bias) * (up + up_bias) (Shazeer 2020, arXiv:2002.05202).
+    """SiLU(gate + gate_bias) * (up + up_bias), (..., F) (Shazeer 2020, arXiv:2002.05202).
 
-    Args:
-        gate: (..., F).
-        up: (..., F); None where `gate` is both, (..., 2F).
-        gate_bias: (F,), with `up_bias` or not at all.
-        up_bias: (F,).
-
-    Returns:
-        (..., F).
+    `gate` and `up` (..., F), or `gate` alone is both, (..., 2F); the biases (F,), both or none.
     """
     gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
     x, y = widen(gate), widen(up)
@@ -93,17 +71,13 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
-    """Rotary embedding and attention within each segment of each image.
+    """Rotary embedding and attention within each segment of each image, (I, P, D).
 
     Args:
         qkv: (I, P, 3 * D), the packed projection: all queries, then all keys, then all values.
-        cos: (P, E / 2) float32, rotation of the first and second half of a head against each other.
-        sin: (P, E / 2) float32.
+        cos, sin: (P, E / 2) float32, rotation of the first and second half of a head against each other.
         segments: Of an image's P tokens. Windows are segments; so is the whole image.
         num_heads: N; E = D / N.
-
-    Returns:
-        (I, P, D).
     """
     heads = qkv.unflatten(-1, (3, num_heads, -1))
     turned = rotate(heads[:, :, :2], cos[:, None, None], sin[:, None, None])
@@ -115,12 +89,9 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
 def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
     """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
     images, _, heads, size = q_IPNE.shape
-    segmented = images, run.count, run.length, heads, size
-    tokens = run.count * run.length
-    q, k, v = [
-        x.narrow(1, run.start, tokens).reshape(segmented).transpose(2, 3).flatten(0, 1)
-        for x in (q_IPNE, k_IPNE, v_IPNE)
-    ]
+    segmented, tokens = (images, run.count, run.length, heads, size), run.count * run.length
+    runs = (x.narrow(1, run.start, tokens).reshape(segmented) for x in (q_IPNE, k_IPNE, v_IPNE))
+    q, k, v = (x.transpose(2, 3).flatten(0, 1) for x in runs)
     out_GNSE = F.scaled_dot_product_attention(q, k, v)
     out = out_GNSE.reshape(images, run.count, heads, run.length, size).transpose(2, 3)
     return out.reshape(images, tokens, heads * size)
@@ -171,8 +142,7 @@ def mrope(
 
     Args:
         qkv: (T, (N + 2K) * E): the heads of all queries, then of the keys, then of the values.
-        cos: (T, E / 2), from `mrope_tables`; or (P, E / 2), P dividing T: every P tokens begin the table anew.
-        sin: As `cos`.
+        cos, sin: (T, E / 2), from `mrope_tables`; or (P, E / 2), P dividing T: every P tokens begin the table anew.
         num_kv_heads: K.
         slots: Int64 (T,), the row of each token; None where tokens stand as they come.
         rows: How many rows there are; T where `slots` is None.
@@ -190,27 +160,15 @@ def mrope(
 
 
 def decode_attention(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    tickets: Tensor | None = None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, tickets: Tensor | None = None
 ) -> Tensor:
-    """One more token of each sample: rotates it, stores its key and value, and attends to all tokens so far.
+    """One more token of each sample, (B, N * E): rotates it, stores its key and value, attends to all tokens so far.
 
     Args:
-        qkv: (B, (N + 2K) * E), as in `mrope`.
-        cos: (B, E / 2).
-        sin: (B, E / 2).
-        keys: (B, C, K, E), rotated keys of the tokens so far; takes the new ones.
-        values: (B, C, K, E).
+        qkv: (B, (N + 2K) * E), as in `mrope`; `cos` and `sin` (B, E / 2).
+        keys, values: (B, C, K, E), of the tokens so far, keys rotated; take the new ones.
         lengths: Int64 (B,), how many tokens each sample has so far; below C.
         tickets: Int32 (B * K,), zero before and after: what the kernel's programs share, not used here.
-
-    Returns:
-        (B, N * E).
     """
     batch, capacity, num_kv_heads, head_dim = keys.shape
     heads = mrope(qkv, cos, sin, num_kv_heads).unflatten(-1, (-1, head_dim))
@@ -225,16 +183,8 @@ def decode_attention(
 def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Cosine and sine of multimodal rope (Qwen2-VL, arXiv:2409.12191, section 2.1), sectioned layout.
 
-    The first `sections[0]` frequencies turn with the temporal position, the next with the height, the last with the
-    width.
-
-    Args:
-        position_ids: (3, ...) integers: temporal, height, width.
-        inv_freq: (E / 2,) float32.
-        sections: How many frequencies each axis takes; their sum is E / 2.
-
-    Returns:
-        cos and sin, each (..., E / 2) float32.
+    Of the frequencies `inv_freq` (E / 2,) float32, the first `sections[0]` turn with the temporal position, the next
+    with the height, the last with the width: `position_ids` (3, ...), integers. Returns each (..., E / 2) float32.
     """
     axes = zip(position_ids.to(inv_freq.dtype), inv_freq.split(sections), strict=True)
     angles = torch.cat([positions[..., None] * freqs for positions, freqs in axes], dim=-1)
@@ -248,16 +198,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), (B, S, N * E).
 
-    Args:
-        q: (B, S, N, E).
-        k: (B, C, K, E), K dividing N.
-        v: (B, C, K, E).
-        visible: None for causal attention, C = S; or bool (B, C), the keys that every query of a sample may see.
-
-    Returns:
-        (B, S, N * E).
+    `q` (B, S, N, E), `k` and `v` (B, C, K, E), K dividing N. `visible` is None for causal attention, where C = S,
+    or bool (B, C), the keys that every query of a sample may see.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # PyTorch's float32 GPU kernels do not know grouped heads and would fall back to S x S scores in memory.
@@ -288,10 +232,8 @@ def expand_prompts(
         prompts: Int64 (B, U), one image token for each camera that the sample has; `NO_TOKEN` fills up the rows.
         grids: Int64 (V, 2), height and width in merged cells of each camera's image.
         camera_mask: Bool (B, V), False where a camera is absent; None where none is.
-        image_token_id: The token that stands for an image.
-        pad_token_id: Fills the ids on padding.
-        length: S, no less than the longest sequence.
-        left: Whether padding stands on the left.
+        image_token_id, pad_token_id: The token that stands for an image; what fills the ids on padding.
+        length, left: S, no less than the longest sequence; whether padding stands on the left.
 
     Returns:
         The fields of `model.sequence.Sequences`, in its order.
@@ -382,11 +324,9 @@ def patchify(
     Args:
         pixels: (I, 3, H, W), floating; H and W are multiples of `patch_size * merge`.
         scale: Brings `pixels` to 0..1.
-        mean: (3, 1, 1), of pixels in 0..1.
-        std: (3, 1, 1).
+        mean, std: (3, 1, 1), of pixels in 0..1.
         window_order: (M,) the raster index of the merged cell at each place, from `VisionPlan`.
-        patch_size: Side of a patch in pixels.
-        merge: Side of a merged cell in patches.
+        patch_size, merge: Side of a patch in pixels, and of a merged cell in patches.
         repeat: Temporal patch size; a still image is repeated over it.
 
     Returns:

@@ -29,8 +29,7 @@ def resize(frames: Tensor, height: int, width: int, resample_backend: str) -> Te
 
     Args:
         frames: (I, 3, H, W), uint8 in 0..255 or floating.
-        height: Of the result.
-        width: Of the result.
+        height, width: Of the result.
         resample_backend: One of `RESAMPLE_BACKENDS`: whose pixels uint8 frames on a CPU get.
 
     Returns:
@@ -99,18 +98,13 @@ def _resize_axis(pixels: Tensor, dim: int, target: int) -> Tensor:
 @functools.lru_cache(MAX_AXES)
 def _axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
     """The source pixels of each target pixel, and their weights in units of 2**-22, each (target, taps)."""
-    with torch.device("cpu"):
-        return _make_axis_table(source, target)
-
-
-def _make_axis_table(source: int, target: int) -> tuple[Tensor, Tensor]:
     scale = source / target
     stretch = max(scale, 1.0)
     support = CUBIC_SUPPORT * stretch
-    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    centres = (torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * scale
     starts = (centres - support + 0.5).trunc().clamp(min=0).long()
     ends = (centres + support + 0.5).trunc().clamp(max=source).long()
-    sources = starts[:, None] + torch.arange(2 * math.ceil(support) + 1)
+    sources = starts[:, None] + torch.arange(2 * math.ceil(support) + 1, device="cpu")
     weights = _cubic((sources - centres[:, None] + 0.5) / stretch) * (sources < ends[:, None])
     weights = weights / weights.sum(dim=1, keepdim=True)
     fixed = (weights * (1 << PRECISION_BITS) + torch.where(weights < 0, -0.5, 0.5)).trunc()

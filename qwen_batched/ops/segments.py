@@ -24,15 +24,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Segments:
-    """All segments of an image: as runs, for dense batches, and as a table, for a kernel.
+    """All segments of an image: as runs, for dense batches, and as a table, for a kernel."""
 
-    Attributes:
-        runs: They tile the image's tokens.
-        table: Int32 (segments, 2), start and length of each, on the plan's device.
-    """
-
-    runs: tuple[Run, ...]
-    table: Tensor
+    runs: tuple[Run, ...]  # they tile the image's tokens
+    table: Tensor  # int32 (segments, 2), start and length of each, on the plan's device
 
     @classmethod
     def of(cls, runs: tuple[Run, ...], device: torch.device) -> Segments:

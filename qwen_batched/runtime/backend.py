@@ -22,12 +22,8 @@ _reads_ahead: ContextVar[bool] = ContextVar("qwen_batched_reads_ahead", default=
 def use_backend(name: str) -> Iterator[None]:
     """Chooses what the operations run on inside the `with` block.
 
-    Args:
-        name: "auto" for Triton on a GPU where it is installed, else the reference; "triton" for Triton, or a
-            `RuntimeError` at the first call that cannot have it; "reference".
-
-    Raises:
-        ValueError: There is no such backend.
+    "auto" is Triton on a GPU where it is installed, else the reference; "triton" is Triton, or a `RuntimeError` at the
+    first call that cannot have it; "reference". Raises `ValueError` for any other.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
@@ -48,8 +44,7 @@ def backend() -> str:
 def has_kernels(device: torch.device) -> bool:
     """Whether operations on tensors of `device` run Triton kernels, rather than the reference.
 
-    Raises:
-        RuntimeError: Triton was asked for and cannot be used on `device`.
+    Raises `RuntimeError` where triton was asked for and cannot be used on `device`.
     """
     chosen = _backend.get()
     if chosen == "reference" or (chosen == "auto" and device.type != "cuda"):

@@ -55,13 +55,9 @@ class CudaGraphs:
     ) -> Outputs:
         """`function(*inputs)`, by a graph where there is one.
 
-        Args:
-            modules: Whose parameters `function` reads.
-            key: All else that shapes what `function` does, but the shapes and dtypes of `inputs`.
-            function: Takes tensors and returns a pytree. It must not wait for the device.
-            inputs: On `device`, or on the host.
-            device: Where the work is done.
-            stateful: Whether `function` changes something, so that it must not run in vain.
+        It reads parameters of `modules` and tensors, on `device` or on the host, must not wait for the device, and
+        returns a pytree. `key` is all else that shapes what it does, but the shapes and dtypes of `inputs`. Where it is
+        `stateful`, it changes something and must not run in vain.
         """
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs)
@@ -122,9 +118,8 @@ class CudaGraphs:
         """Whether autograd is on and has anything to see. What nobody knows of (hooks) is never captured."""
         if not torch.is_grad_enabled():
             return False
-        snapshot = (
-            self._snapshot
-        )  # knows the parameters without a walk, as long as it is true; no replay comes of it if not
+        # It knows the parameters without a walk, as long as it is true; no replay comes of it if not.
+        snapshot = self._snapshot
         if any(x.requires_grad for x in inputs):
             return True
         if snapshot is not None and not any(tensor.requires_grad for tensor in snapshot.tensors):

@@ -43,10 +43,7 @@ class LRUCache:
     _instances: ClassVar[weakref.WeakSet[LRUCache]] = weakref.WeakSet()
 
     def __init__(
-        self,
-        max_size: int,
-        max_bytes: int | None = None,
-        bytes_of: Callable[[Hashable, object], int] | None = None,
+        self, max_size: int, max_bytes: int | None = None, bytes_of: Callable[[Hashable, object], int] | None = None
     ) -> None:
         """Takes how many values to keep and, with `bytes_of(key, value)`, how many bytes.
 

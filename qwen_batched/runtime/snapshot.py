@@ -18,9 +18,6 @@ class ModuleSnapshot:
     buffers, hooks, attributes (the mode, a norm's epsilon, a replaced `forward`), or where tensors are and how they
     are laid out.
     The snapshot keeps the memory of the tensors, so that a graph captured with it never reads what is someone else's.
-
-    Attributes:
-        tensors: All parameters and buffers.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -31,6 +28,7 @@ class ModuleSnapshot:
         self._dicts = [(part, dict(part)) for child in children for part in _dicts(child)]
         tensor_dicts = [part for child in children for part in (child._parameters, child._buffers) if part]
         self._tensors = [(part, tuple(part.values())) for part in tensor_dicts]
+        # All parameters and buffers.
         self.tensors = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
         self._layouts = _layouts(self.tensors)
         self._memory = [tensor.detach() for tensor in self.tensors]

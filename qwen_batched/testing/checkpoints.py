@@ -15,21 +15,9 @@ from pathlib import Path
 
 import torch
 
-from qwen_batched.testing.config_files import (
-    flat_config,
-    generation_defaults,
-    image_defaults,
-    nested_config,
-    write_json,
-)
-from qwen_batched.testing.presets import (
-    GENERATION_EXTRA_FIELDS,
-    IMAGE_EXTRA_FIELDS,
-    PRESETS,
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
-    Config,
-)
+from qwen_batched.testing import config_files, presets
+from qwen_batched.testing.config_files import write_json
+from qwen_batched.testing.presets import PRESETS, Config
 from qwen_batched.testing.tokenizer import ADDED_TOKENS, BPE_VOCAB_SIZE, write_tokenizer
 from qwen_batched.testing.trained_like import trained_like_tensors
 from qwen_batched.testing.weights import random_tensors, tensor_shapes, write_weights
@@ -99,17 +87,21 @@ def write_checkpoint(
         raise ValueError(f"shards must be at least 1, got {shards}")
     tied = chosen.tied if tied is None else tied
     start = chosen.special_token_start if special_token_start is None else special_token_start
-    text_config = _overridden(TEXT_DEFAULTS | chosen.text, text, "text")
-    vision_defaults = VISION_DEFAULTS | {"out_hidden_size": text_config["hidden_size"]} | chosen.vision
+    text_config = _overridden(presets.TEXT_DEFAULTS | chosen.text, text, "text")
+    vision_defaults = presets.VISION_DEFAULTS | {"out_hidden_size": text_config["hidden_size"]} | chosen.vision
     vision_config = _overridden(vision_defaults, vision, "vision")
     _check_sizes(text_config, vision_config, start)
     token_ids = {token: start + index for index, token in enumerate(ADDED_TOKENS)}
-    image_config = _overridden(image_defaults(vision_config), image, "image", IMAGE_EXTRA_FIELDS)
-    generation_config = _overridden(generation_defaults(token_ids), generation, "generation", GENERATION_EXTRA_FIELDS)
-    config_of_layout = flat_config if config_layout == "flat" else nested_config
+    image_config = _overridden(config_files.image_defaults(vision_config), image, "image", presets.IMAGE_EXTRA_FIELDS)
+    defaults = config_files.generation_defaults(token_ids)
+    generation_config = _overridden(defaults, generation, "generation", presets.GENERATION_EXTRA_FIELDS)
+    config_of_layout = config_files.flat_config if config_layout == "flat" else config_files.nested_config
     shapes = tensor_shapes(text_config, vision_config, tied)
 
-    folder = _empty_folder(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):  # old shards beside new ones would load as a mixture
+        raise ValueError(f"expected an empty folder, got {folder} with files in it")
     write_json(folder / "config.json", config_of_layout(text_config, vision_config, token_ids, tied, dtype))
     write_json(folder / "preprocessor_config.json", _without_none(image_config))
     write_json(folder / "generation_config.json", _without_none(generation_config))
@@ -128,7 +120,8 @@ def default_checkpoint(cache_dir: str | Path | None = None) -> Path:
     Args:
         cache_dir: Where it is kept; None: `qwen_batched` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache).
     """
-    parent = _user_cache() if cache_dir is None else Path(cache_dir)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_batched"
+    parent = cache if cache_dir is None else Path(cache_dir)
     folder = parent / f"small-format{_FORMAT_VERSION}"
     if folder.is_dir():
         return folder
@@ -144,10 +137,6 @@ def default_checkpoint(cache_dir: str | Path | None = None) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_batched"
 
 
 # --- arguments ---
@@ -169,36 +158,21 @@ def _without_none(config: Config) -> Config:
 
 
 def _check_sizes(text: Config, vision: Config, special_token_start: int) -> None:
-    for what, width, heads in (
-        ("text", text["hidden_size"], text["num_attention_heads"]),
-        ("vision", vision["hidden_size"], vision["num_heads"]),
-    ):
-        if width % heads:
-            raise ValueError(f"{what} hidden_size {width} does not divide by its {heads} heads")
-    if text["num_attention_heads"] % text["num_key_value_heads"]:
-        raise ValueError(
-            f"{text['num_attention_heads']} attention heads do not divide by "
-            f"{text['num_key_value_heads']} key/value heads"
-        )
-    head_size = text["hidden_size"] // text["num_attention_heads"]
+    width, heads, kv_heads = (text[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    sizes = {"text": (width, heads), "vision": (vision["hidden_size"], vision["num_heads"])}
+    for what, (size, parts) in sizes.items():
+        if size % parts:
+            raise ValueError(f"{what} hidden_size {size} does not divide by its {parts} heads")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} attention heads do not divide by {kv_heads} key/value heads")
+    head_size = width // heads
     if 2 * sum(text["mrope_section"]) != head_size:
         raise ValueError(f"mrope_section {text['mrope_section']} must sum to half the head size, {head_size} / 2")
-    if vision["out_hidden_size"] != text["hidden_size"]:
-        raise ValueError(
-            f"vision out_hidden_size {vision['out_hidden_size']} must equal text hidden_size {text['hidden_size']}"
-        )
+    if (out := vision["out_hidden_size"]) != width:
+        raise ValueError(f"vision out_hidden_size {out} must equal text hidden_size {width}")
     last = text["vocab_size"] - len(ADDED_TOKENS)
     if not BPE_VOCAB_SIZE <= special_token_start <= last:
         raise ValueError(
             f"special_token_start must leave room for {BPE_VOCAB_SIZE} tokens below and {len(ADDED_TOKENS)} above it: "
             f"expected {BPE_VOCAB_SIZE} to {last} in a vocabulary of {text['vocab_size']}, got {special_token_start}"
         )
-
-
-def _empty_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        # Old shards beside new ones would load as a mixture.
-        raise ValueError(f"expected an empty folder, got {folder} with files in it")
-    return folder

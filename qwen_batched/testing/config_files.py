@@ -56,28 +56,21 @@ def flat_config(text: Config, vision: Config, token_ids: Mapping[str, int], tied
     """As the published checkpoints have it: text fields at the top, rope in two places, older vision names."""
     text_fields = {field: value for field, value in text.items() if field != "mrope_section"}
     vision_fields = {field: value for field, value in vision.items() if field != "in_channels"}
+    vision_fields |= {"in_chans": vision["in_channels"], "spatial_patch_size": vision["patch_size"]}
     return {
         **_common_config(token_ids, tied),
         **_text_token_ids(token_ids),
         **text_fields,
         "rope_scaling": {"type": "mrope", "mrope_section": text["mrope_section"]},
         "torch_dtype": _dtype_name(dtype),
-        "vision_config": {
-            **vision_fields,
-            "in_chans": vision["in_channels"],
-            "spatial_patch_size": vision["patch_size"],
-        },
+        "vision_config": vision_fields,
     }
 
 
 def nested_config(text: Config, vision: Config, token_ids: Mapping[str, int], tied: bool, dtype: torch.dtype) -> Config:
     """As transformers 5 saves it: `text_config` and `vision_config`, all of rope in `rope_parameters`."""
     text_fields = {field: value for field, value in text.items() if field not in ("mrope_section", "rope_theta")}
-    rope_parameters = {
-        "rope_type": "default",
-        "rope_theta": text["rope_theta"],
-        "mrope_section": text["mrope_section"],
-    }
+    rope_parameters = {"rope_type": "default", "rope_theta": text["rope_theta"], "mrope_section": text["mrope_section"]}
     return {
         **_common_config(token_ids, tied),
         "dtype": _dtype_name(dtype),

@@ -19,93 +19,31 @@ class Preset:
     shards: int = 1
 
 
-_PUBLISHED_VISION: Config = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
+_TEXT_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "mrope_section"),
+)
+_VISION_FIELDS = ("depth", "hidden_size", "intermediate_size", "num_heads", "fullatt_block_indexes")
 
+
+def _preset(text: tuple, vision: tuple, tied: bool, special_token_start: int, shards: int = 1, **more: Any) -> Preset:
+    """A row of the table below: the values of `_TEXT_FIELDS` and `_VISION_FIELDS`, and more text fields."""
+    text_config = dict(zip(_TEXT_FIELDS, text, strict=True), **more)
+    return Preset(text_config, dict(zip(_VISION_FIELDS, vision, strict=True)), tied, special_token_start, shards)
+
+
+_PUBLISHED_VISION = (32, 1280, 3420, 16, [7, 15, 23, 31])
 PRESETS: dict[str, Preset] = {
     # Merciless rather than pretty: odd MLP widths, an odd number of vision heads, a full-attention block that is not
     # the last one and a windowed block that is, more embedding rows than tokens, ids far from the published ones.
-    "tiny": Preset(
-        text={
-            "hidden_size": 64,
-            "intermediate_size": 150,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 600,
-            "max_position_embeddings": 4096,
-            "mrope_section": [2, 3, 3],
-        },
-        vision={
-            "depth": 6,
-            "hidden_size": 80,
-            "intermediate_size": 90,
-            "num_heads": 5,
-            "fullatt_block_indexes": [1, 4],
-        },
-        tied=True,
-        special_token_start=500,
-    ),
-    # Real head sizes (80 and 128) and real mrope sections at a size that two CPU cores run in seconds.
-    "small": Preset(
-        text={
-            "hidden_size": 512,
-            "intermediate_size": 1376,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-            "max_position_embeddings": 32768,
-            "mrope_section": [16, 24, 24],
-        },
-        vision={
-            "depth": 6,
-            "hidden_size": 320,
-            "intermediate_size": 854,
-            "num_heads": 4,
-            "fullatt_block_indexes": [2, 5],
-        },
-        tied=True,
-        special_token_start=432,  # no gap: what the random model generates are real tokens
-    ),
-    "3b": Preset(
-        text={
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 128000,
-            "max_window_layers": 70,
-            "mrope_section": [16, 24, 24],
-        },
-        vision=_PUBLISHED_VISION,
-        tied=True,
-        special_token_start=151643,
-        shards=2,
-    ),
-    "7b": Preset(
-        text={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "max_position_embeddings": 128000,
-            "max_window_layers": 28,
-            "mrope_section": [16, 24, 24],
-        },
-        vision=_PUBLISHED_VISION,
-        tied=False,
-        special_token_start=151643,
-        shards=5,
+    "tiny": _preset((64, 150, 4, 4, 2, 600, 4096, [2, 3, 3]), (6, 80, 90, 5, [1, 4]), True, 500),
+    # Real head sizes (80 and 128) and real mrope sections at a size that two CPU cores run in seconds. No gap below the
+    # added tokens: what the random model generates are real tokens.
+    "small": _preset((512, 1376, 4, 4, 2, 512, 32768, [16, 24, 24]), (6, 320, 854, 4, [2, 5]), True, 432),
+    "3b": _preset((2048, 11008, 36, 16, 2, 151936, 128000, [16, 24, 24]), _PUBLISHED_VISION, True, 151643, 2),
+    "7b": _preset(
+        *((3584, 18944, 28, 28, 4, 152064, 128000, [16, 24, 24]), _PUBLISHED_VISION, False, 151643, 5),
+        max_window_layers=28,
     ),
 }
 
@@ -138,13 +76,5 @@ IMAGE_DEFAULTS: Config = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2_5_VLProcessor",
 }
-IMAGE_EXTRA_FIELDS = (
-    "size",
-    "do_resize",
-    "do_rescale",
-    "do_normalize",
-    "do_convert_rgb",
-    "rescale_factor",
-    "resample",
-)
+IMAGE_EXTRA_FIELDS = ("size", "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample")
 GENERATION_EXTRA_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "max_length")

@@ -13,31 +13,14 @@ from qwen_batched.testing.presets import Config
 
 # Qwen's added tokens in the order of their ids; from <tool_call> on they are not "special", so decoding keeps them.
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 ADDED_TOKENS = (
     *SPECIAL_TOKENS,
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
 )
 
 # The template text of the published Qwen2.5-VL checkpoints.
@@ -104,7 +87,12 @@ def place(arm, block):
 def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     """Returns a byte-level BPE tokenizer with Qwen2's rules and the added tokens at the given ids."""
     start = token_ids[ADDED_TOKENS[0]]
-    learnt = json.loads(_trained_tokenizer().to_str())["model"]
+    trained, alphabet = _bare_tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_VOCAB_SIZE, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    trained.train_from_iterator([_TRAINING_TEXT], trainer)
+    learnt = json.loads(trained.to_str())["model"]
     # `tokenizers` numbers added tokens from the end of the vocabulary, whatever ids a file asks for. A gap is
     # therefore filled with tokens that no merge makes.
     fillers = {f"<unused{index}>": index for index in range(len(learnt["vocab"]), start)}
@@ -118,29 +106,13 @@ def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     return tokenizer
 
 
-def _trained_tokenizer() -> Tokenizer:
-    tokenizer = _bare_tokenizer(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=BPE_VOCAB_SIZE,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TRAINING_TEXT], trainer)
-    return tokenizer
-
-
 def _bare_tokenizer(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
-    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated")
+    flags = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(**flags)])
+    tokenizer.post_processor, tokenizer.decoder = processors.ByteLevel(**flags), decoders.ByteLevel(**flags)
     return tokenizer
 
 

@@ -66,15 +66,7 @@ _UNMARKED = ("visual.merger.mlp.2.weight", "visual.merger.mlp.2.bias", "model.la
 def trained_like_tensors(
     shapes: Mapping[str, Shape], seed: int, text: Config, vision: Config, sink_token: int
 ) -> Callable[[str], Tensor]:
-    """Returns what makes the float32 tensor of a published name.
-
-    Args:
-        shapes: Of all tensors, by name.
-        seed: As of random weights.
-        text: The text config.
-        vision: The vision config.
-        sink_token: The id of <|im_start|>.
-    """
+    """Returns what makes the float32 tensor of a published name; `sink_token` is the id of <|im_start|>."""
     tower, decoder = _Stream.of_vision(vision), _Stream.of_text(text)
 
     def make(name: str) -> Tensor:
@@ -100,22 +92,14 @@ def trained_like_tensors(
 
 @dataclass(frozen=True)
 class _Heads:
-    """A network's attention heads. A rotary pair p of a head is its components p and p + size / 2.
+    """A network's attention heads. A rotary pair p of a head is its components p and p + size / 2."""
 
-    Attributes:
-        queries: How many heads queries have.
-        keys: How many heads keys have.
-        size: Of a head.
-        local: Score of a token itself above far ones.
-        fast: Pairs that turn by much from a token to the next.
-        slow: Pairs that turn so little that a score hardly depends on the distance; none where there is no sink.
-    """
-
-    queries: int
-    keys: int
-    size: int
-    local: float
-    fast: Sequence[int]
+    queries: int  # how many heads queries have
+    keys: int  # how many heads keys have
+    size: int  # of a head
+    local: float  # score of a token itself above far ones
+    fast: Sequence[int]  # pairs that turn by much from a token to the next
+    # Pairs that turn so little that a score hardly depends on the distance; none where there is no sink.
     slow: Sequence[int]
 
     def shape(self, layer: str, leaf: str, values: Tensor, generator: torch.Generator) -> None:
@@ -194,14 +178,7 @@ class _Stream:
         """Makes units of the writer write the massive channels, and one unit of the first block the sink.
 
         A unit whose gate and up are the same number g gives g * silu(g), which is about g * g / 2 on average and never
-        much below zero.
-
-        Args:
-            block: Its index.
-            layer: "gate", "up" or "down".
-            leaf: "weight" or "bias".
-            values: The layer's own, to be changed.
-            gate: Makes the gate's random ones.
+        much below zero. `values` are changed; `gate` makes the gate's random ones.
         """
         units = min(MOST_UNITS, self.mlp_width // 2)
         if block == self._writer and layer != "down":

@@ -124,21 +124,21 @@ def write_weights(
 ) -> None:
     """Writes one safetensors file, or `shards` with an index; `make` gives a tensor by its published name."""
     groups = _split_by_size(shapes, shards)
-    rename: Callable[[str], str] = _nested_key if key_layout == "nested" else str
+    prefixes = {"visual.": "model.visual.", "model.": "model.language_model."} if key_layout == "nested" else {}
     weight_map = {}
     for index, names in enumerate(groups, start=1):
         file_name = f"model-{index:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         # One shard's tensors are all that is ever held.
         with ThreadPoolExecutor() as pool:  # a tensor's generator fills it on a single core
             values = pool.map(lambda name: make(name).to(dtype), names)
-            tensors = {rename(name): value for name, value in zip(names, values, strict=True)}
+            tensors = {_renamed(name, prefixes): value for name, value in zip(names, values, strict=True)}
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
         del tensors
     if len(groups) > 1:
         total_size = sum(map(math.prod, shapes.values())) * dtype.itemsize
-        index_content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index_content)
+        content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", content)
 
 
 def _split_by_size(shapes: Mapping[str, Shape], shards: int) -> list[list[str]]:
@@ -151,9 +151,5 @@ def _split_by_size(shapes: Mapping[str, Shape], shards: int) -> list[list[str]]:
     return [names for names in groups if names]
 
 
-def _nested_key(name: str) -> str:
-    if name.startswith("visual."):
-        return f"model.{name}"
-    if name.startswith("model."):
-        return "model.language_model." + name.removeprefix("model.")
-    return name
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), name)

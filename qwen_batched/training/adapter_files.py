@@ -30,20 +30,14 @@ def matches(pattern: str, name: str) -> bool:
     return regex.fullmatch(pattern, name, timeout=MATCH_SECONDS) is not None
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _of(*kinds: type, holds: Callable[[Any], bool] = lambda value: True) -> Callable[[object], bool]:
+    return lambda value: type(value) in kinds and holds(value)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_index(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and value != ""
+_is_flag = _of(bool)
+_is_number = _of(int, float, holds=math.isfinite)
+_is_count, _is_index = _of(int, holds=lambda value: value >= 1), _of(int, holds=lambda value: value >= 0)
+_is_name, _is_path = _of(str, holds=bool), _of(str, holds=lambda value: re.fullmatch(r"[\w.]+", value) is not None)
 
 
 def _is_pattern(value: object) -> bool:
@@ -51,14 +45,6 @@ def _is_pattern(value: object) -> bool:
         return _is_name(value) and re.compile(value) is not None
     except (re.error, RecursionError, OverflowError):
         return False
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.]+", value) is not None
-
-
-def _is_flag(value: object) -> bool:
-    return type(value) is bool
 
 
 def _list_of(item: Callable[[object], bool]) -> Callable[[object], bool]:
@@ -116,9 +102,8 @@ WITHOUT_EFFECT = (
 def read_settings(folder: Path) -> dict[str, Any]:
     """The fields of `adapter_config.json` that a LoRA adapter depends on.
 
-    Raises:
-        ValueError: The file is missing or damaged, the adapter is of another kind, or a field is of the wrong type,
-            or asks for what is not supported.
+    Raises `ValueError` where the file is missing or damaged, the adapter is of another kind, or a field is of the wrong
+    type, or asks for what is not supported.
     """
     from peft import LoraConfig
 
@@ -146,9 +131,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, keys: KeyLayout) -> dict[str, Tensor]:
     """The adapter's tensors on the host, by their keys without `PREFIX`; modules by the names that the file has.
 
-    Raises:
-        ValueError: The file is missing, damaged or empty; a key is no adapter's or there twice; a tensor is not of a
-            floating dtype, or not finite.
+    Raises `ValueError` where the file is missing, damaged or empty; a key is no adapter's or there twice; a tensor is
+    not of a floating dtype, or not finite.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():

@@ -15,14 +15,7 @@ from qwen_batched.training.checkpointing import GradientCheckpointing
 
 
 class Trainable(GradientCheckpointing):
-    """A model of a vision transformer, a decoder and an output projection that may be tied to the embedding.
-
-    Attributes:
-        config: Says whether head and embedding are tied.
-        visual: The vision transformer.
-        model: The decoder.
-        lm_head: The output projection; None where it was left out.
-    """
+    """A model of a vision transformer `visual`, a decoder `model` and an `lm_head` that `config` may tie, or None."""
 
     @property
     def family(self) -> Family:

@@ -38,11 +38,9 @@ class CheckpointedBlock(nn.Module):
     """A block that can do so, and does once `gradient_checkpointing_enable` was called.
 
     The block's own hooks stay outside: they run once, and FSDP's gather its weights.
-
-    Attributes:
-        recomputing: Options of `torch.utils.checkpoint.checkpoint`; None where activations are kept.
     """
 
+    # Options of `torch.utils.checkpoint.checkpoint`; None where activations are kept.
     recomputing: Mapping[str, Any] | None = None
 
     def run(self, compute: Callable[..., T], *inputs: Any) -> T:

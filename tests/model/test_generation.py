@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.generation import STEPS_PER_POLL, Sampling
+from qwen_batched.inputs.prompt import TextStream
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
@@ -249,7 +250,7 @@ def test_streamed_pieces_of_any_tokens_are_their_text(model, data):
     prompts = model.processor.prompts
     ids = data.draw(st.lists(st.integers(0, len(prompts.tokenizer) - 1), max_size=30))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=4)))
-    stream, text = prompts.stream(1), ""
+    stream, text = TextStream(prompts, 1), ""
     for start, stop in itertools.pairwise([0, *cuts, len(ids)]):
         text += stream.pieces([ids[start:stop]])[0]
     assert text + stream.rest()[0] == prompts.decode(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 from qwen_batched import ops
 
-
-class AddNorm(Protocol):
-    """Adds a sub-layer's update to the residual stream and normalises the sum."""
-
-    def __call__(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Takes (..., D) and the stream so far; returns the normalised stream and the stream, both (..., D)."""
-        ...
+# Adds a sub-layer's update to the residual stream and normalises the sum. Takes (..., D) and the stream so far, None at
+# its start; returns the normalised stream and the stream, both (..., D).
+AddNorm = Callable[..., tuple[Tensor, Tensor]]
 
 
 class AddRMSNorm(nn.Module):
@@ -35,9 +31,8 @@ class AddRMSNorm(nn.Module):
         # Not the kernel, which reads the scale before the kernel in front of it, which makes this one, has ended.
         stream = stream_of(update, residual)
         wide = torch.promote_types(stream.dtype, torch.float32)  # 1 + weight has few bits left in bfloat16
-        return F.rms_norm(stream.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps).to(
-            stream.dtype
-        ), stream
+        normed = F.rms_norm(stream.to(wide), self.weight.shape, 1 + self.weight.to(wide), self.eps)
+        return normed.to(stream.dtype), stream
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

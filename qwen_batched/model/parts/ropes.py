@@ -5,18 +5,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-class RopeRule(Protocol):
-    """Says which of the three positions turns which frequency."""
-
-    def __call__(self, position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Takes how many frequencies each of time, height and width has."""
-        ...
+# Says which of the three positions turns which frequency. Takes last how many each of time, height and width has.
+RopeRule = Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor]]
 
 
 def interleaved_mrope_tables(
