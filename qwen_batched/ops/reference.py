@@ -89,12 +89,9 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
 def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
     """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
     images, _, heads, size = q_IPNE.shape
-    segmented, tokens = (images, run.count, run.length, heads, size), run.count * run.length
-    runs = (x.narrow(1, run.start, tokens).reshape(segmented) for x in (q_IPNE, k_IPNE, v_IPNE))
-    q, k, v = (x.transpose(2, 3).flatten(0, 1) for x in runs)
-    out_GNSE = F.scaled_dot_product_attention(q, k, v)
-    out = out_GNSE.reshape(images, run.count, heads, run.length, size).transpose(2, 3)
-    return out.reshape(images, tokens, heads * size)
+    segmented, tokens = (images * run.count, run.length, heads, size), run.count * run.length
+    parts = [x.narrow(1, run.start, tokens).reshape(segmented).transpose(1, 2) for x in (q_IPNE, k_IPNE, v_IPNE)]
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(images, tokens, heads * size)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()) -> Tensor:
