@@ -53,6 +53,11 @@ class VisionConfig:
                 f"vision_config.num_position_embeddings must be a square and {self.leading_tokens} leading tokens, "
                 f"got {self.num_position_embeddings}"
             )
+        beyond = [index for index in self.deepstack_visual_indexes or () if not 0 <= index < self.depth]
+        if beyond:
+            raise ValueError(
+                f"vision_config.deepstack_visual_indexes must be below the depth {self.depth}, got {beyond[0]}"
+            )
         if self.leading_tokens and self.window_size is not None:
             raise ValueError(f"vision_config: leading tokens belong to no window, got window_size={self.window_size}")
         if self.in_channels != 3:

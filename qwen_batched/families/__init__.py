@@ -8,12 +8,14 @@ from typing import Any
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, naming
-from qwen_batched.families import qwen2_5_vl
+from qwen_batched.families import qwen2_5_vl, qwen2_vl, qwen3_vl
 from qwen_batched.families.family import Family, PromptStyle
 
 __all__ = ["FAMILIES", "Family", "PromptStyle", "family_of", "read_config"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (qwen2_5_vl.FAMILY,)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (qwen2_5_vl.FAMILY, qwen2_vl.FAMILY, qwen3_vl.FAMILY)
+}
 
 
 def family_of(model_type: Any) -> Family:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
 from qwen_batched.checkpoint.keys import KeyLayout
 
@@ -34,6 +35,8 @@ class Family:
     image_processor: str  # the class that the published image processor configs name
     keys: KeyLayout  # the layouts of stored keys
     prompt: PromptStyle  # how prompts are written
+    vision_fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict  # a vision config by `VisionConfig`'s names
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of the text config that have one value here
 
     @property
     def model_type(self) -> str:
@@ -42,7 +45,15 @@ class Family:
 
     def read_config(self, raw: Mapping[str, Any]) -> QwenVLConfig:
         """The model's shape. Raises `ValueError` for what this package does not implement."""
-        return QwenVLConfig.from_dict(raw, self.config)
+        vision = raw.get("vision_config")
+        if isinstance(vision, Mapping):
+            raw = {**raw, "vision_config": self.vision_fields(vision)}
+        config = QwenVLConfig.from_dict(raw, self.config)
+        text = raw.get("text_config") or raw
+        for name, value in self.fixed.items():
+            if text.get(name, value) != value:
+                raise ValueError(f"{name} must be {value}, got {shown(text[name])}")
+        return config
 
     def build_vision(self, config: QwenVLConfig) -> nn.Module:
         """The vision transformer with fresh weights."""

@@ -38,13 +38,34 @@ class PatchMerger(nn.Module):
     def __init__(self, config: VisionConfig, norm: AddNorm, norm_joined: bool = False) -> None:
         """Takes a norm of patches, or of joined ones with `norm_joined`."""
         super().__init__()
-        width = config.hidden_size * config.cell_patches
-        self.cell_patches = config.cell_patches
-        self.norm_joined = norm_joined
+        self.cell_patches, self.norm_joined = config.cell_patches, norm_joined
+        self._build(norm, config.hidden_size * config.cell_patches, config.out_hidden_size)
+
+    def _build(self, norm: AddNorm, width: int, out_width: int) -> None:
+        """Makes the parts, by their published names."""
         self.ln_q = norm
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.out_hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out_width))
+
+    def _norm(self, update: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.ln_q(update, residual)[0]
+
+    def _project(self, x_MC: Tensor) -> Tensor:
+        return self.mlp(x_MC)
 
     def forward(self, update_TC: Tensor, residual_TC: Tensor | None) -> Tensor:
-        x_TC = stream_of(update_TC, residual_TC) if self.norm_joined else self.ln_q(update_TC, residual_TC)[0]
+        x_TC = stream_of(update_TC, residual_TC) if self.norm_joined else self._norm(update_TC, residual_TC)
         x_MC = rearrange(x_TC, "(m a) c -> m (a c)", a=self.cell_patches)
-        return self.mlp(self.ln_q(x_MC)[0] if self.norm_joined else x_MC)
+        return self._project(self._norm(x_MC) if self.norm_joined else x_MC)
+
+
+class FlatPatchMerger(PatchMerger):
+    """The same with Qwen3-VL's names."""
+
+    def _build(self, norm: AddNorm, width: int, out_width: int) -> None:
+        self.norm, self.linear_fc1, self.linear_fc2 = norm, nn.Linear(width, width), nn.Linear(width, out_width)
+
+    def _norm(self, update: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.norm(update, residual)[0]
+
+    def _project(self, x_MC: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x_MC)))

@@ -1,0 +1,47 @@
+"""Qwen2-VL (arXiv:2409.12191); numbers are the defaults of transformers' configuration classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
+from qwen_batched.families.family import Family
+from qwen_batched.families.qwen import CLIP_IMAGE, NAMED_AS_MODULES, SPECIAL_TOKENS, TEXT, prompt_style
+
+MLP_RATIO = 4
+
+
+def vision_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A vision config's fields by the names of `VisionConfig`: here `embed_dim` is the width, `hidden_size` the output.
+
+    Where one is missing or no number, it stays so, for the reader to judge.
+    """
+    width, ratio = raw.get("embed_dim", VISION.hidden_size), raw.get("mlp_ratio", MLP_RATIO)
+    renamed = {"hidden_size": width, "out_hidden_size": raw.get("hidden_size"), "intermediate_size": None}
+    if isinstance(width, int) and isinstance(ratio, int | float):
+        renamed["intermediate_size"] = int(width * ratio)
+    return {**raw, **renamed}
+
+
+VISION = VisionConfig(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_heads=16,
+    in_channels=3,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    out_hidden_size=3584,
+    hidden_act="quick_gelu",
+    rope_theta=10000.0,
+)
+FAMILY = Family(
+    config=QwenVLConfig(model_type="qwen2_vl", vision=VISION, text=TEXT, image_token_id=151655),
+    image=CLIP_IMAGE,
+    image_processor="Qwen2VLImageProcessor",
+    keys=NAMED_AS_MODULES,
+    prompt=prompt_style(SPECIAL_TOKENS),
+    vision_fields=vision_fields,
+)
