@@ -153,10 +153,7 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], defaults: QwenVLConfig) -> QwenVLConfig:
-        """Reads either layout; what the file leaves out is as in `defaults`.
-
-        Raises `ValueError` where the file says what this package does not implement.
-        """
+        """Reads either layout, over `defaults`. Raises `ValueError` for what is not implemented here."""
         if raw.get("quantization_config"):
             raise ValueError("quantized checkpoints (quantization_config) are not supported")
         vision = _section(raw, "vision_config")

@@ -116,11 +116,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint folder {self.folder} was saved over while it was loaded: load it again")
 
     def image_config(self, vision: VisionConfig, defaults: ImageConfig) -> ImageConfig:
-        """How images are prepared for `vision`; what the file leaves out is as in `defaults`.
-
-        Raises:
-            ValueError: The file says what this package does not implement or the model does not take. It is named.
-        """
+        """How images are prepared. Raises `ValueError`, naming the file, for what the model does not take."""
         if self.preprocessor is None:
             raise ValueError(f"checkpoint folder {self.folder} has no {PREPROCESSOR_FILE}")
         with naming(self.folder / self.preprocessor_file):
@@ -156,10 +152,7 @@ class Checkpoint:
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def write(self, folder: Path) -> None:
-        """Writes everything but the weights into `folder`: each thing once, where transformers of every age reads it.
-
-        Raises `OSError` where a file cannot be written; it is named.
-        """
+        """Writes everything but the weights: each thing once, where transformers of every age reads it."""
         files = {
             CONFIG_FILE: self.config,
             # Newer releases of transformers prefer processor_config.json, older ones do not know it.

@@ -95,10 +95,7 @@ def load_weights(
 
 
 def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """What there is to save: `state_dict`, where it is that of what `build` makes.
-
-    Raises `ValueError` where it has other tensors, or what is no tensor, or they are sharded or quantised.
-    """
+    """`state_dict`. Raises `ValueError` where it is not that of what `build` makes, or is sharded or quantised."""
     tensors = dict(state_dict)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):

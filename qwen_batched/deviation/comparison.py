@@ -76,11 +76,7 @@ class _Sample:
 
 
 def compare(plan: Plan, bar: tqdm) -> Findings:
-    """Runs everything.
-
-    Raises `ValueError` where transformers or this package cannot load the checkpoint, `torch.OutOfMemoryError` where
-    there was less memory than it looked.
-    """
+    """Runs everything. Raises `ValueError` where transformers or this package cannot load the checkpoint."""
     return _Comparison(plan, bar).run()
 
 

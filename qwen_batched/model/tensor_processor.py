@@ -49,12 +49,7 @@ class TensorProcessor:
         padding_side: str = "left",
         resample_backend: str | None = None,
     ) -> None:
-        """Takes what the checkpoint says of its model, its images and its prompts.
-
-        Raises:
-            ValueError: The two configurations disagree on the patches, or `padding_side` or `resample_backend` is
-                unknown.
-        """
+        """Raises `ValueError` where the configs disagree on patches, or a padding side or backend is unknown."""
         image.check_patches(config.vision)
         self.config, self.image, self.prompts = config, image, prompts
         self.padding_side = padding_side
@@ -101,10 +96,7 @@ class TensorProcessor:
         resample_backend: str | None = None,
         added_tokens: Sequence[str] | None = None,
     ) -> TensorProcessor:
-        """The processor of an opened checkpoint.
-
-        Raises `ValueError` where the folder lacks a file, or says something that this package does not implement.
-        """
+        """The same of an opened checkpoint. Raises `ValueError` where a file lacks, or says what is not implemented."""
         config = read_config(checkpoint)
         family = family_of(config.model_type)
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
