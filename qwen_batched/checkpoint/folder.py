@@ -205,8 +205,9 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    names = [field.name for field in fields(HubOptions)]
-    options = {name: getattr(hub, name) for name in names if getattr(hub, name) != getattr(HubOptions, name)}
+    options = {
+        field.name: value for field in fields(HubOptions) if (value := getattr(hub, field.name)) != field.default
+    }
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
