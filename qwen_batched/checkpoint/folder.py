@@ -205,9 +205,8 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    options = {
-        field.name: value for field in fields(HubOptions) if (value := getattr(hub, field.name)) != field.default
-    }
+    chosen = ((option, getattr(hub, option.name)) for option in fields(HubOptions))
+    options = {option.name: value for option, value in chosen if value != option.default}
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
