@@ -266,9 +266,8 @@ def _read_chat_template(folder: Path, processor: dict[str, Any]) -> str | None:
         template = {named.get("name"): named.get("template") for named in template}
     if isinstance(template, dict):
         if not isinstance(template.get("default"), str):
-            raise ValueError(
-                f"{json_file}: of several chat templates one must be named 'default', got {shown(template)}"
-            )
+            expected = "of several chat templates one must be named 'default'"
+            raise ValueError(f"{json_file}: {expected}, got {shown(template)}")
         template = template["default"]
     if not isinstance(template, str | None):
         raise ValueError(f"{json_file}: chat_template must be a string, got {shown(template)}")

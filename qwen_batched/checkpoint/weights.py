@@ -113,9 +113,8 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
         )
     for name, tensor in tensors.items():
         if (kind := type(tensor)) not in (Tensor, nn.Parameter):
-            raise ValueError(
-                f"tensors to save must be whole, got a {kind.__name__} for {name}: give a gathered state_dict"
-            )
+            got = f"a {kind.__name__} for {name}: give a gathered state_dict"
+            raise ValueError(f"tensors to save must be whole, got {got}")
     return tensors
 
 
@@ -166,9 +165,8 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     if index is None:
-        raise ValueError(
-            f"checkpoint folder {folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
-        )
+        expected = f"{SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
+        raise ValueError(f"checkpoint folder {folder} has no weights: expected {expected}")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
