@@ -19,6 +19,12 @@ from packaging.version import Version
 from PIL import Image
 from torch import Tensor, nn
 
+ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+MAX_SIDE = 1 << 30  # no image is as wide
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 
@@ -93,7 +99,7 @@ class TransformersReference:
         check_reference_version()
         # Every stored weight is a float32 number; widened on the device, float64 takes no more of the host's memory.
         stored_as = torch.float32 if dtype == torch.float64 else dtype
-        model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, info = _model_class(folder).from_pretrained(
             folder, attn_implementation=attn_implementation, output_loading_info=True, **{_DTYPE: stored_as}
         )
         if missing := sorted(info["missing_keys"]):
@@ -237,7 +243,8 @@ class TransformersReference:
     def raster_patches(self, windowed: Tensor, image_grid_thw: Tensor) -> list[Tensor]:
         """Patches (T, C) of still images in the window order of the vision blocks: each image's (height, width, C)."""
         merge = self.visual.spatial_merge_size
-        window = self.visual.window_size // merge // self.visual.patch_size
+        # Without windows the whole image is one.
+        window = getattr(self.visual, "window_size", MAX_SIDE) // merge // self.visual.patch_size
         images = windowed.split(image_grid_thw.prod(-1).tolist())
         return [
             _raster_order(image, height, width, merge, window)
@@ -306,6 +313,17 @@ def _check_one_sample(input_ids: Tensor) -> None:
 
 _RELEASE = Version(transformers.__version__).release
 _DTYPE = "dtype" if _RELEASE >= (4, 56) else "torch_dtype"
+
+
+def _model_class(folder: str | Path) -> Any:
+    """transformers' class for the checkpoint's `model_type`; older releases lack the newer families."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = ARCHITECTURES.get(config.model_type)
+    if name is None:
+        raise ValueError(f"model_type must be one of {', '.join(ARCHITECTURES)}, got {config.model_type!r}")
+    if not hasattr(transformers, name):
+        raise RuntimeError(f"transformers {transformers.__version__} cannot be the reference: it has no {name}")
+    return getattr(transformers, name)
 
 
 def _networks(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from qwen_batched import testing
 from qwen_batched.testing import PRESETS, default_checkpoint, tensor_shapes, trained_like, write_checkpoint
-from qwen_batched.testing.presets import VISION_DEFAULTS
+from qwen_batched.testing.presets import FAMILIES
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 
 RELEASE = Version(transformers.__version__).release
@@ -114,7 +114,8 @@ def test_weights_depend_on_the_seed_alone(tmp_path, folder):
 @pytest.mark.parametrize(("preset", "parameters"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_large_presets_have_the_published_parameter_count(preset, parameters):
     chosen = PRESETS[preset]
-    vision = VISION_DEFAULTS | chosen.vision | {"out_hidden_size": chosen.text["hidden_size"]}
+    out_field = "hidden_size" if chosen.family == "qwen2_vl" else "out_hidden_size"
+    vision = FAMILIES[chosen.family].vision | chosen.vision | {out_field: chosen.text["hidden_size"]}
     shapes = tensor_shapes(chosen.text, vision, chosen.tied)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters
 

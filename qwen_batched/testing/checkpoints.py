@@ -1,5 +1,5 @@
 """In: a preset's name, a kind of weights, a seed and single fields to change.
-Out: a checkpoint folder in the hub's layout of Qwen2.5-VL, made-up weights and a working tokenizer included.
+Out: a checkpoint folder in the hub's layout of the preset's family, made-up weights and a working tokenizer included.
 
 The folders load in transformers, so every promise can be tested against it without a download. They are also the
 demo's default: `default_checkpoint()` writes a small one once per user.
@@ -18,9 +18,9 @@ import torch
 from qwen_batched.testing import config_files, presets
 from qwen_batched.testing.config_files import write_json
 from qwen_batched.testing.presets import PRESETS, Config
-from qwen_batched.testing.tokenizer import ADDED_TOKENS, BPE_VOCAB_SIZE, write_tokenizer
+from qwen_batched.testing.tokenizer import BPE_VOCAB_SIZE, added_tokens, write_tokenizer
 from qwen_batched.testing.trained_like import trained_like_tensors
-from qwen_batched.testing.weights import random_tensors, tensor_shapes, write_weights
+from qwen_batched.testing.weights import random_tensors, tensor_shapes, vision_widths, write_weights
 
 KEY_LAYOUTS = ("published", "nested")
 CONFIG_LAYOUTS = ("flat", "nested")
@@ -59,8 +59,10 @@ def write_checkpoint(
             peaked attention, which `trained_like.py` describes.
         seed: Seeds every tensor, together with its published name.
         dtype: The floating dtype of every tensor.
-        key_layout: "published" (`visual.*`, `model.*`) or "nested" (`model.visual.*`, `model.language_model.*`).
-        config_layout: "flat" (text fields at the top, `rope_scaling`) or "nested" (`text_config`, `rope_parameters`).
+        key_layout: "published" (`visual.*`, `model.*`) or "nested" (`model.visual.*`, `model.language_model.*`); of
+            Qwen3-VL both are nested.
+        config_layout: "flat" as published (text fields at the top, but of Qwen3-VL; `rope_scaling`) or "nested"
+            (`text_config`, `rope_parameters`).
         shards: How many weight files at most; None: the preset's own. A tensor larger than a share makes it fewer.
         tied: Whether the head is the embedding and has no key; None: the preset's own.
         text: Fields to change in the text config.
@@ -87,30 +89,37 @@ def write_checkpoint(
         raise ValueError(f"shards must be at least 1, got {shards}")
     tied = chosen.tied if tied is None else tied
     start = chosen.special_token_start if special_token_start is None else special_token_start
-    text_config = _overridden(presets.TEXT_DEFAULTS | chosen.text, text, "text")
-    vision_defaults = presets.VISION_DEFAULTS | {"out_hidden_size": text_config["hidden_size"]} | chosen.vision
+    family, shared = chosen.family, presets.FAMILIES[chosen.family]
+    if weights != "random" and family != "qwen2_5_vl":
+        raise ValueError(f"weights of {family} must be 'random', got {weights!r}")
+    text_config = _overridden(shared.text | chosen.text, text, "text")
+    out_field = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
+    vision_defaults = shared.vision | {out_field: text_config["hidden_size"]} | chosen.vision
     vision_config = _overridden(vision_defaults, vision, "vision")
-    _check_sizes(text_config, vision_config, start)
-    token_ids = {token: start + index for index, token in enumerate(ADDED_TOKENS)}
-    image_config = _overridden(config_files.image_defaults(vision_config), image, "image", presets.IMAGE_EXTRA_FIELDS)
+    tokens = added_tokens(family)
+    _check_sizes(text_config, vision_config, start, len(tokens))
+    token_ids = {token: start + index for index, token in enumerate(tokens)}
+    image_config = _overridden(
+        config_files.image_defaults(vision_config, family), image, "image", presets.IMAGE_EXTRA_FIELDS
+    )
     defaults = config_files.generation_defaults(token_ids)
     generation_config = _overridden(defaults, generation, "generation", presets.GENERATION_EXTRA_FIELDS)
-    config_of_layout = config_files.flat_config if config_layout == "flat" else config_files.nested_config
-    shapes = tensor_shapes(text_config, vision_config, tied)
+    config = config_files.config(text_config, vision_config, token_ids, tied, dtype, config_layout, family)
+    shapes = tensor_shapes(text_config, vision_config, tied, family)
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):  # old shards beside new ones would load as a mixture
         raise ValueError(f"expected an empty folder, got {folder} with files in it")
-    write_json(folder / "config.json", config_of_layout(text_config, vision_config, token_ids, tied, dtype))
+    write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", _without_none(image_config))
     write_json(folder / "generation_config.json", _without_none(generation_config))
-    write_tokenizer(folder, token_ids)
+    write_tokenizer(folder, token_ids, family)
     if weights == "random":
         make = random_tensors(shapes, seed)
     else:
         make = trained_like_tensors(shapes, seed, text_config, vision_config, token_ids["<|im_start|>"])
-    write_weights(folder, shapes, make, dtype, key_layout, shards)
+    write_weights(folder, shapes, make, dtype, "nested" if family == "qwen3_vl" else key_layout, shards)
     return folder
 
 
@@ -157,22 +166,24 @@ def _without_none(config: Config) -> Config:
     return {field: value for field, value in config.items() if value is not None}
 
 
-def _check_sizes(text: Config, vision: Config, special_token_start: int) -> None:
+def _check_sizes(text: Config, vision: Config, special_token_start: int, added: int) -> None:
     width, heads, kv_heads = (text[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    sizes = {"text": (width, heads), "vision": (vision["hidden_size"], vision["num_heads"])}
+    vision_width, _, out = vision_widths(vision)
+    sizes = {} if "head_dim" in text else {"text": (width, heads)}
+    sizes["vision"] = vision_width, vision["num_heads"]
     for what, (size, parts) in sizes.items():
         if size % parts:
             raise ValueError(f"{what} hidden_size {size} does not divide by its {parts} heads")
     if heads % kv_heads:
         raise ValueError(f"{heads} attention heads do not divide by {kv_heads} key/value heads")
-    head_size = width // heads
+    head_size = text.get("head_dim", width // heads)
     if 2 * sum(text["mrope_section"]) != head_size:
         raise ValueError(f"mrope_section {text['mrope_section']} must sum to half the head size, {head_size} / 2")
-    if (out := vision["out_hidden_size"]) != width:
+    if out != width:
         raise ValueError(f"vision out_hidden_size {out} must equal text hidden_size {width}")
-    last = text["vocab_size"] - len(ADDED_TOKENS)
+    last = text["vocab_size"] - added
     if not BPE_VOCAB_SIZE <= special_token_start <= last:
         raise ValueError(
-            f"special_token_start must leave room for {BPE_VOCAB_SIZE} tokens below and {len(ADDED_TOKENS)} above it: "
+            f"special_token_start must leave room for {BPE_VOCAB_SIZE} tokens below and {added} above it: "
             f"expected {BPE_VOCAB_SIZE} to {last} in a vocabulary of {text['vocab_size']}, got {special_token_start}"
         )

@@ -46,6 +46,31 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# The same of Qwen3-VL, but for tools and videos.
+CHAT_TEMPLATE_3 = (
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].content is string %}{{- messages[0].content }}"
+    "{%- else %}{%- for content in messages[0].content %}"
+    "{%- if 'text' in content %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{%- set image_count = namespace(value=0) %}"
+    "{%- for message in messages %}"
+    "{%- if message.role != 'system' %}"
+    "{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}"
+    "{%- else %}{%- for content in message.content %}"
+    "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
+    "{%- set image_count.value = image_count.value + 1 %}"
+    "{%- if add_vision_id %}Picture {{ image_count.value }}: {% endif -%}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif 'text' in content %}{{- content.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
 BPE_VOCAB_SIZE = 432
 
 # Qwen2's own split into words, before any merge.
@@ -84,6 +109,12 @@ def place(arm, block):
 """
 
 
+def added_tokens(family: str) -> tuple[str, ...]:
+    """Returns the added tokens of a family's published tokenizers, in the order of their ids."""
+    more = ("<tool_response>", "</tool_response>", "<think>", "</think>") if family == "qwen3_vl" else ()
+    return SPECIAL_TOKENS if family == "qwen2_vl" else (*ADDED_TOKENS, *more)
+
+
 def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     """Returns a byte-level BPE tokenizer with Qwen2's rules and the added tokens at the given ids."""
     start = token_ids[ADDED_TOKENS[0]]
@@ -100,7 +131,7 @@ def build_tokenizer(token_ids: Mapping[str, int]) -> Tokenizer:
     tokenizer = _bare_tokenizer(models.BPE(vocab=learnt["vocab"] | fillers, merges=merges))
     # One call for each kind keeps their order, and with it their ids.
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    others = ADDED_TOKENS[len(SPECIAL_TOKENS) :]
+    others = [token for token in token_ids if token not in SPECIAL_TOKENS]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in others])
     assert all(tokenizer.token_to_id(token) == index for token, index in token_ids.items())
     return tokenizer
@@ -116,7 +147,7 @@ def _bare_tokenizer(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: Path, token_ids: Mapping[str, int]) -> None:
+def write_tokenizer(folder: Path, token_ids: Mapping[str, int], family: str = "qwen2_5_vl") -> None:
     """Writes every file of the tokenizer, chat template included."""
     tokenizer = json.loads(build_tokenizer(token_ids).to_str())
     model = tokenizer["model"]
@@ -124,11 +155,12 @@ def write_tokenizer(folder: Path, token_ids: Mapping[str, int]) -> None:
     write_json(folder / "vocab.json", model["vocab"])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(token_ids))
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    template = CHAT_TEMPLATE_3 if family == "qwen3_vl" else CHAT_TEMPLATE
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(token_ids, template))
+    write_json(folder / "chat_template.json", {"chat_template": template})
 
 
-def _tokenizer_config(token_ids: Mapping[str, int]) -> Config:
+def _tokenizer_config(token_ids: Mapping[str, int], template: str) -> Config:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     return {
         "add_bos_token": False,
@@ -139,7 +171,7 @@ def _tokenizer_config(token_ids: Mapping[str, int]) -> Config:
         },
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",

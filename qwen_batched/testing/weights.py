@@ -17,52 +17,81 @@ from qwen_batched.testing.presets import Config
 Shape = tuple[int, ...]
 
 
-def tensor_shapes(text: Config, vision: Config, tied: bool) -> dict[str, Shape]:
-    """Returns the shape of every tensor of a checkpoint by its published name."""
-    shapes = _vision_shapes(vision) | _text_shapes(text)
+def tensor_shapes(text: Config, vision: Config, tied: bool, family: str = "qwen2_5_vl") -> dict[str, Shape]:
+    """Returns the shape of every tensor of a checkpoint by its name among `visual.*`, `model.*` and `lm_head.*`."""
+    shapes = _vision_shapes(vision, family) | _text_shapes(text, family)
     if not tied:
         shapes["lm_head.weight"] = (text["vocab_size"], text["hidden_size"])
     return shapes
 
 
-def _vision_shapes(vision: Config) -> dict[str, Shape]:
-    width, mlp_width, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    merged_width = width * vision["spatial_merge_size"] ** 2
-    shapes: dict[str, Shape] = {
-        "visual.patch_embed.proj.weight": (width, vision["in_channels"], vision["temporal_patch_size"], patch, patch)
-    }
+def vision_widths(vision: Config) -> tuple[int, int, int]:
+    """Returns the widths of the stream, the MLP and the merged features."""
+    if "embed_dim" in vision:  # Qwen2-VL
+        return vision["embed_dim"], int(vision["embed_dim"] * vision["mlp_ratio"]), vision["hidden_size"]
+    return vision["hidden_size"], vision["intermediate_size"], vision["out_hidden_size"]
+
+
+def _vision_shapes(vision: Config, family: str) -> dict[str, Shape]:
+    width, mlp_width, out_width = vision_widths(vision)
+    patch, merged_width = vision["patch_size"], width * vision["spatial_merge_size"] ** 2
+    kernel = (width, vision["in_channels"], vision["temporal_patch_size"], patch, patch)
+    shapes: dict[str, Shape] = {"visual.patch_embed.proj.weight": kernel}
+    has_layer_norm = family != "qwen2_5_vl"
+    if family == "qwen3_vl":
+        shapes["visual.patch_embed.proj.bias"] = (width,)
+        shapes["visual.pos_embed.weight"] = (vision["num_position_embeddings"], width)
     for index in range(vision["depth"]):
         block = f"visual.blocks.{index}"
-        shapes |= {f"{block}.norm1.weight": (width,), f"{block}.norm2.weight": (width,)}
-        shapes |= _linear(f"{block}.attn.qkv", 3 * width, width)
-        shapes |= _linear(f"{block}.attn.proj", width, width)
-        shapes |= _linear(f"{block}.mlp.gate_proj", mlp_width, width)
-        shapes |= _linear(f"{block}.mlp.up_proj", mlp_width, width)
-        shapes |= _linear(f"{block}.mlp.down_proj", width, mlp_width)
-    shapes["visual.merger.ln_q.weight"] = (width,)
-    shapes |= _linear("visual.merger.mlp.0", merged_width, merged_width)
-    shapes |= _linear("visual.merger.mlp.2", vision["out_hidden_size"], merged_width)
+        for norm in ("norm1", "norm2"):
+            shapes |= _norm(f"{block}.{norm}", width, has_layer_norm)
+        shapes |= _linear(f"{block}.attn.qkv", 3 * width, width) | _linear(f"{block}.attn.proj", width, width)
+        if family == "qwen2_5_vl":
+            shapes |= _linear(f"{block}.mlp.gate_proj", mlp_width, width)
+            shapes |= _linear(f"{block}.mlp.up_proj", mlp_width, width)
+            shapes |= _linear(f"{block}.mlp.down_proj", width, mlp_width)
+        else:
+            first, last = ("fc1", "fc2") if family == "qwen2_vl" else ("linear_fc1", "linear_fc2")
+            shapes |= _linear(f"{block}.mlp.{first}", mlp_width, width)
+            shapes |= _linear(f"{block}.mlp.{last}", width, mlp_width)
+    names = ("norm", "linear_fc1", "linear_fc2") if family == "qwen3_vl" else ("ln_q", "mlp.0", "mlp.2")
+    mergers = {"visual.merger": width}
+    for index in range(len(vision.get("deepstack_visual_indexes", ()))):
+        mergers[f"visual.deepstack_merger_list.{index}"] = merged_width
+    for merger, norm_width in mergers.items():
+        norm, first, last = (f"{merger}.{name}" for name in names)
+        shapes |= _norm(norm, norm_width, has_layer_norm)
+        shapes |= _linear(first, merged_width, merged_width) | _linear(last, out_width, merged_width)
     return shapes
 
 
-def _text_shapes(text: Config) -> dict[str, Shape]:
-    width, mlp_width = text["hidden_size"], text["intermediate_size"]
-    key_width = width // text["num_attention_heads"] * text["num_key_value_heads"]
+def _text_shapes(text: Config, family: str) -> dict[str, Shape]:
+    width, mlp_width, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    head_size = text.get("head_dim", width // heads)
+    query_width, key_width = head_size * heads, head_size * text["num_key_value_heads"]
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (text["vocab_size"], width)}
     for index in range(text["num_hidden_layers"]):
         block = f"model.layers.{index}"
         shapes |= {f"{block}.input_layernorm.weight": (width,), f"{block}.post_attention_layernorm.weight": (width,)}
-        shapes |= _linear(f"{block}.self_attn.q_proj", width, width)
-        shapes |= _linear(f"{block}.self_attn.k_proj", key_width, width)
-        shapes |= _linear(f"{block}.self_attn.v_proj", key_width, width)
+        for name, rows in (("q_proj", query_width), ("k_proj", key_width), ("v_proj", key_width)):
+            layer = _linear(f"{block}.self_attn.{name}", rows, width)
+            if family == "qwen3_vl":
+                layer.popitem()  # no bias
+            shapes |= layer
+        if family == "qwen3_vl":
+            shapes |= {f"{block}.self_attn.{name}.weight": (head_size,) for name in ("q_norm", "k_norm")}
         shapes |= {
-            f"{block}.self_attn.o_proj.weight": (width, width),
+            f"{block}.self_attn.o_proj.weight": (width, query_width),
             f"{block}.mlp.gate_proj.weight": (mlp_width, width),
             f"{block}.mlp.up_proj.weight": (mlp_width, width),
             f"{block}.mlp.down_proj.weight": (width, mlp_width),
         }
     shapes["model.norm.weight"] = (width,)
     return shapes
+
+
+def _norm(name: str, width: int, has_bias: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), **({f"{name}.bias": (width,)} if has_bias else {})}
 
 
 def _linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
@@ -80,6 +109,7 @@ _GAINS = {
     "embed_tokens.weight": 2.0,
     "lm_head.weight": 2.0,
 }
+_DEVIATIONS = {"pos_embed.weight": 1.0}  # of what is no product's weight
 _BIAS_DEVIATION = 0.5
 
 
@@ -98,6 +128,9 @@ def random_tensor(name: str, shape: Shape, seed: int) -> torch.Tensor:
         # in its own hidden state and repeat that token for ever.
         values.uniform_(-1.0, 1.0, generator=generator)
         return values + 0.5 * torch.where(values < 0, -1.0, 1.0)
+    for ending, deviation in _DEVIATIONS.items():
+        if name.endswith(ending):
+            return values.uniform_(-deviation * math.sqrt(3), deviation * math.sqrt(3), generator=generator)
     gain = next((gain for ending, gain in _GAINS.items() if name.endswith(ending)), 1.0)
     bound = gain * math.sqrt(3 / math.prod(shape[1:]))
     return values.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,150 @@
+"""Every output equals transformers' Qwen2-VL and Qwen3-VL, run one sample at a time on the same folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from qwen_batched import QwenBatchedVL
+from qwen_batched.testing import write_checkpoint
+from qwen_batched.transformers_reference import ARCHITECTURES, TransformersReference
+from tests.parity.test_whole_model_parity import assert_equals_transformers, reference_run, to
+from tests.support import assert_equal_to, noise, own_tokens, photos
+
+FACTORS = {"qwen2-vl-tiny": 28, "qwen3-vl-tiny": 32}
+RAGGED = ["", "Pick up the red block.\n\nThen:\n  - open the drawer \n", "把红色的积木放在盘子上。", "🤖 naïve café 🦾"]
+GRADIENT_TOLERANCE = 1e-4
+
+
+class Family:
+    """A family's tiny checkpoint, our models of it by padding side, transformers' model, and the sides of its cells."""
+
+    def __init__(self, preset, folder, device, **options):
+        self.folder, self.device, self.factor = folder, device, FACTORS[preset]
+        write_checkpoint(folder, preset, image={"min_pixels": self.factor**2}, **options)
+        self.models = {side: self.load(padding_side=side).requires_grad_(False) for side in ("left", "right")}
+        self.reference = TransformersReference.from_pretrained(folder, device=device)
+        self.layers = tuple(range(self.models["left"].config.text.num_hidden_layers + 1))
+
+    def load(self, **options):
+        return QwenBatchedVL.from_pretrained(self.folder, device=self.device, **options)
+
+    def photos(self, batch, cameras, h, w, seed=0):
+        """Of h x w merged cells."""
+        return photos(batch, cameras, h * self.factor, w * self.factor, seed)
+
+    def check(self, images, texts, **options):
+        assert_equals_transformers(self.models, self.reference, images, texts, layers=self.layers, **options)
+
+
+@pytest.fixture(scope="module", params=FACTORS)
+def family(request, device, tmp_path_factory):
+    model_type = request.param.rpartition("-")[0].replace("-", "_")
+    if not hasattr(transformers, ARCHITECTURES[model_type]):
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    return Family(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint", device)
+
+
+# More cells than the tiny position table has rows, as many, and one; heights that are not widths.
+@pytest.mark.parametrize("cells", [(1, 1), (1, 4), (2, 2), (3, 2), (5, 9), (13, 10)], ids=str)
+def test_every_output_equals_transformers_at_every_size(family, cells):
+    family.check(family.photos(1, 1, *cells), ["Pick up the red block."])
+
+
+@pytest.mark.parametrize(("cameras", "cells"), [(2, (3, 2)), (3, (1, 3)), (8, (2, 2))])
+def test_every_output_equals_transformers_for_every_number_of_cameras(family, cameras, cells):
+    family.check(
+        family.photos(3, cameras, *cells, seed=cameras), ["Pick up the red block.", "", "Open the top drawer."]
+    )
+
+
+def test_every_output_equals_transformers_on_noise(family):
+    family.check(noise(2, 2, 5 * family.factor, 3 * family.factor), ["a", "the robot's arm"])
+
+
+def test_every_output_equals_transformers_for_text_only(family):
+    family.check(None, RAGGED)
+
+
+def test_every_output_equals_transformers_for_cameras_of_mixed_sizes(family):
+    images = [family.photos(2, 1, *cells, seed=index)[:, 0] for index, cells in enumerate([(4, 3), (2, 2), (1, 5)])]
+    family.check(images, ["What is the robot doing?", "Describe."])
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "{images}{text}", "What? {text}\nLook:{images}"])
+def test_every_output_equals_transformers_for_ragged_texts_and_templates(family, template):
+    family.check(family.photos(len(RAGGED), 2, 2, 3), RAGGED, template=template)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
+def test_deep_features_of_an_absent_camera_are_zero(family, mixed):
+    """So a masked camera is as good as none."""
+    images = family.photos(3, 2, 2, 3)
+    images = [images[:, 0], images[:, 1, :, : family.factor]] if mixed else images
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
+    family.check(images, ["a", "Pick up the cup", ""], camera_mask=mask)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_hidden_states_are_before_the_deepstack_addition_and_the_last_one_after_it(family, kept):
+    """With as few blocks as there are deep features, the last addition still comes before the final norm."""
+    model = family.load(num_layers=kept).requires_grad_(False)
+    images, texts = family.photos(2, 2, 2, 3), ["a", "Pick up the red block."]
+    layers, blocks = tuple(range(kept + 1)), family.reference.decoder.layers
+    out = model(to(images, family.device), texts, layers=layers, logits="all")
+    pre = model(to(images, family.device), texts, norm="pre")
+    family.reference.decoder.layers = blocks[:kept]
+    try:
+        for i, text in enumerate(texts):
+            _, expected, before_norm = reference_run(family.reference, images[i], text)
+            for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
+                assert_equal_to(own_tokens(ours, out.attention_mask, i), theirs[0])
+            assert_equal_to(own_tokens(pre.last_hidden_state, pre.attention_mask, i), before_norm[0])
+            assert_equal_to(own_tokens(out.logits, out.attention_mask, i), expected.logits[0])
+    finally:
+        family.reference.decoder.layers = blocks
+
+
+def test_greedy_tokens_equal_transformers(family):
+    images, texts = family.photos(3, 2, 2, 3), ["a", "", "Pick up the red block."]
+    for model in family.models.values():
+        found = model.generate(to(images, family.device), texts, max_new_tokens=12)
+        for i, text in enumerate(texts):
+            inputs = family.reference.processor_inputs(list(images[i]), text)
+            assert found.token_ids[i].tolist() == family.reference.greedy(inputs, 12).tolist()
+
+
+def test_gradients_of_every_parameter_equal_transformers(family):
+    model, reference = family.load(), TransformersReference.from_pretrained(family.folder, device=family.device)
+    images, text = family.photos(1, 2, 2, 3), "Pick up the red block."
+    model(to(images, family.device), [text]).last_hidden_state.square().mean().backward()
+    inputs = reference._model_inputs(**reference.processor_inputs(list(images[0]), text))
+    reference.model(**inputs, output_hidden_states=True).hidden_states[-1].square().mean().backward()
+    keys = model.family.keys
+    theirs = {keys.module_name(name): x for name, x in reference.model.named_parameters()}
+    checked = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert theirs[name].grad is None
+            continue
+        checked += 1
+        assert_equal_to(parameter.grad, theirs[name].grad, GRADIENT_TOLERANCE)
+    assert checked > 50
+
+
+@pytest.mark.parametrize("options", [{"key_layout": "nested", "config_layout": "nested"}, {"tied": False}], ids=str)
+def test_other_layouts_of_a_checkpoint_give_the_same_or_load(family, tmp_path, options):
+    preset = {28: "qwen2-vl-tiny", 32: "qwen3-vl-tiny"}[family.factor]
+    other = Family(preset, tmp_path / "other", family.device, **options)
+    other.check(family.photos(2, 1, 2, 3), ["a", "Pick up the red block."])
+
+
+def test_a_saved_checkpoint_is_transformers_and_ours(family, tmp_path):
+    family.models["left"].save_pretrained(tmp_path / "saved")
+    reference = TransformersReference.from_pretrained(tmp_path / "saved", device=family.device)
+    model = QwenBatchedVL.from_pretrained(tmp_path / "saved", device=family.device)
+    images = family.photos(2, 1, 2, 3)
+    assert_equals_transformers({"left": model}, reference, images, ["a", "bc"], layers=family.layers)
+    state = family.models["left"].state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
