@@ -36,7 +36,7 @@ from qwen_batched.training.tied_head import embedding_weight
 
 
 class QwenBatchedVL(Trainable):
-    """Qwen2.5-VL for a batch of samples, each with the frames of the same cameras and a text.
+    """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
         processor: Frames and texts to tensors.
@@ -393,3 +393,6 @@ class QwenBatchedVL(Trainable):
     def _check_lm_head(self) -> None:
         if not self.has_lm_head:
             raise ValueError("logits, targets and generation need the output projection: load with lm_head=True")
+
+
+BatchedVL = QwenBatchedVL  # `from_pretrained` takes the family from the checkpoint

@@ -67,7 +67,7 @@ def shown_signature(function):
 
 def entries(name, value):
     """The lines of the page, up to their explanations, for a public name: a class has one for each of its members."""
-    if not callable(value):
+    if not callable(value) or (inspect.isclass(value) and value.__name__ != name):  # the latter is another's name
         yield f"`{name}`"
         return
     yield f"`{name}{shown_signature(value)}`"

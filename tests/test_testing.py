@@ -335,7 +335,7 @@ def test_overridden_fields_reach_the_files(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "huge"}, "unknown preset 'huge'; known: 3b, 7b, small, tiny"),
+        ({"preset": "huge"}, "unknown preset 'huge'; known: 3b, 7b, cosmos"),
         ({"weights": "trained"}, "unknown weights 'trained'; known: random, trained-like"),
         ({"key_layout": "old"}, "known: nested, published"),
         ({"config_layout": "old"}, "known: flat, nested"),

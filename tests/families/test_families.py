@@ -1,12 +1,16 @@
 """Families by their `model_type`, and the names that each layout of keys has for a parameter."""
 
 import dataclasses
+import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from qwen_batched import BatchedDecoder, BatchedVisionTransformer
+from qwen_batched import BatchedDecoder, BatchedVisionTransformer, BatchedVL, QwenBatchedVL
 from qwen_batched.checkpoint.keys import KeyLayout
 from qwen_batched.families import FAMILIES, family_of
+from qwen_batched.testing import write_checkpoint
 
 # Nested as published, with a prefix of an older release, and keys that are never used.
 OTHER = KeyLayout(
@@ -18,9 +22,12 @@ OTHER = KeyLayout(
 NAMES = ["visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl_moe", "", None, 3, ["qwen2_5_vl"]])
+@pytest.mark.parametrize(
+    "model_type",
+    ["qwen2_5_vl_moe", "qwen3_vl_moe", "qwen3_5", "qwen4_exp", "cosmos3_vl", "", None, 3, ["qwen2_5_vl"]],
+)
 def test_an_unknown_family_is_refused_with_those_that_there_are(model_type):
-    with pytest.raises(ValueError, match=r"model_type must be one of qwen2_5_vl, got "):
+    with pytest.raises(ValueError, match=r"model_type must be one of qwen2_5_vl, qwen2_vl, qwen3_vl, got "):
         family_of(model_type)
 
 
@@ -50,3 +57,39 @@ def test_layouts_name_parameters_as_transformers_does():
     assert qwen.saved_name("model.norm.weight") == "model.norm.weight"
     assert qwen.adapter_name("model.norm.weight") == "model.language_model.norm.weight"
     assert qwen.module_name("language_model.norm.weight") == "model.norm.weight"
+
+
+def test_both_names_of_the_model_are_one_class():
+    assert BatchedVL is QwenBatchedVL
+
+
+def raw_config(preset):
+    """config.json of a preset."""
+    with tempfile.TemporaryDirectory() as folder:
+        return json.loads((write_checkpoint(Path(folder) / "c", preset) / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "section", "field", "value", "message"),
+    [
+        ("qwen3-vl-tiny", "vision_config", "deepstack_visual_indexes", [1, 6], "must be below the depth 6, got 6"),
+        ("qwen3-vl-tiny", "vision_config", "num_position_embeddings", 50, "must be a square and 0 leading tokens"),
+        ("qwen3-vl-tiny", "text_config", "attention_bias", True, "attention_bias must be False, got True"),
+        ("qwen3-vl-tiny", "text_config", "head_dim", 0, "explicit_head_dim must be like 128, got 0"),
+        ("qwen2-vl-tiny", "vision_config", "embed_dim", "80", "hidden_size must be like 1280, got '80'"),
+        ("qwen2-vl-tiny", "vision_config", "hidden_size", 80, "must be the decoder's hidden_size 64, got 80"),
+    ],
+)
+def test_a_config_that_is_not_implemented_is_refused(preset, section, field, value, message):
+    raw = raw_config(preset)
+    raw[section][field] = value
+    with pytest.raises(ValueError, match=message):
+        family_of(raw["model_type"]).read_config(raw)
+
+
+@pytest.mark.parametrize("ratio", [4, 2.5])
+def test_the_output_width_of_qwen2_vl_is_called_hidden_size(ratio):
+    raw = raw_config("qwen2-vl-tiny")
+    raw["vision_config"]["mlp_ratio"] = ratio
+    vision = family_of("qwen2_vl").read_config(raw).vision
+    assert (vision.hidden_size, vision.out_hidden_size, vision.intermediate_size) == (80, 64, int(80 * ratio))
