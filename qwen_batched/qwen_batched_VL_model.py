@@ -21,7 +21,7 @@ from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_we
 from qwen_batched.families import read_config
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.inputs import checks
-from qwen_batched.inputs.batch import FeatureMaps
+from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
 from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
 from qwen_batched.linear.apply import apply_linear
@@ -252,7 +252,8 @@ class QwenBatchedVL(Trainable):
         resize: Resize = "hf",
         chunk_size: int | None = None,
         cuda_graph: bool = True,
-    ) -> FeatureMaps | list[FeatureMaps]:
+        deepstack: bool = False,
+    ) -> FeatureMaps | list[FeatureMaps] | Features:
         """Image features without the decoder.
 
         On a GPU, where no gradient is wanted, shapes get CUDA graphs as in `forward`.
@@ -264,9 +265,12 @@ class QwenBatchedVL(Trainable):
             camera_mask: As for `forward`; an absent camera's features are zero.
             chunk_size: Most images per pass through the vision transformer; None for about 16384 patches. Smaller
                 passes need less memory. Results do not depend on it.
+            deepstack: Return `Features(main, deep)`: the features, and one more such item for each index of the
+                config's `deepstack_visual_indexes`, which the decoder adds after its first blocks. Not with `layers`.
 
         Returns:
-            (B, V, h, w, D), row-major, h = resized height / 28; for a list of cameras a list of V tensors (B, h, w, D).
+            (B, V, h, w, D), row-major, h = resized height / 28 (Qwen3-VL: 32); for a list of cameras a list of V
+            tensors (B, h, w, D).
             With `layers`, a list with one such item per layer, of patches: (B, V, 2h, 2w, C).
 
         Raises:
@@ -276,13 +280,15 @@ class QwenBatchedVL(Trainable):
         if layers is not None:
             layers = resolve_layers(layers, self.config.vision.depth)
         chunk_size = checks.check_chunk_size(chunk_size)
+        if deepstack and (layers is not None or self.config.vision.deepstack_visual_indexes is None):
+            raise ValueError("deepstack needs a model with deep features, and layers=None")
         check_given("images", images, "a tensor or a list of tensors")
         device = self.device
         check_no_gradient_in_a_capture(self, device, images)
         request = self.processor.request(images, None, camera_mask, resize=resize, device=device)
         try:
             found = self._calls.encode(self._caller(cuda_graph), request, layers, chunk_size)
-            return found.main if layers is None else found
+            return found if deepstack or layers is not None else found.main
         except torch.OutOfMemoryError as error:
             reason = str(error)
         self._calls.tower.clear()

@@ -7,10 +7,11 @@ import torch
 import transformers
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.lora import load_adapter, save_adapter
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import ARCHITECTURES, TransformersReference
 from tests.parity.test_whole_model_parity import assert_equals_transformers, reference_run, to
-from tests.support import assert_equal_to, noise, own_tokens, photos
+from tests.support import assert_equal_to, noise, own_tokens, photos, relative_error
 
 FACTORS = {"qwen2-vl-tiny": 28, "qwen3-vl-tiny": 32}
 RAGGED = ["", "Pick up the red block.\n\nThen:\n  - open the drawer \n", "把红色的积木放在盘子上。", "🤖 naïve café 🦾"]
@@ -148,3 +149,70 @@ def test_a_saved_checkpoint_is_transformers_and_ours(family, tmp_path):
     assert_equals_transformers({"left": model}, reference, images, ["a", "bc"], layers=family.layers)
     state = family.models["left"].state_dict()
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
+def test_deep_features_are_transformers(family, mixed):
+    model, images = family.models["left"], family.photos(2, 2, 2, 3)
+    images = [images[:, 0], images[:, 1, :, : family.factor]] if mixed else images
+    mask = torch.tensor([[True, True], [False, True]])
+    if model.config.vision.deepstack_visual_indexes is None:
+        with pytest.raises(ValueError, match="deepstack needs a model with deep features"):
+            model.encode_images(to(images, family.device), deepstack=True)
+        return
+    found = model.encode_images(to(images, family.device), camera_mask=mask, deepstack=True)
+    merged = model.encode_images(to(images, family.device), camera_mask=mask)
+    assert all(map(torch.equal, found.main, merged)) if mixed else torch.equal(found.main, merged)
+    deep = []
+    hook = family.reference.visual.register_forward_hook(lambda _, args, output: deep.append(output.deepstack_features))
+    with hook:
+        for i in range(2):
+            for camera in range(2):
+                frame = images[camera][i] if mixed else images[i, camera]
+                family.reference.run(**family.reference.processor_inputs([frame], "a"))
+    for level, ours in enumerate(found.deep):
+        for i in range(2):
+            for camera in range(2):
+                of_camera = ours[camera][i] if mixed else ours[i, camera]
+                if mask[i, camera]:
+                    assert_equal_to(of_camera.flatten(0, 1), deep[2 * i + camera][level])
+                else:
+                    assert not of_camera.any()
+
+
+def test_layers_and_deep_features_are_not_asked_for_at_once(family):
+    with pytest.raises(ValueError, match="deepstack needs"):
+        family.models["left"].encode_images(family.photos(1, 1, 2, 2), layers=[0], deepstack=True)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "all"])
+def test_lora_goes_from_transformers_to_ours_and_back(family, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    targets = {"decoder": ["q_proj", "v_proj", "o_proj", "down_proj"], "all": "all-linear"}[kind]
+    theirs = TransformersReference.from_pretrained(family.folder, device=family.device)
+    settings = {"target_modules": targets, "exclude_modules": ["lm_head"] if kind == "all" else None}
+
+    def adapt(model):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, **settings))
+        torch.manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return adapted
+
+    def expected(reference):
+        return reference.run(**inputs).hidden_states[-1][0]
+
+    images, text = family.photos(1, 2, 2, 3), "Pick up the red block."
+    inputs = theirs.processor_inputs(list(images[0]), text)
+    without = expected(theirs)
+    adapt(theirs.model).save_pretrained(tmp_path / "theirs")
+    adapted = load_adapter(family.load(), tmp_path / "theirs")
+    with torch.no_grad():
+        ours = adapted(to(images, family.device), [text]).last_hidden_state[0]
+    assert relative_error(ours, without) > 0.05
+    assert_equal_to(ours, expected(theirs))
+    save_adapter(adapted, tmp_path / "ours")
+    again = TransformersReference.from_pretrained(family.folder, device=family.device)
+    peft.PeftModel.from_pretrained(again.model, tmp_path / "ours", torch_device=family.device)
+    assert_equal_to(expected(again), ours)
