@@ -244,7 +244,7 @@ class TransformersReference:
         """Patches (T, C) of still images in the window order of the vision blocks: each image's (height, width, C)."""
         merge = self.visual.spatial_merge_size
         # Without windows the whole image is one.
-        window = getattr(self.visual, "window_size", MAX_SIDE) // merge // self.visual.patch_size
+        window = getattr(self.visual, "window_size", MAX_SIDE) // merge // self.visual.config.patch_size
         images = windowed.split(image_grid_thw.prod(-1).tolist())
         return [
             _raster_order(image, height, width, merge, window)

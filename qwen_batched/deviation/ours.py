@@ -47,9 +47,8 @@ def run_ours(model: QwenBatchedVL, case: Case, stages: Stages, new_tokens: int, 
     each(names.POSITIONS, [out.position_ids[:, sample][:, own[sample]] for sample in samples])
 
     if stages.decoder_blocks:
-        embeddings, position_ids, mask = out.hidden_states[0], out.position_ids, out.attention_mask
-        outputs = model.model(embeddings, position_ids, mask, layers=stages.decoder_blocks, norm="pre")
-        for layer, states in zip(stages.decoder_blocks, outputs, strict=True):
+        outputs = model(images, texts, layers=stages.decoder_blocks, norm="pre", cuda_graph=False)
+        for layer, states in zip(stages.decoder_blocks, outputs.hidden_states, strict=True):
             each(names.decoder_stage(layer), [states[sample][own[sample]] for sample in samples])
         del outputs
 
