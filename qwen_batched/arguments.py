@@ -35,10 +35,7 @@ def integer(value: object) -> object:
 
 
 def as_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int: Python's or NumPy's, no bool and no float.
-
-    Raises `ValueError` where it is not an integer from `low` to `high`, or of at least `low` where `high` is None.
-    """
+    """`value` as an int: Python's or NumPy's. Raises `ValueError` for a bool, a float, or what is out of range."""
     number = value if type(value) is int else integer(value)
     if type(number) is not int or number < low or (high is not None and number > high):
         expected = f"of at least {low}" if high is None else f"from {low} to {high}"

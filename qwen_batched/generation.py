@@ -49,10 +49,8 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not 0 <= self.temperature <= sys.float_info.max or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                "temperature must be finite and at least 0, top_k at least 0 and top_p in (0, 1], got "
-                f"{self.temperature}, {self.top_k}, {self.top_p}"
-            )
+            expected = "temperature must be finite and at least 0, top_k at least 0 and top_p in (0, 1]"
+            raise ValueError(f"{expected}, got {self.temperature}, {self.top_k}, {self.top_p}")
 
     def uniforms(self, batch: int, steps: int, device: torch.device) -> Tensor | None:
         """A float64 number in [0, 1) for each token to draw, (batch, steps); None where none is drawn."""

@@ -46,10 +46,8 @@ def draw_feature_maps(
     maps = _as_cameras(features)
     shapes = [(len(camera), len(features)) for camera, features in zip(frames, maps, strict=False)]
     if len(frames) != len(maps) or any(theirs != ours for ours, theirs in shapes):
-        raise ValueError(
-            f"features must be of the {len(frames[0])} samples and {len(frames)} cameras of images, "
-            f"got {[tuple(camera.shape) for camera in maps]}"
-        )
+        expected = f"the {len(frames[0])} samples and {len(frames)} cameras of images"
+        raise ValueError(f"features must be of {expected}, got {[tuple(camera.shape) for camera in maps]}")
     sample = as_int("sample", sample, 0)
     if sample >= len(frames[0]):
         raise ValueError(f"sample must be below {len(frames[0])}, the number of samples, got {sample}")

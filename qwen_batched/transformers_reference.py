@@ -204,10 +204,7 @@ class TransformersReference:
     @torch.no_grad()
     @without_tf32()
     def final_hidden_states(self, samples: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """Runs samples (`processor_inputs`) with images as one batch, padded on the left, as nothing else here does.
-
-        Returns for each sample (S, D), after the final norm, without padding.
-        """
+        """Of samples (`processor_inputs`) with images as one batch, padded on the left: each (S, D), unpadded."""
         ids = [sample["input_ids"][0] for sample in samples]
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
@@ -322,10 +319,7 @@ def _merged(visual_output: Any) -> Tensor:
 
 
 def _image_processor(folder: str | Path, resample_backend: str | None) -> Any:
-    """The image processor of that library, or the one that transformers chooses by itself.
-
-    Without torchvision, transformers falls back to Pillow whatever is asked for.
-    """
+    """That of a library, which without torchvision is Pillow whatever is asked for, or transformers' own choice."""
     if resample_backend is None:
         choice = {}
     elif _RELEASE >= (5, 4):

@@ -130,10 +130,8 @@ class TextConfig:
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(
-                f"mrope_section must be 3 numbers (time, height, width) that sum to half the head size "
-                f"{self.head_dim}, got {shown(list(self.mrope_section))}"
-            )
+            expected = f"3 numbers (time, height, width) that sum to half the head size {self.head_dim}"
+            raise ValueError(f"mrope_section must be {expected}, got {shown(list(self.mrope_section))}")
 
     @property
     def head_dim(self) -> int:
@@ -153,10 +151,7 @@ class QwenVLConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], defaults: QwenVLConfig) -> QwenVLConfig:
-        """Reads either layout; what the file leaves out is as in `defaults`.
-
-        Raises `ValueError` where the file says what this package does not implement.
-        """
+        """Reads either layout, over `defaults`. Raises `ValueError` for what is not implemented here."""
         if raw.get("quantization_config"):
             raise ValueError("quantized checkpoints (quantization_config) are not supported")
         vision = _section(raw, "vision_config")
@@ -169,11 +164,9 @@ class QwenVLConfig:
             raise ValueError(f"image_token_id must be an int, got {shown(image_token_id)}")
         networks = _vision_config(vision, defaults.vision), _text_config(text, defaults.text, nested=text is not raw)
         config = cls(defaults.model_type, *networks, image_token_id, any(tied), _dtype(raw))
-        if config.vision.out_hidden_size != config.text.hidden_size:
-            raise ValueError(
-                "vision_config.out_hidden_size must be the decoder's hidden_size "
-                f"{config.text.hidden_size}, got {config.vision.out_hidden_size}"
-            )
+        out, width = config.vision.out_hidden_size, config.text.hidden_size
+        if out != width:
+            raise ValueError(f"vision_config.out_hidden_size must be the decoder's hidden_size {width}, got {out}")
         return config
 
     def truncated(self, num_layers: int) -> QwenVLConfig:
@@ -207,10 +200,8 @@ class ImageConfig:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}")
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
-            raise ValueError(
-                "image_mean and image_std must be 3 numbers, std not 0, "
-                f"got {shown(self.image_mean)}, {shown(self.image_std)}"
-            )
+            both = f"{shown(self.image_mean)}, {shown(self.image_std)}"
+            raise ValueError(f"image_mean and image_std must be 3 numbers, std not 0, got {both}")
 
     def check_patches(self, vision: VisionConfig) -> None:
         """Raises `ValueError` where images are cut into other patches than the vision transformer takes."""
@@ -297,10 +288,8 @@ def _yarn(rope: Mapping[str, Any], original: object, config: TextConfig) -> Yarn
         raise ValueError(f"original_max_position_embeddings must be a number above 0, got {shown(original)}")
     factor = config.max_position_embeddings / original if rope["factor"] is None else rope["factor"]
     if not factor > 0 or config.rope_theta <= 1:
-        raise ValueError(
-            "the rope type yarn needs a factor above 0 and a rope_theta above 1, "
-            f"got {shown(factor)} and {shown(config.rope_theta)}"
-        )
+        both = f"{shown(factor)} and {shown(config.rope_theta)}"
+        raise ValueError(f"the rope type yarn needs a factor above 0 and a rope_theta above 1, got {both}")
     attention, mscale, mscale_all = (rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if attention is None and mscale and mscale_all:
         attention = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all)

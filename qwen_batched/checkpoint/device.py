@@ -14,9 +14,8 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None) -
         return stored
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in DTYPES.values():
-        raise ValueError(
-            f"dtype must be 'auto', a torch.dtype or the name of one ({', '.join(DTYPES)}), got {shown(dtype)}"
-        )
+        names = ", ".join(DTYPES)
+        raise ValueError(f"dtype must be 'auto', a torch.dtype or the name of one ({names}), got {shown(dtype)}")
     return found
 
 

@@ -116,11 +116,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint folder {self.folder} was saved over while it was loaded: load it again")
 
     def image_config(self, vision: VisionConfig, defaults: ImageConfig) -> ImageConfig:
-        """How images are prepared for `vision`; what the file leaves out is as in `defaults`.
-
-        Raises:
-            ValueError: The file says what this package does not implement or the model does not take. It is named.
-        """
+        """How images are prepared. Raises `ValueError`, naming the file, for what the model does not take."""
         if self.preprocessor is None:
             raise ValueError(f"checkpoint folder {self.folder} has no {PREPROCESSOR_FILE}")
         with naming(self.folder / self.preprocessor_file):
@@ -156,10 +152,7 @@ class Checkpoint:
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
 
     def write(self, folder: Path) -> None:
-        """Writes everything but the weights into `folder`: each thing once, where transformers of every age reads it.
-
-        Raises `OSError` where a file cannot be written; it is named.
-        """
+        """Writes everything but the weights: each thing once, where transformers of every age reads it."""
         files = {
             CONFIG_FILE: self.config,
             # Newer releases of transformers prefer processor_config.json, older ones do not know it.
@@ -212,8 +205,8 @@ def find_folder(name: str | Path, weights: bool = True, hub: HubOptions = HubOpt
     if not isinstance(name, str) or not HUB_ID.fullmatch(name):
         raise ValueError(f"checkpoint folder {shown(str(name))} does not exist")
     patterns = CONFIG_FILES + WEIGHT_FILES if weights else CONFIG_FILES
-    names = [field.name for field in fields(HubOptions)]
-    options = {name: getattr(hub, name) for name in names if getattr(hub, name) != getattr(HubOptions, name)}
+    chosen = ((option, getattr(hub, option.name)) for option in fields(HubOptions))
+    options = {option.name: value for option, value in chosen if value != option.default}
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), **options))
     except (OSError, HFValidationError) as error:  # the hub's and the network's errors are OSErrors
@@ -273,9 +266,8 @@ def _read_chat_template(folder: Path, processor: dict[str, Any]) -> str | None:
         template = {named.get("name"): named.get("template") for named in template}
     if isinstance(template, dict):
         if not isinstance(template.get("default"), str):
-            raise ValueError(
-                f"{json_file}: of several chat templates one must be named 'default', got {shown(template)}"
-            )
+            expected = "of several chat templates one must be named 'default'"
+            raise ValueError(f"{json_file}: {expected}, got {shown(template)}")
         template = template["default"]
     if not isinstance(template, str | None):
         raise ValueError(f"{json_file}: chat_template must be a string, got {shown(template)}")

@@ -49,10 +49,7 @@ class ModelOptions(ProcessorOptions):
             _log_attention(shown(self.attn_implementation))
 
     def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
-        """`dtype` and `device`, by whichever names they were given.
-
-        Raises `ValueError` where two names say different things, or `device_map` is not one device.
-        """
+        """`dtype` and `device`, by whichever names. Raises `ValueError` where two differ, or for several devices."""
         if self.torch_dtype not in (None, "auto"):
             theirs = resolve_dtype(self.torch_dtype, stored=None)
             if dtype not in (None, "auto") and resolve_dtype(dtype, stored=None) != theirs:

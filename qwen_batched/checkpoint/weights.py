@@ -95,10 +95,7 @@ def load_weights(
 
 
 def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """What there is to save: `state_dict`, where it is that of what `build` makes.
-
-    Raises `ValueError` where it has other tensors, or what is no tensor, or they are sharded or quantised.
-    """
+    """`state_dict`. Raises `ValueError` where it is not that of what `build` makes, or is sharded or quantised."""
     tensors = dict(state_dict)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -116,9 +113,8 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
         )
     for name, tensor in tensors.items():
         if (kind := type(tensor)) not in (Tensor, nn.Parameter):
-            raise ValueError(
-                f"tensors to save must be whole, got a {kind.__name__} for {name}: give a gathered state_dict"
-            )
+            got = f"a {kind.__name__} for {name}: give a gathered state_dict"
+            raise ValueError(f"tensors to save must be whole, got {got}")
     return tensors
 
 
@@ -169,9 +165,8 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     index = read_json(folder / INDEX_FILE)
     if index is None:
-        raise ValueError(
-            f"checkpoint folder {folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
-        )
+        expected = f"{SINGLE_FILE} or {INDEX_FILE} (pickles are not read)"
+        raise ValueError(f"checkpoint folder {folder} has no weights: expected {expected}")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX_FILE} has no weight_map")

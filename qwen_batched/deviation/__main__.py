@@ -66,24 +66,21 @@ def _run(options: argparse.Namespace, folder: Path, weights: str) -> int:
     # disable=None: no bar where the output is not a terminal
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(desc="deviation", bar_format=bar_format, leave=False, disable=None) as bar:
-        if options.batch_effect:
-            changes = batch_effect.measure_batch_effect(plan, bar)
-        else:
-            findings = compare(plan, bar)
+        measured = batch_effect.measure_batch_effect(plan, bar) if options.batch_effect else compare(plan, bar)
     settings = vars(options) | {"weights": weights, "resample_backend": backend}
     facts = {"settings": settings, "environment": report.environment(plan.device)}
     if options.batch_effect:
-        print(batch_effect.text(plan, changes, title))
-        missed = bool(batch_effect.broken_promises(changes))
-        facts["batch_effect"] = batch_effect.as_json(changes)
+        print(batch_effect.text(plan, measured, title))
+        missed = bool(batch_effect.broken_promises(measured))
+        facts["batch_effect"] = batch_effect.as_json(measured)
     else:
-        found = misses(plan, findings)
-        print(report.table(plan, findings, found, title))
+        found = misses(plan, measured)
+        print(report.table(plan, measured, found, title))
         missed = bool(found)
-        facts |= report.as_json(plan, findings, found)
+        facts |= report.as_json(plan, measured, found)
         if options.plot:
             heading = f"Deviation from transformers {transformers.__version__} in float32"
-            draw(plan, findings, heading, title, options.plot)
+            draw(plan, measured, heading, title, options.plot)
     if options.json:
         options.json.write_text(report.dumps(facts) + "\n", encoding="utf-8")
     return int(missed)

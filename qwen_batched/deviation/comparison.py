@@ -76,11 +76,7 @@ class _Sample:
 
 
 def compare(plan: Plan, bar: tqdm) -> Findings:
-    """Runs everything.
-
-    Raises `ValueError` where transformers or this package cannot load the checkpoint, `torch.OutOfMemoryError` where
-    there was less memory than it looked.
-    """
+    """Runs everything. Raises `ValueError` where transformers or this package cannot load the checkpoint."""
     return _Comparison(plan, bar).run()
 
 
@@ -105,8 +101,8 @@ class _Comparison:
             except torch.OutOfMemoryError as error:
                 if plan.float64 == "always":
                     raise
-                reason = str(error).splitlines()[0]
-                self.findings.notes.append(f"transformers' own float32 was not measured everywhere: {reason}")
+                note = f"transformers' own float32 was not measured everywhere: {error}".splitlines()[0]
+                self.findings.notes.append(note)
         for dtype in low:
             self._measure_theirs(dtype, plan.cases)
             self._measure_ours(dtype)

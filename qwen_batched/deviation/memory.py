@@ -98,9 +98,8 @@ def _check_host(need: float, what: str) -> None:
 
 def _compare(need: float, free: float, what: str, where: str) -> None:
     if need > free:
-        raise TooLittleMemory(
-            f"too little memory on {where}: {what} need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        )
+        sizes = f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise TooLittleMemory(f"too little memory on {where}: {what} need about {sizes}")
 
 
 def _available() -> float:

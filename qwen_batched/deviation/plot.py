@@ -69,19 +69,15 @@ def draw(plan: Plan, findings: Findings, title: str, subtitle: str, path: Path) 
 
 
 def _curve(plan: Plan, findings: Findings, run: Run) -> Curve:
-    found: dict[str, list[Distance]] = {}
-    for stage, case in itertools.product(plan.stages.names, plan.cases):
-        measure = findings.get(run, case.label, stage)
+    values, lowest, highest = {}, {}, {}
+    for stage in plan.stages.names:
+        measures = [findings.get(run, case.label, stage) for case in plan.cases]
         # What is equal to the last bit, or not a number, has no place on a logarithmic axis.
-        if isinstance(measure, Distance) and 0 < measure.relative_l2 < math.inf:
-            found.setdefault(stage, []).append(measure)
-    each = {stage: [measure.relative_l2 for measure in measures] for stage, measures in found.items()}
-    return Curve(
-        run,
-        values={stage: Distance.pooled(measures).relative_l2 for stage, measures in found.items()},
-        lowest={stage: min(values) for stage, values in each.items()},
-        highest={stage: max(values) for stage, values in each.items()},
-    )
+        measures = [x for x in measures if isinstance(x, Distance) and 0 < x.relative_l2 < math.inf]
+        if measures:
+            values[stage] = Distance.pooled(measures).relative_l2
+            lowest[stage], highest[stage] = (end(x.relative_l2 for x in measures) for end in (min, max))
+    return Curve(run, values, lowest, highest)
 
 
 class _Picture:

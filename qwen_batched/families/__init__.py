@@ -24,9 +24,6 @@ def family_of(model_type: Any) -> Family:
 
 
 def read_config(checkpoint: Checkpoint) -> QwenVLConfig:
-    """The shape of a checkpoint's model.
-
-    Raises `ValueError` where its family or something that its config says is not implemented here. The file is named.
-    """
+    """The shape of a checkpoint's model. Raises `ValueError`, naming the file, for what is not implemented here."""
     with naming(checkpoint.folder / CONFIG_FILE):
         return family_of(checkpoint.config.get("model_type")).read_config(checkpoint.config)

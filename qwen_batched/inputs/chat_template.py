@@ -43,10 +43,7 @@ class ChatTemplate:
             return  # a template that fails otherwise is refused where it is used
 
     def render(self, cameras: int, text: str, system: str | None = None, answer: str | None = None) -> Rendering:
-        """A user's turn with the generation prompt, or with the assistant's turn where there is an answer.
-
-        Raises `ValueError` where the template fails.
-        """
+        """A user's turn and the generation prompt, or the answer's. Raises `ValueError` where the template fails."""
         try:
             return self._render(cameras, text, system, answer)
         except Exception as error:  # a template is a program, and may raise anything

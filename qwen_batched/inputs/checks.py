@@ -70,10 +70,7 @@ def _check_group(frames: Tensor, min_side: int) -> None:
 
 
 def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
-    """The texts as a list; a single string stands for a batch of one.
-
-    Raises `TypeError` or `ValueError` where they are not `batch` strings.
-    """
+    """The texts as a list, of one for a string. Raises `TypeError` or `ValueError` where not `batch` strings."""
     if isinstance(texts, str):
         texts = [texts]
     _check_strings("texts", texts)
@@ -85,10 +82,7 @@ def check_texts(texts: Sequence[str] | str, batch: int | None) -> Sequence[str]:
 
 
 def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> Sequence[str]:
-    """The targets as a list; a single string stands for a batch of one.
-
-    Raises `TypeError` or `ValueError` where they are not one string for each of `texts`.
-    """
+    """The same of targets. Raises `TypeError` or `ValueError` where they are not one string for each of `texts`."""
     if texts is None:
         raise ValueError("targets need texts that they answer, got texts=None")
     if isinstance(targets, str):

@@ -157,10 +157,8 @@ class PromptEncoder:
             raise TypeError(f"template must be 'chat', 'plain' or a string, got {type(template).__name__}")
         if template == "chat":
             if self._without_default is not None:
-                raise ValueError(
-                    "template='chat' needs a chat template named 'default', and the checkpoint's are named "
-                    f"{', '.join(self._without_default)}"
-                )
+                named = f"named 'default', and the checkpoint's are named {', '.join(self._without_default)}"
+                raise ValueError(f"template='chat' needs a chat template {named}")
             if self.chat is None:
                 raise ValueError("template='chat' needs a chat template, and the checkpoint has none")
         elif template != "plain":
@@ -203,10 +201,8 @@ class PromptEncoder:
         if layout.looked:
             return self._rendered_anew(text, cameras, system, layout)
         values = {TEXT_MARK: text, SYSTEM_MARK: system}
-        return [
-            piece if isinstance(piece, int) else "".join(values.get(part, part) for part in piece)
-            for piece in layout.pieces
-        ]
+        pieces = layout.pieces
+        return [x if isinstance(x, int) else "".join(values.get(part, part) for part in x) for x in pieces]
 
     def _rendered_anew(self, text: str, cameras: int, system: str | None, layout: Layout) -> list[int | str]:
         """The same of a chat template that looks at the texts, which it is therefore given.
@@ -257,10 +253,8 @@ class PromptEncoder:
         slots = fields.count("{image}") + fields.count(self._image)
         for name, few in (("{text}", 1), ("{images}", 0)):
             if not few <= fields.count(name) <= 1:
-                raise ValueError(
-                    f"template must be 'chat', 'plain' or hold {name} once, got {template!r:.200} "
-                    f"({fields.count(name)} times)"
-                )
+                got = f"{template!r:.200} ({fields.count(name)} times)"
+                raise ValueError(f"template must be 'chat', 'plain' or hold {name} once, got {got}")
         if "{images}" in fields and slots:
             either = "either {images} or {image} for each"
             raise ValueError(f"template must hold {either}, got both in {template!r:.200}")
@@ -307,10 +301,8 @@ class PromptEncoder:
         return "".join(fields[part]() if part in fields else part for part in self._fields.split(template))
 
     def _pieces(self, text: str) -> tuple[int | tuple[str, ...], ...]:
-        return tuple(
-            piece if isinstance(piece, int) else tuple(filter(None, _MARKS.split(piece)))
-            for piece in self._vocabulary.cut(text)
-        )
+        pieces = self._vocabulary.cut(text)
+        return tuple(x if isinstance(x, int) else tuple(filter(None, _MARKS.split(x))) for x in pieces)
 
     def _ending(self) -> Layout:
         """The end token of the chat template's assistant turn, and whether the template looks at texts."""

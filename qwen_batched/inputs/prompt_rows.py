@@ -73,8 +73,7 @@ class PromptRows:
     def lay_out_on_device(self, call: TextCall, camera_mask: Tensor) -> Prompts:
         """The same where only the device knows the mask: whatever it may be is laid out, and the device chooses.
 
-        Raises:
-            ValueError: As of `lay_out`; or the template has slots for so many cameras that there are too many layouts.
+        Raises `ValueError` also where the template has slots for so many cameras that there are too many layouts.
         """
         cells, batch, has_slots = _cells(call), len(call.texts), call.encoder.has_slots(call.template)
         options = _options(cells, has_slots)

@@ -26,10 +26,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A checked call: its tensors, and all that the host knows of them.
-
-    To PyTorch's pytrees its tensors are children, and all else that shapes the batch is the structure, hashable.
-    """
+    """A checked call. To PyTorch's pytrees its tensors are children, all else is the structure, hashable."""
 
     # (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text only.
     frames: tuple[Tensor, ...]

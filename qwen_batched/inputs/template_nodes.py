@@ -6,6 +6,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
+# Where a node has what decides: of `and` and `or`, the left side alone.
+CONDITIONS = {nodes.If: "test", nodes.CondExpr: "test", nodes.And: "left", nodes.Or: "left", nodes.Not: "node"}
+
 
 class HookedNodes(NodeTransformer):
     """Puts the hooks of `TemplateEnvironment` into a template, and refuses what it has no use for."""
@@ -27,24 +30,13 @@ class HookedNodes(NodeTransformer):
 
     visit_CallBlock = visit_Block = visit_Macro
 
-    def visit_If(self, node: nodes.If | nodes.CondExpr) -> nodes.Node:
+    def visit_condition(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)
-        node.test = _hook(node, "truth", node.test)
+        field = CONDITIONS[type(node)]
+        setattr(node, field, _hook(node, "truth", getattr(node, field)))
         return node
 
-    visit_CondExpr = visit_If
-
-    def visit_And(self, node: nodes.And | nodes.Or) -> nodes.Node:
-        self.generic_visit(node)
-        node.left = _hook(node, "truth", node.left)
-        return node
-
-    visit_Or = visit_And
-
-    def visit_Not(self, node: nodes.Not) -> nodes.Node:
-        self.generic_visit(node)
-        node.node = _hook(node, "truth", node.node)
-        return node
+    visit_If = visit_CondExpr = visit_And = visit_Or = visit_Not = visit_condition
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,11 +52,15 @@ def from_lerobot(
     if not present:
         raise ValueError(f"the batch must hold at least one of {keys}, got {sorted(batch)}")
     sizes = {key: len(frames) for key, frames in present.items()}
-    samples = len(_texts(batch))
+    texts = _texts(batch)
+    samples = len(texts)
     if set(sizes.values()) != {samples}:
         raise ValueError(f"every camera must have a frame for each of {samples} tasks, got {sizes}")
 
-    masks = {key: _masks_in_batch(batch, key, samples) for key in keys}
+    masks: dict[str, list[Tensor]] = {key: [] for key in keys}
+    for key, (suffix, is_present) in itertools.product(keys, (("_is_pad", False), ("_padding_mask", True))):
+        if (name := key + suffix) in batch:
+            masks[key].append(_checked_mask(name, batch[name], samples) == is_present)
     for name, mask in (image_masks or {}).items():
         if _key(name) not in masks:
             raise ValueError(f"image_masks must be of the cameras {keys}, got one of {name!r}")
@@ -64,11 +69,8 @@ def from_lerobot(
     black = torch.zeros_like(next(iter(present.values())))
     frames = [present.get(key, black) for key in keys]
     alike = len({(each.shape, each.dtype, each.device) for each in frames}) == 1
-    return {
-        "images": torch.stack(frames, dim=1) if alike else frames,
-        "texts": _texts(batch),
-        "camera_mask": _camera_mask(masks, present, samples),
-    }
+    images = torch.stack(frames, dim=1) if alike else frames
+    return {"images": images, "texts": texts, "camera_mask": _camera_mask(masks, present, samples)}
 
 
 def _keys(cameras: Sequence[str]) -> list[str]:
@@ -108,23 +110,12 @@ def _texts(batch: Mapping[str, Any]) -> list[str]:
     return list(tasks)
 
 
-def _masks_in_batch(batch: Mapping[str, Any], key: str, samples: int) -> list[Tensor]:
-    """True where the camera is present."""
-    masks = []
-    if (name := f"{key}_is_pad") in batch:
-        masks.append(~_checked_mask(name, batch[name], samples))
-    if (name := f"{key}_padding_mask") in batch:
-        masks.append(_checked_mask(name, batch[name], samples))
-    return masks
-
-
 def _checked_mask(name: str, mask: object, samples: int) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.shape not in ((samples,), (samples, 1)):
-        raise ValueError(
-            f"{name} must be bool ({samples},) or ({samples}, 1), one step, got {mask.dtype} {tuple(mask.shape)}"
-        )
+        expected = f"bool ({samples},) or ({samples}, 1), one step"
+        raise ValueError(f"{name} must be {expected}, got {mask.dtype} {tuple(mask.shape)}")
     return mask.reshape(samples)
 
 

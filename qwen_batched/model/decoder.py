@@ -199,12 +199,7 @@ class DecoderBlock(CheckpointedBlock):
         update_TD, residual_TD = self.advance(context.take(x_BSD), None, context)
         return context.place(residual_TD + update_TD)
 
-    def advance(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        """The same for tokens back to back, with the last addition left to the next norm: an update and the residual
-        stream, in and out."""
-        return self.run(self._compute, update_TD, residual_TD, context)
-
-    def _compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+    def compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
         x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, context), residual_TD)
         return self.mlp(x_TD), residual_TD

@@ -49,12 +49,7 @@ class TensorProcessor:
         padding_side: str = "left",
         resample_backend: str | None = None,
     ) -> None:
-        """Takes what the checkpoint says of its model, its images and its prompts.
-
-        Raises:
-            ValueError: The two configurations disagree on the patches, or `padding_side` or `resample_backend` is
-                unknown.
-        """
+        """Raises `ValueError` where the configs disagree on patches, or a padding side or backend is unknown."""
         image.check_patches(config.vision)
         self.config, self.image, self.prompts = config, image, prompts
         self.padding_side = padding_side
@@ -101,10 +96,7 @@ class TensorProcessor:
         resample_backend: str | None = None,
         added_tokens: Sequence[str] | None = None,
     ) -> TensorProcessor:
-        """The processor of an opened checkpoint.
-
-        Raises `ValueError` where the folder lacks a file, or says something that this package does not implement.
-        """
+        """The same of an opened checkpoint. Raises `ValueError` where a file lacks, or says what is not implemented."""
         config = read_config(checkpoint)
         family = family_of(config.model_type)
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -221,14 +213,8 @@ class TensorProcessor:
             fields = {"pixel_values": self._pixels(request, dtype), "grids": request.grids}
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
-            fields |= {
-                "input_ids": sequences.input_ids,
-                "attention_mask": sequences.attention_mask,
-                "rope_positions": sequences.position_ids.transpose(0, 1),
-                "camera_ids": sequences.camera_ids,
-                "feature_index": sequences.feature_index,
-                "tokens": prompts.tokens,
-            }
+            fields |= vars(sequences) | {"tokens": prompts.tokens}
+            fields["rope_positions"] = fields.pop("position_ids").transpose(0, 1)
             if prompts.answers is not None:
                 fields["labels"] = label_answers(sequences, prompts.answers)
                 fields["answer_tokens"] = prompts.answer_tokens
@@ -285,21 +271,13 @@ class TensorProcessor:
         vision, plan = self.config.vision, self._plan(grid, frames.device)
         factor = vision.cell_size
         height, width = grid[0] * factor, grid[1] * factor
-        mean, std = self._normalisation(frames.device)
+        tables = self._resize_tables(frames.shape[-2:], (height, width), frames.device) if frames.is_cuda else None
+        scale = self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0
+        normalisation = scale, *self._normalisation(frames.device)
+        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        frames_I3HW, order = frames.flatten(0, 1), plan.window_order
         patches = ops.frames_to_patches(
-            frames.flatten(0, 1),
-            height,
-            width,
-            self._resize_tables(frames.shape[-2:], (height, width), frames.device) if frames.is_cuda else None,
-            scale=self.image.rescale_factor if frames.dtype == torch.uint8 else 1.0,
-            mean=mean,
-            std=std,
-            window_order=plan.window_order,
-            patch_size=vision.patch_size,
-            merge=vision.spatial_merge_size,
-            repeat=vision.temporal_patch_size,
-            dtype=dtype,
-            resample_backend=self.resample_backend,
+            frames_I3HW, height, width, tables, *normalisation, order, *sizes, dtype, self.resample_backend
         ).unflatten(0, frames.shape[:2])
         return patches if mask is None else patches.masked_fill(~mask[:, :, None, None], 0)
 

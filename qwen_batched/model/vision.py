@@ -240,13 +240,7 @@ class VisionBlock(CheckpointedBlock):
         update_TC, residual_TC = self.advance(x_TC, None, groups, segments)
         return residual_TC + update_TC
 
-    def advance(
-        self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], segments: str
-    ) -> tuple[Tensor, Tensor]:
-        """The same with the last addition left to the next norm: an update and the residual stream, in and out."""
-        return self.run(self._compute, update_TC, residual_TC, groups, segments)
-
-    def _compute(
+    def compute(
         self, update_TC: Tensor, residual_TC: Tensor | None, groups: tuple[ImageGroup, ...], segments: str
     ) -> tuple[Tensor, Tensor]:
         x_TC, residual_TC = self.norm1(update_TC, residual_TC)

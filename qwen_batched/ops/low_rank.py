@@ -8,10 +8,7 @@ from torch import Tensor
 
 
 class LowRankUpdate(NamedTuple):
-    """`scaling * (x A^T) B^T`, added to some columns of a linear layer's result.
-
-    It is computed in the matrices' dtype, which may be wider than that of `x`.
-    """
+    """`scaling * (x A^T) B^T`, added to some columns of a linear layer's result, in the matrices' dtype."""
 
     a: Tensor  # (R, D); where `x` is wider, its first D columns are taken
     b: Tensor  # (F, R)

@@ -42,10 +42,7 @@ def backend() -> str:
 
 @torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
-    """Whether operations on tensors of `device` run Triton kernels, rather than the reference.
-
-    Raises `RuntimeError` where triton was asked for and cannot be used on `device`.
-    """
+    """Whether Triton kernels run on `device`. Raises `RuntimeError` where they were asked for and cannot."""
     chosen = _backend.get()
     if chosen == "reference" or (chosen == "auto" and device.type != "cuda"):
         return False

@@ -45,10 +45,7 @@ class LRUCache:
     def __init__(
         self, max_size: int, max_bytes: int | None = None, bytes_of: Callable[[Hashable, object], int] | None = None
     ) -> None:
-        """Takes how many values to keep and, with `bytes_of(key, value)`, how many bytes.
-
-        A value above `max_bytes` is given out and not kept.
-        """
+        """Takes how many values to keep and, by `bytes_of(key, value)`, how many bytes; larger ones are not kept."""
         self.max_size, self.max_bytes = max_size, max_bytes
         self._bytes_of = bytes_of
         self._bytes = 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qwen_batched import ops
@@ -35,7 +35,7 @@ def recompute(function: Callable[..., T], *inputs: object, **options: Any) -> T:
 
 
 class CheckpointedBlock(nn.Module):
-    """A block that can do so, and does once `gradient_checkpointing_enable` was called.
+    """A block, its `compute`, that can do so, and does once `gradient_checkpointing_enable` was called.
 
     The block's own hooks stay outside: they run once, and FSDP's gather its weights.
     """
@@ -43,9 +43,11 @@ class CheckpointedBlock(nn.Module):
     # Options of `torch.utils.checkpoint.checkpoint`; None where activations are kept.
     recomputing: Mapping[str, Any] | None = None
 
-    def run(self, compute: Callable[..., T], *inputs: Any) -> T:
-        """`compute(*inputs)`, for `forward` to return."""
-        return compute(*inputs) if self.recomputing is None else recompute(compute, *inputs, **self.recomputing)
+    def advance(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """The block with its last addition left to the next norm: an update and the residual stream, in and out."""
+        if self.recomputing is None:
+            return self.compute(*inputs)
+        return recompute(self.compute, *inputs, **self.recomputing)
 
 
 class GradientCheckpointing(nn.Module):

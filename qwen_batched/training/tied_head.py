@@ -31,10 +31,7 @@ def share(model: nn.Module, shared: Mapping[str, str]) -> None:
 
 
 def add_head(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, assign: bool) -> None:
-    """Gives a state dict that is about to be loaded the head's key, where the model's head is tied.
-
-    Raises `ValueError` where it has a head, which differs from its embedding.
-    """
+    """Gives a state dict about to be loaded a tied head's key. Raises `ValueError` where it has one that differs."""
     shared = shared_names(model)
     if HEAD_NAME not in shared:
         return
