@@ -23,18 +23,12 @@ from qwen_batched.runtime import fast_path
 
 
 class Operands(NamedTuple):
-    """One product's.
+    """One product's."""
 
-    Attributes:
-        weight: (R, D); None to join `trained` in the product.
-        bias: (R,) or None.
-        updates: What adapters add.
-        trained: Weights and biases that want a gradient, which `weight` and `bias` do not pass on; None if none does.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    updates: Updates
+    weight: Tensor | None  # (R, D); None to join `trained` in the product
+    bias: Tensor | None  # (R,)
+    updates: Updates  # what adapters add
+    # Weights and biases that want a gradient, which `weight` and `bias` do not pass on; None if none does.
     trained: tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]] | None
 
 
@@ -46,13 +40,10 @@ class FusedLinear:
     """
 
     def __init__(self, owner: nn.Module, names: Sequence[str], multiple: int = 1, joins: bool = True) -> None:
-        """Takes what the children are built as.
+        """Takes what the children of `owner` are built as; it is given to each call, and not kept.
 
-        Args:
-            owner: Has them; is given to each call, and not kept.
-            names: Theirs.
-            multiple: Each output is padded with zeros to a multiple of this, where they are one product.
-            joins: Whether, in training, a product of weights joined for the call is faster than one for each.
+        Where they are one product, each output is padded with zeros to a `multiple`. `joins` says whether, in training,
+        a product of weights joined for the call is faster than one for each.
         """
         layers = [owner._modules[name] for name in names]
         padded = [-(-layer.out_features // multiple) * multiple for layer in layers]

@@ -10,14 +10,7 @@ from torch.autograd import Function
 
 from qwen_batched.ops import reference
 from qwen_batched.ops.operator import Operator, like
-from qwen_batched.runtime.fast_path import (
-    KERNEL,
-    KERNEL_WITH_GRADIENT,
-    OPERATOR,
-    REFERENCE,
-    route,
-    wants_gradient,
-)
+from qwen_batched.runtime.fast_path import KERNEL, KERNEL_WITH_GRADIENT, OPERATOR, REFERENCE, route, wants_gradient
 
 
 def add_rms_norm(update: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

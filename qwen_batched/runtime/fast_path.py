@@ -194,11 +194,9 @@ def check_has_values(module: nn.Module) -> None:
 
 
 def check_placement(device: torch.device, device_map: Mapping[str, object]) -> None:
-    """Raises `ValueError` where a model cannot run as accelerate has placed it.
+    """Raises `ValueError` where a model cannot run as accelerate has placed it, by its `hf_device_map`.
 
-    Args:
-        device: The embedding's.
-        device_map: accelerate's `hf_device_map`; empty where there is none.
+    `device` is the embedding's.
     """
     if device.type == "meta":
         raise ValueError(
@@ -212,12 +210,7 @@ def check_placement(device: torch.device, device_map: Mapping[str, object]) -> N
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     """The module's hooks around forward and backward, by kind."""
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def has_fsdp_unsharded_params(module: nn.Module) -> bool:

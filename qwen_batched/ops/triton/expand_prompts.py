@@ -12,13 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen_batched.ops.reference import NO_TOKEN
-from qwen_batched.ops.triton.launch import (
-    cdiv,
-    launch,
-    next_power_of_2,
-    pdl_launch_dependents,
-    pdl_wait,
-)
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_launch_dependents, pdl_wait
 
 PLACES, TOKENS, WARPS = 128, 64, 4
 

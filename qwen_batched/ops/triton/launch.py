@@ -29,19 +29,12 @@ KNOWN_ARGUMENTS = "iiiKKppOOOOOO"  # grid, stream, function, cooperative, pdl, t
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, ready to be launched.
+    """A compiled kernel, ready to be launched."""
 
-    Attributes:
-        kernel: Triton's.
-        constants: The arguments that it was compiled for, in its order.
-        launch: Triton's launcher in C; None where it is not known how to call it.
-        options: What that takes between the stream and the kernel's arguments.
-    """
-
-    kernel: CompiledKernel
-    constants: tuple[object, ...]
-    launch: Callable[..., None] | None
-    options: tuple[object, ...]
+    kernel: CompiledKernel  # Triton's
+    constants: tuple[object, ...]  # the arguments that it was compiled for, in its order
+    launch: Callable[..., None] | None  # Triton's launcher in C; None where it is not known how to call it
+    options: tuple[object, ...]  # what that takes between the stream and the kernel's arguments
 
 
 _compiled: dict[Hashable, Compiled] = {}

@@ -9,13 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen_batched.ops.triton.launch import (
-    cdiv,
-    launch,
-    next_power_of_2,
-    pdl_launch_dependents,
-    pdl_wait,
-)
+from qwen_batched.ops.triton.launch import cdiv, launch, next_power_of_2, pdl_launch_dependents, pdl_wait
 
 BLOCK, WARPS = 512, 4
 
