@@ -353,18 +353,13 @@ def window_boundary_moved(monkeypatch):
 
 def rows_and_columns_swapped(monkeypatch):
     right = geometry._rotary_tables
-    swapped = lambda config, rows, columns: right(config, rows=columns, columns=rows)  # noqa: E731
-    monkeypatch.setattr(geometry, "_rotary_tables", swapped)
+    monkeypatch.setattr(geometry, "_rotary_tables", lambda config, places: right(config, places[::-1]))
 
 
 def cameras_swapped(monkeypatch):
     right = tensor_processor.TensorProcessor._pixels
 
-    def swapped(*arguments):
-        batch = right(*arguments)
-        return batch | {"pixel_values": batch["pixel_values"].flip(1)}
-
-    monkeypatch.setattr(tensor_processor.TensorProcessor, "_pixels", swapped)
+    monkeypatch.setattr(tensor_processor.TensorProcessor, "_pixels", lambda *arguments: right(*arguments).flip(1))
 
 
 def last_new_token_wrong(monkeypatch):
