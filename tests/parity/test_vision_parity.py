@@ -28,7 +28,7 @@ contents = pytest.mark.parametrize("content", FRAMES)
 
 
 def reference_outputs(reference, frame, blocks):
-    """transformers' features (h, w, D) of one frame (3, H, W), and the blocks' outputs (rows, columns, C), of one run."""
+    """Of one frame (3, H, W), by one run of transformers: features (h, w, D) and blocks' outputs (rows, columns, C)."""
     inputs = reference.processor_inputs([frame], "")
     grid, merge, seen = inputs["image_grid_thw"], reference.visual.spatial_merge_size, {}
     hooks = [
