@@ -152,6 +152,7 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
         assert patches.device.type == ("cpu" if kind == "fake" else "meta")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_every_operation_compiles_as_one_graph(device, with_gradient):
     inputs = everything_inputs(device)

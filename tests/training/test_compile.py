@@ -14,6 +14,7 @@ from tests.training.gradients import assert_gradients_equal, gradients, probe_lo
 FRAMES = noise(2, 2, 140, 112)  # full and partial windows
 TEXTS = ["Pick up the red block.", ""]
 TOLERANCE = 1e-6
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
