@@ -1,7 +1,5 @@
 """Generation: greedy tokens equal transformers', end tokens stop, draws follow the distribution."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Token ids against transformers' tokenizer and chat template, and the rope tables' precision (trap 15 to trap 18)."""
 
-from __future__ import annotations
-
 import copy
 import unicodedata
 

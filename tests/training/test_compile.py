@@ -1,7 +1,5 @@
 """`torch.compile` takes blocks and networks whole, and changes neither results nor gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -1,7 +1,5 @@
 """Two processes with halves of a batch give the gradients of one process with all of it, one half having no images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
