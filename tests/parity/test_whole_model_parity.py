@@ -4,8 +4,6 @@ Frames here have a size that the model takes as it is, so that what is compared 
 another; `test_frames_of_any_size...` covers the way there.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import pytest
