@@ -87,6 +87,7 @@ def test_decode_attention_equals_the_reference(lengths, heads, kv_heads, size, w
     check_decoding(*decode_case(lengths, max(lengths) + 1, heads, kv_heads, size, where))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_decode_attention_is_right_however_the_context_is_split(parts, where, monkeypatch):
     monkeypatch.setattr(kernels, "_parts", lambda heads, capacity: parts)

@@ -67,6 +67,7 @@ def test_expanded_prompts_equal_the_reference(
     assert_equals_the_reference(case, left, slack, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize(
     ("batch", "cameras", "longest_text"),

@@ -120,6 +120,7 @@ def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
     assert_same_patches(*patches_of(frames, (14, 42), where[1], patch_size=7), frames, resized=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frame_dtype", "limit"), [(torch.uint8, 0), (torch.uint8, 1000), (torch.float32, None)], ids=str
 )

@@ -172,6 +172,7 @@ def test_trap06_window_attention_equals_the_reference_at_other_patch_sizes(patch
     check_windows((5, 4), 2, 40, where, patch_size=patch_size, spatial_merge_size=merge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window_size", "num_heads", "size"), [(140, 1, 40), (168, 2, 40), (224, 1, 80)])
 def test_windows_longer_than_a_tile_equal_the_reference(window_size, num_heads, size, where):
     plan = check_windows((6, 9), num_heads, size, where, window_size=window_size)
