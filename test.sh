@@ -91,6 +91,7 @@ make_venv() {
 }
 
 constraints=constraints.txt
+made_constraints=
 
 # Installs into the environment of $python, unless its stamp says that just this was installed before.
 install_package() {
@@ -102,7 +103,8 @@ install_package() {
     if [[ -n $transformers_version ]]; then
         # Another transformers needs other versions of the two packages that it moves together with.
         constraints=$(mktemp)
-        trap 'rm -f "$constraints"' EXIT
+        made_constraints=$constraints
+        trap 'rm -f "$made_constraints"' EXIT
         grep -viE '^(transformers|tokenizers|huggingface[-_]hub) *==' constraints.txt >"$constraints"
         echo "transformers==$transformers_version" >>"$constraints"
     fi
@@ -165,12 +167,26 @@ if [[ " ${pytest_args[*]-} " != *" --pdb "* ]] &&
     "$python" -c 'import sys, torch, xdist; sys.exit(torch.cuda.is_available())' 2>/dev/null; then
     workers=(-n logical --dist worksteal)
 fi
-check "pytest" "$python" -m pytest ${workers[@]+"${workers[@]}"} ${pytest_args[@]+"${pytest_args[@]}"}
-if ! $fast; then
-    # Without a model of one's own it is a small one, whose threads would only wait for each other.
-    [[ -n $model ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    check "deviation from transformers" "$python" -m qwen_batched.deviation ${model:+--model "$model"}
+report=("$python" -m qwen_batched.deviation ${model:+--model "$model"})
+if ! $fast && [[ -z $model ]]; then
+    # A small model, whose threads would only wait for each other. On a CPU it takes its turns beside the tests'.
+    report=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "${report[@]}")
+    if ((${#workers[@]})); then
+        printed=$(mktemp)
+        "${report[@]}" >"$printed" 2>&1 &
+        beside=$!
+        trap 'kill "$beside" 2>/dev/null || true; rm -f "$printed" "$made_constraints"' EXIT
+        report=(wait_for_report)
+    fi
 fi
+wait_for_report() {
+    local code=0
+    wait "$beside" || code=$?
+    cat "$printed"
+    return $code
+}
+check "pytest" "$python" -m pytest ${workers[@]+"${workers[@]}"} ${pytest_args[@]+"${pytest_args[@]}"}
+$fast || check "deviation from transformers" "${report[@]}"
 
 if ((${#failed[@]})); then
     printf '\nFAILED:'

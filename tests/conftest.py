@@ -1,12 +1,13 @@
 """Fixtures: a tiny checkpoint of the real architecture, our model of it, and transformers'.
 
 Tests that take `device` run on the CPU, and, marked `gpu`, on an NVIDIA GPU where there is one. Those marked `slow` run
-last. PyTorch is imported inside functions, since pytest-xdist's controller, which runs no test, has to read this file
-before it starts the workers.
+last, or first where several workers share the tests, so that none waits for another's longest. PyTorch is imported
+inside functions, since pytest-xdist's controller, which runs no test, has to read this file before it starts them.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
     if not torch.cuda.is_available():
@@ -58,7 +59,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             of_a_file[0].add_marker(pytest.mark.skip(reason=f"{len(of_a_file)} tests here need an NVIDIA GPU"))
         left_out = {item for of_a_file in on_gpus.values() for item in of_a_file[1:]}
         items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    slow_first = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None) != slow_first)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # else each full collection goes through what PyTorch and pytest have made, 0.2 s and more
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")

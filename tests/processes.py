@@ -1,7 +1,5 @@
 """Runs Python programs as processes of their own that need not import PyTorch and the package again."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import signal

@@ -1,7 +1,5 @@
 """What tests share: frames, sizes, and the measure of equality."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -216,6 +216,7 @@ def test_another_library_for_resizing_leaves_the_networks_comparable(checkpoint,
     assert "first went wrong at: pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_trained_like_weights_pass_too(capsys):
     size = ("--device", "cpu", "--sizes", "84x112", "--new-tokens", "0")
     assert run("--preset", "small", "--weights", "trained-like", *size) == 0
@@ -391,6 +392,7 @@ CODE_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "plant"), CODE_ERRORS, ids=[stage for stage, _ in CODE_ERRORS])
 def test_an_error_in_the_code_is_found_where_it_is(checkpoint, monkeypatch, capsys, stage, plant):
     plant(monkeypatch)
@@ -404,6 +406,7 @@ def test_an_error_is_found_in_bfloat16_alone(checkpoint, spoil, capsys):
     assert "It first went wrong at: decoder block 2\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_less_precision_than_transformers_has_is_found(checkpoint, spoil, capsys):
     """What is right in float32 and rounds once too often in bfloat16."""
 
@@ -419,6 +422,7 @@ def test_less_precision_than_transformers_has_is_found(checkpoint, spoil, capsys
     assert "bfloat16 ratio" in out and "float32 relative L2" not in out
 
 
+@pytest.mark.slow
 def test_float64_decides_where_float32_is_above_its_bound(checkpoint, spoil, monkeypatch, capsys):
     """A bound that our float32 does not keep: transformers' own float32 is measured, and twice that is the bound."""
     monkeypatch.setattr(comparison, "FLOAT32_BOUND", 1e-9)
@@ -580,6 +584,7 @@ def test_the_estimate_of_memory_counts_weights_and_stages(checkpoint):
 # --- the batch's effect ---
 
 
+@pytest.mark.slow
 def test_the_batch_effect_is_small_and_measured_for_both(checkpoint, tmp_path, capsys):
     path = tmp_path / "effect.json"
     assert run("--model", checkpoint, *QUICK, "--batch-effect", "--json", path) == 0

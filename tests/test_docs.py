@@ -1,7 +1,5 @@
 """README and docs: their Python runs, their links lead somewhere, and the API page says what the code has."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import re

@@ -335,8 +335,7 @@ YARNS = {
 }
 
 
-@pytest.mark.parametrize("config_layout", ["flat", "nested"])
-@pytest.mark.parametrize("name", YARNS)
+@pytest.mark.parametrize(("name", "config_layout"), [*((name, "flat") for name in YARNS), ("mscale", "nested")])
 def test_yarn_equals_transformers_on_images_and_text(tmp_path, name, config_layout):
     folder = write_checkpoint(tmp_path / "yarn", image=MIN_IMAGE, config_layout=config_layout)
     plain = load(folder)

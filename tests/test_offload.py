@@ -1,7 +1,5 @@
 """Weights that accelerate keeps elsewhere, and models without values: the same results, or an error before any work."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -263,7 +263,8 @@ def test_state_dict_has_the_names_and_shapes_of_the_published_checkpoint(tmp_pat
     monkeypatch.setattr(testing.checkpoints, "write_weights", lambda folder, published, *rest: shapes.update(published))
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, preset))
     config = read_config(checkpoint)
-    model = weights.build_on_meta(lambda: QwenBatchedVL(config, None, checkpoint))
+    processor = TensorProcessor.from_checkpoint(checkpoint)
+    model = weights.build_on_meta(lambda: QwenBatchedVL(config, processor, checkpoint))
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
     assert count is None or len(shapes) == count  # what the published index files count
     assert "visual.blocks.0.attn.qkv.weight" in shapes

@@ -4,8 +4,6 @@ python -m tests.fuzz.calls --count 20000 --seed 0      all of them, half public,
 python -m tests.fuzz.calls --seed 0 --only 1234        one again, with what it is
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

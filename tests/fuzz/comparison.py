@@ -1,7 +1,5 @@
 """Whether results of a batch are those of its samples alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@
 Damage that the format cannot show (bits of a weight, a setting that is another valid one) may load.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ Each case is a fresh copy of a tiny checkpoint, damaged once. It is loaded in a 
 where it takes too long; a case may take `SECONDS` and its process `MEGABYTES` of memory above what it had at first.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -3,8 +3,6 @@
 The expected prompt is laid out here, by itself: a list of control ids and of the strings between them.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import unicodedata

@@ -1,7 +1,5 @@
 """Processes that are killed, or find the disk full, before a step on the file system. They fork: nothing heavy here."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

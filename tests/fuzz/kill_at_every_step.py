@@ -7,8 +7,6 @@ recovery before step j, and the next recovery must find all files old or all new
 model.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import shutil

@@ -9,8 +9,6 @@
    state and caches are intact, and the folder has its old files or its new ones, with nothing else after the next load.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import functools

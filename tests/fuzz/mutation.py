@@ -1,7 +1,5 @@
 """Changes to the arguments of a call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from random import Random
 

@@ -1,7 +1,5 @@
 """Calls of the model with prepared batches, and of its two networks by themselves, right ones and odd ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from random import Random
 

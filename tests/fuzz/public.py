@@ -1,7 +1,5 @@
 """Calls of the model and its processor as users make them, right ones and odd ones, and what they should give."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

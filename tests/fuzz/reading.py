@@ -3,8 +3,6 @@
 A call is read into samples, each of which can be computed alone; or it is found to be one that must be refused.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass, field
 

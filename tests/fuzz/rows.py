@@ -1,7 +1,5 @@
 """The rows of a prepared batch, read token by token, and each computed alone from its parts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """A slice of what is known to be good, and that the harness finds what is planted. The module itself runs all of it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

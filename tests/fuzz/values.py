@@ -1,7 +1,5 @@
 """Odd values: objects of every kind, and changes to a tensor's layout, dtype, shape and values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from decimal import Decimal

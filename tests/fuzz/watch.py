@@ -1,7 +1,5 @@
 """Runs a call and sees what it does beside its result: work, time, memory, global state."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import resource

@@ -1,7 +1,5 @@
 """Tokens that a fine-tuner added are vocabulary; the family's own control tokens are not (trap 37)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Promise 2: a sample does not feel its batch. Also gradients, padding, and the batch as a data loader prepares it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

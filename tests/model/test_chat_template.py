@@ -1,7 +1,5 @@
 """Chat templates that look at their text, other layouts, system texts and named templates (trap 42)."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -50,13 +50,13 @@ def assert_same(ours, theirs):
 def passes(monkeypatch):
     """How many images of each size went through the vision transformer in each pass."""
     seen = []
-    run = modeling.BatchedVisionTransformer._run_pass
+    run = modeling.VisionTransformer._run_pass
 
-    def counting(self, parts, wanted):
+    def counting(self, parts, *how):
         seen.append([len(pixels) for pixels, _ in parts])
-        return run(self, parts, wanted)
+        return run(self, parts, *how)
 
-    monkeypatch.setattr(modeling.BatchedVisionTransformer, "_run_pass", counting)
+    monkeypatch.setattr(modeling.VisionTransformer, "_run_pass", counting)
     return seen
 
 

@@ -1,7 +1,5 @@
 """Hooks of modules run, and see and may change what transformers' would."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A sick sample (trap 38): one whose logits are not finite ends at once, and its neighbours do not feel it."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

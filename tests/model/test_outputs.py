@@ -1,7 +1,5 @@
 """What is asked for comes back in that order and in one type, and nothing else is computed (trap 22)."""
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The network as a function of its modules and a typed batch, and what decides how it runs."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 

@@ -1,7 +1,5 @@
 """A prepared batch: loaders may move, cut, join and store it; what does not fit is refused or spoils its sample."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Token ids against transformers' tokenizer and chat template, and the rope tables' precision (trap 15 to trap 18)."""
 
-from __future__ import annotations
-
 import copy
 import unicodedata
 
@@ -337,13 +335,13 @@ def test_trap16_a_cast_model_equals_one_loaded_in_that_dtype(load, device, dtype
 def test_trap16_rope_tables_are_precise_at_thousands_of_tokens(load, device, dtype, monkeypatch):
     model = load(device=device).requires_grad_(False).to(dtype)
     seen = []
-    tables = ops.mrope_tables
+    tables = model.model.rope
 
     def spy(position_ids, inv_freq, sections):
         seen.append((position_ids, *tables(position_ids, inv_freq, sections)))
         return seen[-1][1:]
 
-    monkeypatch.setattr(ops, "mrope_tables", spy)
+    monkeypatch.setattr(model.model, "rope", spy)
     model(None, [LONG_TEXT])
     position_ids, cos, sin = seen[0]
     assert position_ids.max() > 3000
@@ -395,7 +393,7 @@ def test_trap17_rope_is_sectioned_and_an_image_tells(model, reference, monkeypat
     sectioned, sectioned_text = model(image.to(model.device), [text]), model(None, [text])
     assert_equal_to(sectioned.last_hidden_state, expected)
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "mrope_tables", interleaved_tables)
+        patch.setattr(model.model, "rope", interleaved_tables)
         interleaved, interleaved_text = model(image.to(model.device), [text]), model(None, [text])
     # The two agree on pure text: a test without images would let the wrong one pass.
     assert_equal_to(interleaved_text.last_hidden_state, sectioned_text.last_hidden_state)

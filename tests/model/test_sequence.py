@@ -1,7 +1,5 @@
 """Sequences and rope positions against transformers' `get_rope_index` and a slow expansion (trap 14, trap 15)."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

@@ -1,7 +1,5 @@
 """A chat template is a program from a checkpoint: what it may not do, and what it must be able to do."""
 
-from __future__ import annotations
-
 import json
 import resource
 import time

@@ -1,7 +1,5 @@
 """A linear layer with low-rank updates: in place and in few products what the formula says, and so its gradients."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 # "Maximum amount of shared memory per thread block" among the technical specifications of each compute capability in
@@ -20,9 +21,15 @@ targets = pytest.mark.parametrize("target", SHARED_MEMORY)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """What `compilation` prints, from a process without the interpreter."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+def report(request, tmp_path_factory):
+    """What `compilation` prints, from a process without the interpreter.
+
+    Triton keeps what it compiled under a hash of all that goes into it, with pytest's own cache: what has not changed
+    since the last run is not compiled again.
+    """
+    cache = getattr(request.config, "cache", None)
+    kept = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(kept)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "tests.ops.compilation"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -10,6 +10,7 @@ from qwen_batched.ops.segments import Run, Segments
 from tests.ops.support import normal
 
 HOW = (1 / 255, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), torch.arange(4), 14, 2, 2, torch.float32, ops.PILLOW)
+pytestmark = pytest.mark.slow
 BATCH, FEW = Dim("batch", min=2, max=4096), 3
 
 

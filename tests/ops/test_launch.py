@@ -1,7 +1,5 @@
 """Launches of kernels that were compiled before: each finds the one that its arguments want."""
 
-from __future__ import annotations
-
 import threading
 from types import SimpleNamespace
 

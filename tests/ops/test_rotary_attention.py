@@ -101,7 +101,7 @@ def test_rotary_attention_in_bfloat16_is_as_exact_as_the_plain_expression():
     assert_no_worse_than_bfloat16(ours, plain, segment_attention_formula(qkv, cos, sin, runs, num_heads))
 
 
-HEADS = [(1, 16), (3, 40), (2, 64), (3, 72), (5, 80), (2, 128)]
+HEADS = [(1, 16), (3, 40), (2, 64), (1, 72), (2, 80), (1, 128)]
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [*HEADS, (1, 4), (16, 80), (1, 160)])
@@ -147,9 +147,14 @@ def check_windows(grid, num_heads, size, where, images=1, whole_image=False, **c
     return plan
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (3, 3), (5, 7), (9, 11), (17, 23), (4, 8)], ids=str)
+@pytest.mark.parametrize(
+    "grid",
+    [(1, 1), (3, 3), (5, 7), (4, 8), *(pytest.param(grid, marks=pytest.mark.gpu) for grid in [(9, 11), (17, 23)])],
+    ids=str,
+)
 def test_trap01_window_attention_equals_the_reference_with_partial_edges(grid, where):
-    check_windows(grid, 1 if where[0] == "cpu" else 16, 80, where, images=2)
+    heads, images = (1, 1) if where[0] == "cpu" else (16, 2)
+    check_windows(grid, heads, 80, where, images)
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [*HEADS, (1, 4), (1, 20), (1, 24), (1, 96), (1, 100), (2, 112)])
@@ -167,6 +172,7 @@ def test_trap06_window_attention_equals_the_reference_at_other_patch_sizes(patch
     check_windows((5, 4), 2, 40, where, patch_size=patch_size, spatial_merge_size=merge)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window_size", "num_heads", "size"), [(140, 1, 40), (168, 2, 40), (224, 1, 80)])
 def test_windows_longer_than_a_tile_equal_the_reference(window_size, num_heads, size, where):
     plan = check_windows((6, 9), num_heads, size, where, window_size=window_size)
@@ -175,7 +181,7 @@ def test_windows_longer_than_a_tile_equal_the_reference(window_size, num_heads, 
 
 @pytest.mark.parametrize(
     ("grid", "num_heads", "size"),
-    [*(((1, 1), *head) for head in HEADS), *(((5, 7), *head) for head in [(1, 16), (3, 40), (5, 80), (1, 160)])],
+    [*(((1, 1), *head) for head in HEADS), *(((5, 7), *head) for head in [(3, 40), (2, 80), (1, 160)])],
     ids=str,
 )
 def test_whole_image_attention_equals_the_reference(grid, num_heads, size, where):
@@ -207,7 +213,7 @@ def test_window_attention_equals_the_reference_beyond_the_largest_head(size, whe
 def test_attention_within_segments_of_any_length_equals_the_reference(runs, where):
     segments = Segments.of(runs, torch.device(where[0]))
     cos, sin = rope_tables(segments.tokens, 80, where[0])
-    check_attention(normal(2, segments.tokens, 3 * 2 * 80, where=where, scale=1.5), cos, sin, segments, num_heads=2)
+    check_attention(normal(1, segments.tokens, 3 * 2 * 80, where=where, scale=1.5), cos, sin, segments, num_heads=2)
 
 
 @pytest.mark.gpu

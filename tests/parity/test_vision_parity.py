@@ -27,19 +27,22 @@ FRAMES = {"photo": photos, "noise": noise}
 contents = pytest.mark.parametrize("content", FRAMES)
 
 
-def reference_features(reference, frame):
-    """transformers' features (h, w, D) of one frame (3, H, W)."""
+def reference_outputs(reference, frame, blocks):
+    """Of one frame (3, H, W), by one run of transformers: features (h, w, D) and blocks' outputs (rows, columns, C)."""
     inputs = reference.processor_inputs([frame], "")
-    _, rows, columns = inputs["image_grid_thw"][0].tolist()
-    merge = reference.visual.spatial_merge_size
-    return reference.run(**inputs).image_features[0].unflatten(0, (rows // merge, columns // merge))
-
-
-def reference_block_outputs(reference, frame, blocks):
-    """transformers' outputs (rows, columns, C) of the blocks for one frame."""
-    inputs = reference.processor_inputs([frame], "")
-    outputs = reference.vision_block_outputs(inputs["pixel_values"], inputs["image_grid_thw"], blocks)
-    return [images[0] for images in outputs]
+    grid, merge, seen = inputs["image_grid_thw"], reference.visual.spatial_merge_size, {}
+    hooks = [
+        reference.visual.blocks[block].register_forward_hook(lambda *args, block=block: seen.update({block: args[-1]}))
+        for block in set(blocks)
+    ]
+    try:
+        features = reference.run(**inputs).image_features[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows, columns = grid[0, 1:].tolist()
+    outputs = [reference.raster_patches(seen[block], grid)[0] for block in blocks]
+    return features.unflatten(0, (rows // merge, columns // merge)), outputs
 
 
 def assert_vision_equals_transformers(model, reference, frames, layers=LAYERS):
@@ -51,8 +54,8 @@ def assert_vision_equals_transformers(model, reference, frames, layers=LAYERS):
     for camera in range(frames.shape[1] if isinstance(frames, torch.Tensor) else len(frames)):
         of_camera = (lambda x, v=camera: x[:, v]) if isinstance(frames, torch.Tensor) else (lambda x, v=camera: x[v])
         for sample, frame in enumerate(of_camera(frames)):
-            assert_equal_to(of_camera(features)[sample], reference_features(reference, frame))
-            theirs = reference_block_outputs(reference, frame, [layer % depth for layer in layers])
+            expected, theirs = reference_outputs(reference, frame, [layer % depth for layer in layers])
+            assert_equal_to(of_camera(features)[sample], expected)
             for ours, their in zip(blocks, theirs, strict=True):
                 assert_equal_to(of_camera(ours)[sample], their)
 
@@ -60,8 +63,9 @@ def assert_vision_equals_transformers(model, reference, frames, layers=LAYERS):
 # --- sizes ---
 
 
-@contents
-@pytest.mark.parametrize("size", SIZES, ids=str)
+# The largest on a GPU alone: on a CPU it takes ten seconds, and the whole model is compared at it.
+@pytest.mark.parametrize("size", [*SIZES[:-1], pytest.param(SIZES[-1], marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("content", ["noise", pytest.param("photo", marks=pytest.mark.gpu)])
 def test_trap01_partial_windows_equal_transformers(model, reference, size, content):
     assert_vision_equals_transformers(model, reference, FRAMES[content](1, 1, *size))
 
@@ -90,7 +94,7 @@ def test_any_grid_equals_transformers(model, reference, h, w, batch, cameras, se
 
 
 @contents
-@pytest.mark.parametrize(("batch", "cameras"), [(1, 2), (3, 1), (2, 3), (1, 8)])
+@pytest.mark.parametrize(("batch", "cameras"), [(2, 3), (1, 8)])
 def test_every_camera_of_every_sample_equals_transformers(model, reference, batch, cameras, content):
     assert_vision_equals_transformers(model, reference, FRAMES[content](batch, cameras, 140, 252))
 
@@ -281,7 +285,7 @@ def test_trap06_vision_configurations_equal_transformers(of_config, name):
     side = model.config.vision.cell_size
     layers = (0, -1)
     for grid in ((4, 9), (7, 5)):
-        frames = photos(1, 2, side * grid[0], side * grid[1])
+        frames = photos(1, 1, side * grid[0], side * grid[1])
         assert_vision_equals_transformers(model, reference, frames, layers)
 
 
@@ -366,7 +370,7 @@ def test_trap07_mlp_widths_that_are_no_multiples_of_eight_equal_transformers(of_
 def test_trap09_heads_of_every_size_equal_transformers(of_config, heads, size):
     model, reference = of_config({"hidden_size": heads * size, "num_heads": heads})
     assert model.config.vision.head_dim == size
-    assert_vision_equals_transformers(model, reference, photos(1, 2, 140, 168))
+    assert_vision_equals_transformers(model, reference, photos(1, 1, 140, 168))
 
 
 def test_the_vision_transformer_alone_equals_the_whole_models(checkpoint, model):

@@ -1,7 +1,5 @@
 """Gradients of our model and of transformers', of the same loss of the same samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """accelerate prepares, trains, saves and resumes the model as any other."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.data import DataLoader

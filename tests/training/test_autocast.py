@@ -1,7 +1,5 @@
 """Under autocast our model is as near to float32 as transformers' model is, forward and backward."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Gradient checkpointing changes no gradient, and what is frozen keeps no activations."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import threading

@@ -1,7 +1,5 @@
 """`torch.compile` takes blocks and networks whole, and changes neither results nor gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,6 +12,7 @@ from tests.training.gradients import assert_gradients_equal, gradients, probe_lo
 FRAMES = noise(2, 2, 140, 112)  # full and partial windows
 TEXTS = ["Pick up the red block.", ""]
 TOLERANCE = 1e-6
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Two processes with halves of a batch give the gradients of one process with all of it, one half having no images."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -13,7 +11,10 @@ from tests.training.two_processes import ANSWERS, RATE, WHOLE, gradients_of, loa
 # The same float32 sums, half of them made elsewhere.
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Running averages of a model: by `deepcopy`, and by PyTorch's `AveragedModel`."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Gradients equal those of transformers' Qwen2.5-VL, run one sample at a time; no sample's reach another's frames."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

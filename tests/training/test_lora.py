@@ -1,7 +1,6 @@
 """LoRA by peft: adapters go from transformers to our model and back, and train the same in both."""
 
-from __future__ import annotations
-
+import copy
 import json
 import sys
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qwen_batched.lora import load_adapter, save_adapter
-from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, own_tokens, photos, relative_error
 from tests.training.gradients import assert_gradients_equal, photos_as_floats, probe_loss, reference_probe_loss
 
@@ -56,9 +54,9 @@ def fresh(load, device):
 
 
 @pytest.fixture
-def theirs(checkpoint, device):
+def theirs(reference):
     """transformers' model, to be changed."""
-    return TransformersReference.from_pretrained(checkpoint, device=device)
+    return copy.deepcopy(reference)
 
 
 def adapt(model, **settings):

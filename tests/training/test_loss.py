@@ -1,7 +1,5 @@
 """`targets`: the answers' tokens are those of a conversation, and their loss is transformers' with masked labels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

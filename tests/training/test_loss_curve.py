@@ -1,7 +1,5 @@
 """Trained from the same start on the same samples, transformers and we go the same way, and end at the same weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,8 +1,6 @@
 """A tied head and adapters (trap 34): whatever peft wraps, it acts as on transformers' model, where the head is a layer
 of its own that shares the embedding's parameter."""
 
-from __future__ import annotations
-
 import copy
 import io
 
@@ -50,10 +48,9 @@ SCALE = 0.05
 
 
 @pytest.fixture
-def theirs(checkpoint, device):
+def theirs(reference):
     """transformers' model, to be changed."""
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
-    return model.to(device).eval()
+    return copy.deepcopy(reference.model)
 
 
 def adapt(model, settings):
@@ -71,9 +68,8 @@ def adapt(model, settings):
 class Inputs:
     """The same sample for our model and for transformers'."""
 
-    def __init__(self, checkpoint, device):
-        processor = QwenBatchedVL.from_pretrained(checkpoint, device="cpu").processor
-        self.ids = processor(None, [TEXT])["input_ids"].to(device)
+    def __init__(self, model):
+        self.ids = model.processor(None, [TEXT])["input_ids"].to(model.device)
 
     def ours(self, model):
         out = model(None, [TEXT], logits="all")
@@ -85,8 +81,8 @@ class Inputs:
 
 
 @pytest.fixture
-def inputs(checkpoint, device):
-    return Inputs(checkpoint, device)
+def inputs(model):
+    return Inputs(model)
 
 
 def assert_same(ours, theirs):

@@ -3,8 +3,6 @@
 In: a checkpoint and a folder. Out: in that folder, `<scenario>.<rank>.pt` for each scenario that was got through.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import zlib
