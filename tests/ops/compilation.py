@@ -108,10 +108,10 @@ def launch_mixed_product(rows, inner, rank, dtype, turned):
     mixed_product(x, zeros(inner, rank), 0.5, turned)
 
 
-def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots):
+def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots, inverse=False):
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
     slots = zeros(tokens, dtype=torch.int64) if with_slots else None
-    mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens)
+    mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens, inverse)
 
 
 def launch_decoding(batch, capacity, heads, kv_heads, size, dtype):
@@ -194,6 +194,7 @@ def launch_odd_shapes(dtype):
     launch_mixed_product(3, 5, 1, dtype, turned=True)
     launch_mixed_product(65, 129, 200, dtype, turned=False)
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
+    launch_mrope(5, 3, 1, 6, dtype, with_slots=False, inverse=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
     launch_windows(1, 5, 17, 1, 20, dtype)
     launch_windows(1, 1, 64, 1, 128, dtype)
