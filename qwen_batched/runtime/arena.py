@@ -79,7 +79,10 @@ class Arena:
             graph.capture_end()
         except RuntimeError:
             # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
-            # every later capture.
+            # every later one of that pool; and it leaves random generators in a capture. So this arena takes no more,
+            # and the first capture of the next one ends that of the generators.
+            if self._living.get(self.device) is self:
+                del self._living[self.device]
             if self._pool is not None:
                 with contextlib.suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(self.device.index, self._pool)

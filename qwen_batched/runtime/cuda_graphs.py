@@ -22,6 +22,7 @@ from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
 Outputs = Any  # a pytree of tensors, and of what is the same at every call
 MAX_GRAPHS = 32
+MAX_RAN = 4096
 NAMED_PRECISIONS = torch.__version__ >= "2.9"  # since then, reading the old setting raises where the new one was used
 
 
@@ -41,7 +42,7 @@ class CudaGraphs:
         self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
-        self._thread = threading.local()  # `admits_all`, of the calls of a thread
+        self._thread = threading.local()  # `admits_all` and `ran`, of the calls of a thread
         self._lock = threading.RLock()
 
     def run(
@@ -67,8 +68,10 @@ class CudaGraphs:
         with self._lock:
             self._release_finished()
             call = self._calls.get(key)
-            if call is None and self._earns_graph(key) and self._still_matches(modules):
+            earns_graph = call is None and self._earns_graph(key) and self._still_matches(modules)
+            if earns_graph and hash(key) in self._ran_here():
                 call, obstacle = self._capture(key, function, inputs, device)
+                earns_graph = False
             if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
@@ -76,12 +79,16 @@ class CudaGraphs:
                     return outputs
         try:
             outputs = function(*inputs)
+            if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
+                self._remember(modules, key)
+                if earns_graph:  # and this thread has run it now
+                    with self._lock:
+                        if key not in self._calls and self._still_matches(modules):
+                            _, obstacle = self._capture(key, function, inputs, device)
         finally:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
-            self._remember(modules, key)
         return outputs
 
     @contextlib.contextmanager
@@ -143,6 +150,14 @@ class CudaGraphs:
                     self._prepare(*modules)
                 self._snapshot = ModuleSnapshot(*modules)
             self._uses.note(key)
+            self._ran_here().add(hash(key))  # no key is kept alive: one may hold a whole cache
+
+    def _ran_here(self) -> set[int]:
+        """What this thread has run: cuBLAS and cuDNN make handles and plans for each, which no capture survives."""
+        ran = self._thread.__dict__.setdefault("ran", set())
+        if len(ran) > MAX_RAN:
+            ran.clear()
+        return ran
 
     def _earns_graph(self, key: Hashable) -> bool:
         """Whether a call has run, and there is room or it is worth the place of another."""
@@ -169,6 +184,8 @@ class CudaGraphs:
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
+            with contextlib.suppress(RuntimeError):
+                self._arena = Arena.of(device)  # another one, if this one's capture was invalidated
             return None, str(error)
         return self._calls[key], None
 

@@ -16,6 +16,7 @@ from qwen_batched import ops
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import USES_THAT_REPAY
 from qwen_batched.runtime.arena import Arena
+from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from tests.support import Scaled, assert_equal_to, photos
 
 pytestmark = pytest.mark.gpu
@@ -450,6 +451,28 @@ def test_a_capture_that_the_pool_has_no_memory_for_falls_back(own):
     for _ in range(3):
         assert torch.equal(encode(own, frames(56, 84)), eager(own, frames(56, 84)))
     assert captured(own) == before + 1, "other shapes are still captured"
+
+
+def test_after_an_invalidated_capture_others_are_captured_and_random_numbers_drawn():
+    graphs, layer = CudaGraphs(), torch.nn.Linear(8, 8, device="cuda").requires_grad_(False)
+    x = torch.randn(4, 8, device="cuda")
+
+    def reads_back(x):
+        return layer(x) * x.sum().item()
+
+    def run(key, function):
+        with torch.no_grad():
+            return graphs.run([layer], key, function, x, device=x.device)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert torch.equal(run("reads back", reads_back), reads_back(x))
+    assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
+    assert torch.randn(4, device="cuda").isfinite().all()
+    for _ in range(3):
+        assert torch.equal(run("captured", layer), layer(x))
+    assert len(graphs) == 1
 
 
 def test_running_out_of_memory_names_the_batch_and_the_cure(own):

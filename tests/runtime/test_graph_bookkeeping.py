@@ -18,6 +18,10 @@ from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from tests.support import photos
 
 
+class Key:
+    """An object as a key, like a step's decoding."""
+
+
 def run(graphs, module, key, function, *inputs):
     with torch.no_grad():
         return graphs.run([module], key, function, *inputs, device=torch.device("cpu"))
@@ -164,6 +168,62 @@ def test_where_all_are_admitted_the_second_call_is_captured_whoever_gives_way(fa
     assert len(graphs) == 2
     run_twice(graphs, linear, "key", linear, torch.randn(4, 3))
     assert fake.captured == 3
+
+
+def test_a_call_is_captured_by_a_thread_that_has_run_it_only(fake, linear):
+    """Another thread's first call makes handles and plans of its own, which a capture does not allow: it runs first.
+
+    Servers have a thread for each request, which makes one call: so this is captured right behind it.
+    """
+    graphs, x, calls = CudaGraphs(), torch.randn(2, 3), []
+
+    def function(x):
+        calls.append(fake.capturing)
+        return linear(x)
+
+    run(graphs, linear, "key", function, x)
+    seen = []
+    for _ in range(3):
+        other = threading.Thread(target=lambda: seen.append(run(graphs, linear, "key", function, x)))
+        other.start()
+        other.join()
+        seen.append((fake.captured, fake.replayed))
+    assert seen[1::2] == [(1, 0), (1, 1), (1, 2)]
+    assert calls[:3] == [False, False, True], "run here, run there, then captured there"
+    assert all(torch.equal(out, linear(x)) for out in seen[::2])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("invalidated"), torch.OutOfMemoryError("full")])
+def test_a_thread_whose_capture_behind_its_call_fails_has_its_result_and_one_warning(fake, linear, error):
+    graphs, x, seen = CudaGraphs(), torch.randn(2, 3), []
+    run(graphs, linear, "key", linear, x)
+    fake.error = error
+
+    def call():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seen.append((run(graphs, linear, "key", linear, x), len(caught)))
+
+    for _ in range(2):
+        other = threading.Thread(target=call)
+        other.start()
+        other.join()
+    assert [warned for _, warned in seen] == [1, 0]
+    assert all(torch.equal(out, linear(x)) for out, _ in seen)
+    assert len(graphs) == 0
+
+
+def test_what_a_thread_has_run_keeps_nothing_alive_and_is_bounded(fake, linear, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_RAN", 3)
+    graphs, key = CudaGraphs(), Key()
+    run(graphs, linear, key, linear, torch.randn(2, 3))
+    gone = weakref.ref(key)
+    graphs.forget()
+    del key
+    assert gone() is None
+    for size in range(1, 20):
+        run(graphs, linear, "key", linear, torch.randn(size, 3))
+        assert len(graphs._ran_here()) <= 4
 
 
 def test_a_thread_that_admits_all_does_so_for_itself_alone(fake, linear):
