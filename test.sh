@@ -167,7 +167,9 @@ if [[ " ${pytest_args[*]-} " != *" --pdb "* ]] &&
     "$python" -c 'import sys, torch, xdist; sys.exit(torch.cuda.is_available())' 2>/dev/null; then
     workers=(-n logical --dist worksteal)
 fi
-report=("$python" -m qwen_batched.deviation ${model:+--model "$model"})
+# By itself the report has a size more, as large as these together; parity tests have it too.
+report=("$python" -m qwen_batched.deviation)
+if [[ -n $model ]]; then report+=(--model "$model"); else report+=(--sizes 224 252 252x308); fi
 if ! $fast && [[ -z $model ]]; then
     # A small model, whose threads would only wait for each other. On a CPU it takes its turns beside the tests'.
     report=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "${report[@]}")
