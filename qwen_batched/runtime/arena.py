@@ -80,8 +80,8 @@ class Arena:
         except RuntimeError:
             # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
             # every later one of that pool; and it leaves random generators in a capture. So this arena takes no more,
-            # and the first capture of the next one ends that of the generators.
-            if self._living.get(self.device) is self:
+            # and the first capture of the next one ends that of the generators, if a stream is left for a next one.
+            if self._living.get(self.device) is self and self not in self._immortal:
                 del self._living[self.device]
             if self._pool is not None:
                 with contextlib.suppress(RuntimeError):

@@ -54,6 +54,14 @@ def test_after_an_invalidated_capture_its_arena_takes_no_more(arena, ended, is_i
     assert ended == [(0, (0, 7))]
 
 
+def test_the_last_arena_that_has_a_stream_stays(arena, ended, monkeypatch):
+    """Its successor would look for an unused stream for ever."""
+    monkeypatch.setattr(Arena, "_immortal", [arena])
+    with pytest.raises(RuntimeError):
+        arena._end(Graph(RuntimeError("invalidated")))
+    assert Arena._living[DEVICE] is arena and ended == [(0, (0, 7))]
+
+
 def test_an_arena_whose_first_capture_fails_has_no_pool_to_end(arena, ended):
     arena._pool = None
     with pytest.raises(RuntimeError):
