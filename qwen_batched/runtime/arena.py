@@ -16,9 +16,10 @@ STREAMS_OF_A_PRIORITY = 32  # PyTorch hands out so many streams of a device, in 
 class Arena:
     """Where all graphs of a device are captured: one memory pool, and a stream of its own.
 
-    The pool is shared, since graphs run one after the other. cuBLAS keeps a workspace for each stream, and graphs go on
-    using the one that they were captured with. So it must lie in the pool: nothing of ours runs on the stream but
-    captures, and of the streams of high priority, which PyTorch hands out in turn, each serves one arena only.
+    The pool is shared, since graphs run one after the other; after an invalidated capture the next ones get another.
+    cuBLAS keeps a workspace for each stream, and graphs go on using the one that they were captured with. So it must
+    lie in a pool: nothing of ours runs on the stream but captures, and of the streams of high priority, which PyTorch
+    hands out in turn, each serves one arena only.
     """
 
     _living: ClassVar[weakref.WeakValueDictionary[torch.device, Arena]] = weakref.WeakValueDictionary()
@@ -41,11 +42,9 @@ class Arena:
         self._turn = threading.Lock()
         self._last_use = torch.cuda.Event()
         self._stream = self._unused_stream()
-        # A graph of its own keeps the pool when all others have gone.
-        self._pool = None
-        with torch.inference_mode(False), torch.no_grad(), self.capture() as self._anchor:
-            torch.zeros(1, device=device)
-        self._pool = self._anchor.pool()
+        self._anchors: list[torch.cuda.CUDAGraph] = []  # each keeps a pool and the workspaces in it
+        with self._one_capture:
+            self._open_pool()
         self._used_streams.add((device, self._stream.cuda_stream))
         if sum(used == device for used, _ in self._used_streams) == STREAMS_OF_A_PRIORITY:
             self._immortal.append(self)  # there is no stream for another
@@ -63,29 +62,38 @@ class Arena:
 
         Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back.
         """
+        with self._one_capture, self._turn, self._record(self._anchors[-1].pool()) as graph:
+            yield graph
+
+    def _open_pool(self) -> None:
+        """A pool for captures from now on, kept by a graph of its own when all others have gone."""
+        with torch.inference_mode(False), torch.no_grad(), self._record(None) as anchor:
+            torch.zeros(1, device=self.device)
+        self._anchors.append(anchor)
+
+    @contextlib.contextmanager
+    def _record(self, pool: tuple[int, int] | None) -> Iterator[torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
-        with self._one_capture, self._turn, torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):
             # Room for what a capture begins with: PyTorch 2.11 aborts the process where there is none.
             spare = torch.empty(1, device=self.device)
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield graph
             finally:
-                self._end(graph)
+                self._end(graph, pool)
         del spare
 
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> None:
         try:
             graph.capture_end()
         except RuntimeError:
-            # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and then refuses
-            # every later one of that pool; and it leaves random generators in a capture. So this arena takes no more,
-            # and the first capture of the next one ends that of the generators, if a stream is left for a next one.
-            if self._living.get(self.device) is self and self not in self._immortal:
-                del self._living[self.device]
-            if self._pool is not None:
+            # PyTorch 2.11 raises for an invalidated capture before it ends the recording to the pool, and refuses every
+            # later one of that pool; and it leaves random generators in a capture, until another one ends well.
+            if pool is not None:
                 with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+                    torch._C._cuda_endAllocateToPool(self.device.index, pool)
+                    self._open_pool()
             raise
 
     @contextlib.contextmanager

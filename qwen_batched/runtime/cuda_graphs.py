@@ -184,8 +184,6 @@ class CudaGraphs:
                 self._calls[key] = CapturedCall(function, inputs, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
-            with contextlib.suppress(RuntimeError):
-                self._arena = Arena.of(device)  # another one, if this one's capture was invalidated
             return None, str(error)
         return self._calls[key], None
 
