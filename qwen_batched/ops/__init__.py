@@ -6,7 +6,7 @@ Where a gradient is wanted, a kernel runs that has one for its backward too; els
 float64, it is the reference itself, which autograd sees through.
 """
 
-from qwen_batched.ops.add_rms_norm import add_rms_norm
+from qwen_batched.ops.add_norm import add_norm
 from qwen_batched.ops.causal_attention import causal_attention
 from qwen_batched.ops.decode_attention import decode_attention
 from qwen_batched.ops.expand_prompts import expand_prompts
@@ -25,7 +25,7 @@ __all__ = [
     "NO_TOKEN",
     "PILLOW",
     "TORCHVISION",
-    "add_rms_norm",
+    "add_norm",
     "backend",
     "causal_attention",
     "check_resample_backend",

@@ -25,7 +25,7 @@ from qwen_batched.ops import PILLOW
 from qwen_batched.ops.segments import Run, Segments
 from qwen_batched.ops.triton import launch
 from qwen_batched.ops.triton.add_low_rank import add_low_rank
-from qwen_batched.ops.triton.add_rms_norm import add_rms_norm, add_rms_norm_backward
+from qwen_batched.ops.triton.add_norm import add_norm, add_norm_backward
 from qwen_batched.ops.triton.column_sums import column_sums
 from qwen_batched.ops.triton.decode_attention import decode_attention
 from qwen_batched.ops.triton.expand_prompts import expand_prompts
@@ -66,15 +66,16 @@ def zeros(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_norm(rows, width, dtype, with_residual=True):
-    x = zeros(rows, width, dtype=dtype)
-    add_rms_norm(x, x if with_residual else None, zeros(width, dtype=dtype), 1e-6)
+def launch_norm(rows, width, dtype, with_residual=True, with_bias=False):
+    x, weight = zeros(rows, width, dtype=dtype), zeros(width, dtype=dtype)
+    add_norm(x, x if with_residual else None, weight, weight if with_bias else None, 1e-6)
 
 
-def launch_norm_backward(rows, dim, dtype, with_stream=True, for_weight=True):
+def launch_norm_backward(rows, dim, dtype, with_stream=True, for_weight=True, with_bias=False):
     grad, stream = zeros(rows, dim, dtype=dtype), zeros(rows, dim, dtype=dtype)
     weight = zeros(dim, dtype=dtype)
-    add_rms_norm_backward(grad, grad if with_stream else None, stream, weight, 1e-6, for_weight)
+    bias = weight if with_bias else None
+    add_norm_backward(grad, grad if with_stream else None, stream, weight, bias, 1e-6, for_weight)
 
 
 def launch_column_sums(rows, width, dtype):
@@ -153,9 +154,11 @@ def launch_frames(source, target, frames_dtype, dtype):
 
 
 def launch_real_shapes(dtype):
-    """Those of the 3B model."""
+    """Those of Qwen2.5-VL-3B, and of Qwen3-VL-4B where it has others."""
     launch_norm(768, 1280, dtype)
+    launch_norm(768, 1024, dtype, with_bias=True)
     launch_norm_backward(8192, 1280, dtype)
+    launch_norm_backward(8192, 1024, dtype, with_bias=True)
     launch_column_sums(8192, 3456, dtype)
     launch_swiglu_backward(8192, 3456, dtype)
     launch_swiglu(768, 3456, dtype, with_bias=True)
@@ -181,6 +184,7 @@ def launch_odd_shapes(dtype):
     """Sizes that no tile divides, one of what there are many of, the widest rows, the largest head and frame."""
     launch_norm(5, 33, dtype, with_residual=False)
     launch_norm(5, 3584, dtype)
+    launch_norm(5, 33, dtype, with_residual=False, with_bias=True)
     launch_norm_backward(5, 33, dtype, with_stream=False)
     launch_norm_backward(5, 33, dtype, for_weight=False)
     launch_norm_backward(5, 3584, dtype)

@@ -12,8 +12,8 @@ MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.3, 0.2,
 
 
 def everything(x, weight, qkv, cos, sin, segments, frames, tables, order):
-    normed, stream = ops.add_rms_norm(x, None, weight, 1e-6)
-    normed, stream = ops.add_rms_norm(normed, stream, weight, 1e-6)
+    normed, stream = ops.add_norm(x, None, weight, None, 1e-6)
+    normed, stream = ops.add_norm(normed, stream, weight, None, 1e-6)
     how = (1 / 255, MEAN.to(x.device), STD.to(x.device), order, 14, 2, 2, torch.float32)
     patches = ops.frames_to_patches(frames, 56, 56, tables, *how, resample_backend=ops.PILLOW)
     attended = ops.rotary_attention(qkv, cos, sin, segments, 2)

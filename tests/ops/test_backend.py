@@ -68,8 +68,9 @@ def test_the_backend_is_put_back_after_an_error(launched):
 
 
 CALLS = {
-    "rms_norm": lambda x: ops.add_rms_norm(x, None, x[0], 1e-6),
-    "add_rms_norm": lambda x: ops.add_rms_norm(x, x, x[0], 1e-6),
+    "rms_norm": lambda x: ops.add_norm(x, None, x[0], None, 1e-6),
+    "add_norm": lambda x: ops.add_norm(x, x, x[0], None, 1e-6),
+    "add_layer_norm": lambda x: ops.add_norm(x, x, x[0], x[1], 1e-6),
     "swiglu": lambda x: ops.swiglu(x, x),
     "swiglu-biases": lambda x: ops.swiglu(x, x, x[0], x[1]),
     "rotary_attention": lambda x: ops.rotary_attention(
@@ -138,12 +139,12 @@ def test_a_forced_triton_refuses_float64_and_otherwise_the_reference_serves(name
 
 
 MIXED_CALLS = {
-    "add_rms_norm": lambda x, y: ops.add_rms_norm(x, y, x[0], 1e-6),
+    "add_norm": lambda x, y: ops.add_norm(x, y, x[0], None, 1e-6),
     "swiglu": lambda x, y: ops.swiglu(x, y),
     "swiglu-biases": lambda x, y: ops.swiglu(x, y, x[0], y[0]),
 }
 MIXED_REFERENCES = {
-    "add_rms_norm": lambda x, y: reference.add_rms_norm(x, y, x[0], 1e-6),
+    "add_norm": lambda x, y: reference.add_norm(x, y, x[0], None, 1e-6),
     "swiglu": lambda x, y: (reference.swiglu(x, y),),
     "swiglu-biases": lambda x, y: (reference.swiglu(x, y, x[0], y[0]),),
 }
@@ -228,15 +229,15 @@ def test_float64_keeps_its_precision(device):
     ours = [
         ops.swiglu(x, y),
         ops.swiglu(x, y, weight[0], weight[1]),
-        *ops.add_rms_norm(x, y, weight[0], 1e-6),
-        *ops.add_rms_norm(x, None, weight[0], 1e-6),
+        *ops.add_norm(x, y, weight[0], None, 1e-6),
+        *ops.add_norm(x, None, weight[0], None, 1e-6),
         ops.rotary_attention(qkv, cos, sin, segments, 2),
     ]
     theirs = [
         reference.swiglu(x, y),
         reference.swiglu(x, y, weight[0], weight[1]),
-        *reference.add_rms_norm(x, y, weight[0], 1e-6),
-        *reference.add_rms_norm(x, None, weight[0], 1e-6),
+        *reference.add_norm(x, y, weight[0], None, 1e-6),
+        *reference.add_norm(x, None, weight[0], None, 1e-6),
         reference.rotary_attention(qkv, cos, sin, segments, 2),
     ]
     for mine, expected in zip(ours, theirs, strict=True):
@@ -260,7 +261,7 @@ def large_launches(device):
     axis = torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, 1, device=device)
     how = (1.0, MEAN.to(device), STD.to(device), torch.zeros(1, dtype=torch.int64, device=device), 1, 1, 1, dtype)
     return {
-        "add_rms_norm": lambda: kernels_of("add_rms_norm").add_rms_norm(x, x, x[0], 1e-6)[0],
+        "add_norm": lambda: kernels_of("add_norm").add_norm(x, x, x[0], None, 1e-6)[0],
         "swiglu": lambda: kernels_of("swiglu").swiglu(x, x),
         "rotary": lambda: kernels_of("rotary").rotary(qkv, cos, sin, 1),
         "rotary_attention": lambda: kernels_of("rotary_attention").rotary_attention(qkv, cos, sin, segments, 1),

@@ -27,12 +27,12 @@ def packed(x, weight):
 
 # By operation: a call, its tensors for a batch of `b`, and which of them have the batch first.
 CASES = {
-    "add_rms_norm": (
-        lambda x, y, w: ops.add_rms_norm(x, y, w, 1e-6),
+    "add_norm": (
+        lambda x, y, w: ops.add_norm(x, y, w, None, 1e-6),
         lambda b: (normal(b, 8), normal(b, 8), normal(8)),
         2,
     ),
-    "rms_norm": (lambda x, w: ops.add_rms_norm(x, None, w, 1e-6), lambda b: (normal(b, 8), normal(8)), 1),
+    "rms_norm": (lambda x, w: ops.add_norm(x, None, w, None, 1e-6), lambda b: (normal(b, 8), normal(8)), 1),
     "swiglu": (ops.swiglu, lambda b: (normal(b, 6), normal(b, 6)), 2),
     "swiglu-packed": (ops.swiglu, lambda b: (normal(b, 6),), 1),
     "linear": (ops.linear, lambda b: (normal(b, 8), normal(7, 8)), 1),
@@ -95,7 +95,7 @@ def test_every_operation_is_exported_with_a_dynamic_batch(name, strict):
             ours, expected = program.module()(*make(batch)), function(*make(batch))
             torch.testing.assert_close(ours, expected)
     called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_batched" in str(node.target)}
-    fused = name.split("-")[0].replace("rms_norm", "add_rms_norm").replace("add_add", "add")
+    fused = name.split("-")[0].replace("rms_norm", "add_norm").replace("add_add", "add")
     own = {"linear", "packed_linear", "causal_attention"}  # PyTorch's products and attention
     assert called == (set() if fused in own else {fused.replace("swiglu_linear", "swiglu")})
 

@@ -26,23 +26,33 @@ def gradient_cases(device):
     )
     return {
         "rms_norm": (
-            lambda x, w: ops.add_rms_norm(x, None, w, 1e-6)[0],
-            lambda x, w: reference.add_rms_norm(x, None, w, 1e-6)[0],
+            lambda x, w: ops.add_norm(x, None, w, None, 1e-6)[0],
+            lambda x, w: reference.add_norm(x, None, w, None, 1e-6)[0],
             (x, weight),
         ),
-        "add_rms_norm": (
-            lambda x, y, w: torch.cat(ops.add_rms_norm(x, y, w, 1e-6)),
-            lambda x, y, w: torch.cat(reference.add_rms_norm(x, y, w, 1e-6)),
+        "add_norm": (
+            lambda x, y, w: torch.cat(ops.add_norm(x, y, w, None, 1e-6)),
+            lambda x, y, w: torch.cat(reference.add_norm(x, y, w, None, 1e-6)),
             (x, y, weight),
         ),
-        "add_rms_norm-eps": (
-            lambda x, y, w: ops.add_rms_norm(x, y, w, 0.3)[0],
-            lambda x, y, w: reference.add_rms_norm(x, y, w, 0.3)[0],
+        "add_norm-eps": (
+            lambda x, y, w: ops.add_norm(x, y, w, None, 0.3)[0],
+            lambda x, y, w: reference.add_norm(x, y, w, None, 0.3)[0],
             (x, y, weight),
         ),
-        "add_rms_norm-stream": (
-            lambda x, y: ops.add_rms_norm(x, y, weight, 1e-6)[1] ** 2,
-            lambda x, y: reference.add_rms_norm(x, y, weight, 1e-6)[1] ** 2,
+        "layer_norm": (
+            lambda x, w, b: ops.add_norm(x, None, w, b, 1e-6)[0],
+            lambda x, w, b: reference.add_norm(x, None, w, b, 1e-6)[0],
+            (x, weight, y[0]),
+        ),
+        "add_layer_norm": (
+            lambda x, y, w, b: torch.cat(ops.add_norm(x, y, w, b, 0.3)),
+            lambda x, y, w, b: torch.cat(reference.add_norm(x, y, w, b, 0.3)),
+            (x, y, weight, x[0]),
+        ),
+        "add_norm-stream": (
+            lambda x, y: ops.add_norm(x, y, weight, None, 1e-6)[1] ** 2,
+            lambda x, y: reference.add_norm(x, y, weight, None, 1e-6)[1] ** 2,
             (x, y),
         ),
         "swiglu": (ops.swiglu, reference.swiglu, (x, y)),

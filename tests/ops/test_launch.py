@@ -14,7 +14,7 @@ from tests.support import relative_error
 triton = pytest.importorskip("triton", reason="needs Triton")
 launch = pytest.importorskip("qwen_batched.ops.triton.launch", reason="needs Triton")
 swiglu = pytest.importorskip("qwen_batched.ops.triton.swiglu", reason="needs Triton").swiglu
-add_rms_norm = pytest.importorskip("qwen_batched.ops.triton.add_rms_norm", reason="needs Triton").add_rms_norm
+add_norm = pytest.importorskip("qwen_batched.ops.triton.add_norm", reason="needs Triton").add_norm
 
 
 class Kernel:
@@ -92,13 +92,13 @@ def test_alignment_dtype_and_sizes_each_find_their_kernel():
 @pytest.mark.gpu
 def test_a_launch_that_is_remembered_compiles_nothing_and_follows_the_stream(monkeypatch):
     x, weight = normal(64, 256, where=("cuda", torch.bfloat16)), normal(256, where=("cuda", torch.bfloat16))
-    expected, _ = add_rms_norm(x, x, weight, 1e-6)
+    expected, _ = add_norm(x, x, weight, None, 1e-6)
     monkeypatch.setattr(type(launch.pdl_wait), "run", lambda *_, **__: pytest.fail("Triton was asked again"))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
-        found, _ = add_rms_norm(x, x, weight, 1e-6)
+        found, _ = add_norm(x, x, weight, None, 1e-6)
         assert not stream.query()
     stream.synchronize()
     assert torch.equal(found, expected)
@@ -107,17 +107,17 @@ def test_a_launch_that_is_remembered_compiles_nothing_and_follows_the_stream(mon
 @pytest.mark.gpu
 def test_tritons_own_launch_gives_the_same_and_its_hooks_see_every_launch(monkeypatch):
     x, weight = normal(64, 256, where=("cuda", torch.bfloat16)), normal(256, where=("cuda", torch.bfloat16))
-    expected = [add_rms_norm(x, x, weight, 1e-6)[0] for _ in range(2)][1]
+    expected = [add_norm(x, x, weight, None, 1e-6)[0] for _ in range(2)][1]
     seen, hook = [], triton.knobs.runtime.launch_enter_hook
     hook.add(seen.append)
     try:
-        hooked, _ = add_rms_norm(x, x, weight, 1e-6)
+        hooked, _ = add_norm(x, x, weight, None, 1e-6)
     finally:
         hook.remove(seen.append)
     assert len(seen) == 1
     launch._compiled.clear()
     monkeypatch.setattr(launch, "_knows_the_launcher", lambda: False)
-    for found in (hooked, *(add_rms_norm(x, x, weight, 1e-6)[0] for _ in range(2))):
+    for found in (hooked, *(add_norm(x, x, weight, None, 1e-6)[0] for _ in range(2))):
         assert torch.equal(found, expected)
     launch._compiled.clear()
 
@@ -126,10 +126,10 @@ def test_tritons_own_launch_gives_the_same_and_its_hooks_see_every_launch(monkey
 def test_a_tensor_on_another_device_is_refused_however_often_the_kernel_ran():
     x, weight = normal(4, 256, where=("cuda", torch.bfloat16)), normal(256, where=("cuda", torch.bfloat16))
     for _ in range(2):
-        expected, _ = add_rms_norm(x, x, weight, 1e-6)
+        expected, _ = add_norm(x, x, weight, None, 1e-6)
     with pytest.raises(ValueError, match="cannot be accessed from Triton"):
-        add_rms_norm(x, x, weight.cpu(), 1e-6)
-    assert torch.equal(add_rms_norm(x, x, weight, 1e-6)[0], expected)
+        add_norm(x, x, weight.cpu(), None, 1e-6)
+    assert torch.equal(add_norm(x, x, weight, None, 1e-6)[0], expected)
 
 
 @pytest.mark.gpu

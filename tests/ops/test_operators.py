@@ -34,27 +34,35 @@ def op_cases():
     tables = [*resize_axis(10, 28, torch.device("cpu")), *resize_axis(12, 28, torch.device("cpu"))]
     packed = normal(5, 180)
     return {
-        "rms_norm": ("add_rms_norm", (normal(5, 80), None, normal(80), 1e-6)),
-        "rms_norm-strided": ("add_rms_norm", (normal(80, 5).t(), None, normal(80), 1e-6)),
-        "add_rms_norm": ("add_rms_norm", (normal(5, 80), normal(5, 80, seed=1), normal(80), 1e-6)),
-        "add_rms_norm-strided": ("add_rms_norm", (normal(80, 5).t(), normal(80, 5, seed=1).t(), normal(80), 1e-6)),
+        "rms_norm": ("add_norm", (normal(5, 80), None, normal(80), None, 1e-6)),
+        "rms_norm-strided": ("add_norm", (normal(80, 5).t(), None, normal(80), None, 1e-6)),
+        "add_norm": ("add_norm", (normal(5, 80), normal(5, 80, seed=1), normal(80), None, 1e-6)),
+        "add_norm-strided": ("add_norm", (normal(80, 5).t(), normal(80, 5, seed=1).t(), normal(80), None, 1e-6)),
+        "add_norm-layer": (
+            "add_norm",
+            (normal(80, 5).t(), normal(5, 80, seed=1), normal(80), normal(80, 2)[:, 0], 1e-6),
+        ),
+        "add_norm_backward-layer": (
+            "add_norm_backward",
+            (normal(80, 5).t(), None, normal(5, 80, seed=2), normal(80, 2)[:, 0], normal(80), 1e-6, True),
+        ),
         "swiglu": ("swiglu", (normal(5, 90), normal(5, 90, seed=1), None, None)),
         "swiglu-halves": ("swiglu", (packed[:, :90], packed[:, 90:], packed[0, :90], packed[1, 90:])),
         "swiglu-strided": (
             "swiglu",
             (normal(90, 5).t(), normal(90, 5, seed=1).t(), normal(90, 2)[:, 0], normal(90, 2)[:, 1]),
         ),
-        "add_rms_norm_backward": (
-            "add_rms_norm_backward",
-            (normal(5, 80), normal(5, 80, seed=1), normal(5, 80, seed=2), normal(80), 1e-6, True),
+        "add_norm_backward": (
+            "add_norm_backward",
+            (normal(5, 80), normal(5, 80, seed=1), normal(5, 80, seed=2), normal(80), None, 1e-6, True),
         ),
-        "add_rms_norm_backward-strided": (
-            "add_rms_norm_backward",
-            (normal(80, 5).t(), None, normal(80, 5, seed=2).t(), normal(80, 2)[:, 0], 1e-6, True),
+        "add_norm_backward-strided": (
+            "add_norm_backward",
+            (normal(80, 5).t(), None, normal(80, 5, seed=2).t(), normal(80, 2)[:, 0], None, 1e-6, True),
         ),
-        "add_rms_norm_backward-frozen": (
-            "add_rms_norm_backward",
-            (normal(5, 80), None, normal(5, 80, seed=2), normal(80), 1e-6, False),
+        "add_norm_backward-frozen": (
+            "add_norm_backward",
+            (normal(5, 80), None, normal(5, 80, seed=2), normal(80), None, 1e-6, False),
         ),
         "swiglu-packed": ("swiglu", (packed, None, None, None)),
         "swiglu_backward-packed": ("swiglu_backward", (normal(5, 90, seed=1), packed, None)),
@@ -123,7 +131,7 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
         table = torch.zeros(segments.table.shape, dtype=torch.int32)
         x, weight, qkv = (torch.zeros(*shape, dtype=dtype) for shape in ((2, 24, 80), (80,), (2, 24, 96)))
         for residual in (None, x):
-            normed, stream = ops.add_rms_norm(x, residual, weight, 1e-6)
+            normed, stream = ops.add_norm(x, residual, weight, None, 1e-6)
             assert normed.shape == stream.shape == x.shape
             assert normed.dtype == stream.dtype == dtype
         for bias in ((), (weight, weight)):

@@ -27,7 +27,7 @@ class AddRMSNorm(nn.Module):
     def forward(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `AddNorm`."""
         if not self.unit_offset:
-            return ops.add_rms_norm(update, residual, self.weight, self.eps)
+            return ops.add_norm(update, residual, self.weight, None, self.eps)
         # Not the kernel, which reads the scale before the kernel in front of it, which makes this one, has ended.
         stream = stream_of(update, residual)
         wide = torch.promote_types(stream.dtype, torch.float32)  # 1 + weight has few bits left in bfloat16
@@ -43,8 +43,7 @@ class AddLayerNorm(nn.LayerNorm):
 
     def forward(self, update: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `AddNorm`."""
-        stream = stream_of(update, residual)
-        return F.layer_norm(stream, self.normalized_shape, self.weight, self.bias, self.eps), stream
+        return ops.add_norm(update, residual, self.weight, self.bias, self.eps)
 
 
 def stream_of(update: Tensor, residual: Tensor | None) -> Tensor:
