@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_batched import ops
+from qwen_batched.model.parts.norms import QKNorm
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class PromptContext:
         shape = (self.rows.batch, self.rows.length, x_TD.shape[-1])
         return x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, self.places, x_TD).view(shape)
 
-    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
-        """Rotates and attends, in block `layer`."""
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int, qk_norm: QKNorm) -> Tensor:
+        """Normalises, rotates and attends, in block `layer`."""
         rows = self.rows
-        placed = ops.mrope(qkv, self.cos, self.sin, num_kv_heads, rows.slots, rows.batch * rows.length)
+        placed = ops.mrope(qkv, self.cos, self.sin, num_kv_heads, rows.slots, rows.batch * rows.length, *qk_norm)
         heads_BSHE = placed.view(rows.batch, rows.length, -1, 2 * self.cos.shape[-1])
         num_heads = heads_BSHE.shape[2] - 2 * num_kv_heads
         q_BSNE, k_BSKE, v_BSKE = heads_BSHE.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
@@ -58,10 +59,10 @@ class NextTokenContext:
     def place(self, x_TD: Tensor) -> Tensor:
         return x_TD[:, None]
 
-    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int, qk_norm: QKNorm) -> Tensor:
         cache = self.cache
         keys, values = cache.keys_LBCKE[layer], cache.values_LBCKE[layer]
-        return ops.decode_attention(qkv, self.cos, self.sin, keys, values, cache.lengths, cache.tickets)
+        return ops.decode_attention(qkv, self.cos, self.sin, keys, values, cache.lengths, cache.tickets, *qk_norm)
 
 
 Context = PromptContext | NextTokenContext  # what all blocks share about the tokens that run through them

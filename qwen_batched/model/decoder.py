@@ -21,7 +21,7 @@ from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
 from qwen_batched.model.geometry import decoder_frequencies
-from qwen_batched.model.parts.norms import AddNorm, stream_of
+from qwen_batched.model.parts.norms import AddNorm, resolve_qk_norm, stream_of
 from qwen_batched.model.parts.ropes import RopeRule
 from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 from qwen_batched.runtime.lru_cache import LRUCache
@@ -226,12 +226,16 @@ class DecoderAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         qkv = self._qkv(self, x_TD)  # (T, (N + 2 * K) * E)
-        num_kv = self.num_kv_heads
-        if self.has_qk_norm:
-            heads = qkv.unflatten(-1, (-1, self.head_dim))
-            q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
-            qkv = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
-        return apply_linear(self.o_proj, context.attend(self.index, qkv, num_kv))
+        qk_norm = resolve_qk_norm(self.q_norm, self.k_norm) if self.has_qk_norm else ()
+        if qk_norm is None:
+            qkv, qk_norm = self._normalise(qkv), ()
+        return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads, qk_norm))
+
+    def _normalise(self, qkv: Tensor) -> Tensor:
+        """Calls the norms, which somebody watches or has replaced."""
+        heads, num_kv = qkv.unflatten(-1, (-1, self.head_dim)), self.num_kv_heads
+        q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
+        return torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> DecoderAttention:
         super()._apply(*arguments, **keywords)

@@ -10,20 +10,29 @@ from qwen_batched.runtime.fast_path import KERNEL, REFERENCE, route
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, tickets: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    tickets: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """See `reference.decode_attention`."""
-    way = route((qkv, keys, values))
+    way = route((qkv, keys, values), (q_norm, k_norm))
+    arguments = (qkv, cos, sin, keys, values, lengths, tickets, q_norm, k_norm, eps)
     if way == REFERENCE:
-        return reference.decode_attention(qkv, cos, sin, keys, values, lengths, tickets)
-    run = _forward.kernel if way == KERNEL else _forward.traced
-    return run(qkv, cos, sin, keys, values, lengths, tickets)
+        return reference.decode_attention(*arguments)
+    return (_forward.kernel if way == KERNEL else _forward.traced)(*arguments)
 
 
 _forward = Operator(
     "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
-    "Tensor(c!) tickets) -> Tensor",
-    fake=lambda qkv, cos, sin, keys, values, lengths, tickets: qkv.new_empty(
+    "Tensor(c!) tickets, Tensor? q_norm, Tensor? k_norm, float eps) -> Tensor",
+    fake=lambda qkv, cos, sin, keys, values, lengths, tickets, q_norm, k_norm, eps: qkv.new_empty(
         qkv.shape[0], qkv.shape[1] - 2 * keys.shape[2] * keys.shape[3]
     ),
 )

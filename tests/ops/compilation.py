@@ -32,7 +32,7 @@ from qwen_batched.ops.triton.expand_prompts import expand_prompts
 from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
 from qwen_batched.ops.triton.linear import linear, swiglu_linear
 from qwen_batched.ops.triton.mixed_product import mixed_product
-from qwen_batched.ops.triton.mrope import mrope
+from qwen_batched.ops.triton.mrope import mrope, mrope_backward
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotary_attention import rotary_attention
 from qwen_batched.ops.triton.swiglu import swiglu, swiglu_backward
@@ -109,18 +109,22 @@ def launch_mixed_product(rows, inner, rank, dtype, turned):
     mixed_product(x, zeros(inner, rank), 0.5, turned)
 
 
-def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots, inverse=False):
+def launch_mrope(tokens, heads, kv_heads, size, dtype, with_slots, with_norms=False):
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
     slots = zeros(tokens, dtype=torch.int64) if with_slots else None
-    mrope(zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), *tables, kv_heads, slots, tokens, inverse)
+    qkv, weight = zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype), zeros(size, dtype=dtype)
+    norms = (weight, weight, 1e-6) if with_norms else (None, None, 0.0)
+    mrope(qkv, *tables, kv_heads, slots, tokens, *norms)
+    mrope_backward(qkv, qkv if with_norms else None, *tables, kv_heads, slots, *norms, with_norms)
 
 
-def launch_decoding(batch, capacity, heads, kv_heads, size, dtype):
+def launch_decoding(batch, capacity, heads, kv_heads, size, dtype, with_norms=False):
     qkv = zeros(batch, (heads + 2 * kv_heads) * size, dtype=dtype)
     tables = zeros(batch, size // 2), zeros(batch, size // 2)
     keys, values = (zeros(batch, capacity, kv_heads, size, dtype=dtype) for _ in range(2))
     tickets = zeros(batch * kv_heads, dtype=torch.int32)
-    decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets)
+    norms = (zeros(size, dtype=dtype), zeros(size, dtype=dtype), 1e-6) if with_norms else ()
+    decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets, *norms)
 
 
 def launch_windows(images, count, length, heads, size, dtype):
@@ -172,7 +176,9 @@ def launch_real_shapes(dtype):
     launch_mixed_product(2048, 2784, 48, dtype, turned=True)
     for with_slots in (True, False):
         launch_mrope(512, 16, 2, 128, dtype, with_slots)
+    launch_mrope(512, 32, 8, 128, dtype, with_slots=True, with_norms=True)
     launch_decoding(1, 512, 16, 2, 128, dtype)
+    launch_decoding(1, 512, 32, 8, 128, dtype, with_norms=True)
     launch_windows(3, 4, 64, 16, 80, dtype)
     launch_rotary(3, 256, 16, 80, dtype)
     launch_frames((480, 640), (224, 224), torch.uint8, dtype)
@@ -198,7 +204,7 @@ def launch_odd_shapes(dtype):
     launch_mixed_product(3, 5, 1, dtype, turned=True)
     launch_mixed_product(65, 129, 200, dtype, turned=False)
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
-    launch_mrope(5, 3, 1, 6, dtype, with_slots=False, inverse=True)
+    launch_mrope(5, 5, 2, 24, dtype, with_slots=False, with_norms=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
     launch_windows(1, 5, 17, 1, 20, dtype)
     launch_windows(1, 1, 64, 1, 128, dtype)

@@ -52,10 +52,15 @@ def decode_case(lengths, capacity, heads, kv_heads, size, where, scale=1.0):
     return qkv, *rope_tables(batch, size, where[0]), keys, values, torch.tensor(lengths, device=where[0])
 
 
-def plain_decoding(qkv, cos, sin, keys, values, lengths):
+def plain_decoding(qkv, cos, sin, keys, values, lengths, q_norm=None, k_norm=None, eps=0.0):
     batch, capacity, kv_heads, size = keys.shape
     heads = qkv.unflatten(-1, (-1, size))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        q, k = (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+            for x, weight in ((q, q_norm), (k, k_norm))
+        )
     samples = torch.arange(batch, device=qkv.device)
     keys[samples, lengths], values[samples, lengths] = plain_rotation(k, cos, sin), v
     q = plain_rotation(q, cos, sin)
@@ -65,14 +70,18 @@ def plain_decoding(qkv, cos, sin, keys, values, lengths):
     return (scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1) @ values).flatten(1)
 
 
-def check_decoding(qkv, cos, sin, keys, values, lengths):
+def check_decoding(qkv, cos, sin, keys, values, lengths, with_norms=False):
+    size, where = keys.shape[-1], (qkv.device, qkv.dtype)
+    norms = [normal(size, where=where, seed=seed) for seed in (7, 8)] if with_norms else [None, None]
     caches = [tuple(x.clone() for x in (keys, values)) for _ in range(3)]
     tickets = torch.zeros(keys.shape[0] * keys.shape[2], dtype=torch.int32, device=qkv.device)
     wide = [x.double() for x in (qkv, cos, sin)]
     exact_cache = [x.double() for x in caches[0]]
-    exact = reference.decode_attention(*wide, *exact_cache, lengths)
-    plain = plain_decoding(qkv, cos, sin, *caches[1], lengths)
-    ours = kernels.decode_attention(qkv, cos, sin, *caches[2], lengths, tickets)
+    exact = reference.decode_attention(
+        *wide, *exact_cache, lengths, None, *(x if x is None else x.double() for x in norms), 1e-6
+    )
+    plain = plain_decoding(qkv, cos, sin, *caches[1], lengths, *norms, 1e-6)
+    ours = kernels.decode_attention(qkv, cos, sin, *caches[2], lengths, tickets, *norms, 1e-6)
     assert_kernel_is_right(ours, exact, plain)
     for mine, theirs, rounded in zip(caches[2], exact_cache, caches[1], strict=True):
         assert_kernel_is_right(mine, theirs, rounded)
@@ -81,10 +90,11 @@ def check_decoding(qkv, cos, sin, keys, values, lengths):
     assert not tickets.any()
 
 
+@pytest.mark.parametrize("with_norms", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), HEADS)
 @pytest.mark.parametrize("lengths", [[0], [1, 4, 0], [63, 64, 65], [149, 3]], ids=str)
-def test_decode_attention_equals_the_reference(lengths, heads, kv_heads, size, where):
-    check_decoding(*decode_case(lengths, max(lengths) + 1, heads, kv_heads, size, where))
+def test_decode_attention_equals_the_reference(lengths, heads, kv_heads, size, with_norms, where):
+    check_decoding(*decode_case(lengths, max(lengths) + 1, heads, kv_heads, size, where), with_norms)
 
 
 @pytest.mark.slow
@@ -122,11 +132,12 @@ def test_one_sample_decodes_as_it_does_among_others(where):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 430), (16, 512), (1, 9000)])
-def test_decode_attention_equals_the_reference_at_real_shapes(batch, capacity, dtype):
+@pytest.mark.parametrize(("heads", "kv_heads", "with_norms"), [(16, 2, False), (32, 8, True)])
+def test_decode_attention_equals_the_reference_at_real_shapes(batch, capacity, heads, kv_heads, with_norms, dtype):
     lengths = torch.randint(0, capacity, (batch,), generator=torch.Generator().manual_seed(0)).tolist()
-    case = decode_case([*lengths[1:], capacity - 1], capacity, 16, 2, 128, ("cuda", dtype))
+    case = decode_case([*lengths[1:], capacity - 1], capacity, heads, kv_heads, 128, ("cuda", dtype))
     for _ in range(3):
-        check_decoding(*case)
+        check_decoding(*case, with_norms)
 
 
 def test_a_full_cache_loses_nothing(where):

@@ -67,6 +67,11 @@ def gradient_cases(device):
             lambda qkv: reference.mrope(qkv, cos, sin, 2, slots, 40),
             (qkv[0],),
         ),
+        "mrope-norms": (
+            lambda qkv, q, k: ops.mrope(qkv, cos, sin, 2, slots, 40, q, k, 0.1),
+            lambda qkv, q, k: reference.mrope(qkv, cos, sin, 2, slots, 40, q, k, 0.1),
+            (qkv[0], x[0, :16], x[1, :16]),
+        ),
         "rotary_attention": (
             lambda qkv: ops.rotary_attention(qkv, cos, sin, segments, 2),
             lambda qkv: reference.rotary_attention(qkv, cos, sin, segments, 2),

@@ -33,6 +33,7 @@ def op_cases():
     how = (1.0, MEAN, STD, torch.arange(4), 7, 2, 2, torch.float32, ops.PILLOW)
     tables = [*resize_axis(10, 28, torch.device("cpu")), *resize_axis(12, 28, torch.device("cpu"))]
     packed = normal(5, 180)
+    norms = (normal(16, 2, seed=7)[:, 0], normal(16, seed=8), 1e-6)
     return {
         "rms_norm": ("add_norm", (normal(5, 80), None, normal(80), None, 1e-6)),
         "rms_norm-strided": ("add_norm", (normal(80, 5).t(), None, normal(80), None, 1e-6)),
@@ -87,9 +88,15 @@ def op_cases():
         ),
         "mixed_product": ("mixed_product", (normal(9, 40).bfloat16(), normal(40, 3), 0.5, False)),
         "mixed_product-turned": ("mixed_product", (normal(40, 9).bfloat16().t(), normal(3, 40).t(), -2.0, True)),
-        "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29, False)),
-        "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40, True)),
-        "decode_attention": ("decode_attention", decode_inputs()),
+        "mrope": ("mrope", (normal(29, 128), cos, sin, 2, None, 29, None, None, 0.0)),
+        "mrope-slots": ("mrope", (normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, 40, *norms)),
+        "mrope_backward": ("mrope_backward", (normal(29, 128), None, cos, sin, 2, None, None, None, 0.0, False)),
+        "mrope_backward-slots": (
+            "mrope_backward",
+            (normal(128, 40).t(), normal(128, 29).t(), cos, sin, 2, torch.arange(29).flip(0) + 3, *norms, True),
+        ),
+        "decode_attention": ("decode_attention", (*decode_inputs(), None, None, 0.0)),
+        "decode_attention-norms": ("decode_attention", (*decode_inputs(), *norms)),
         "expand_prompts": ("expand_prompts", (*prompt_inputs(), None, 9, 3, 12, True)),
         "expand_prompts-mask": ("expand_prompts", (*prompt_inputs(), torch.ones(2, 1).bool(), 9, 3, 12, False)),
         "frames_to_patches": ("frames_to_patches", (noise(1, 1, 28, 28)[0], 28, 28, None, *how)),

@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched import ops
+from qwen_batched.runtime.fast_path import can_fuse
 
 # Adds a sub-layer's update to the residual stream and normalises the sum. Takes (..., D) and the stream so far, None at
 # its start; returns the normalised stream and the stream, both (..., D).
 AddNorm = Callable[..., tuple[Tensor, Tensor]]
+
+# Weights (E,) of the norms of a query's and of a key's head, and their eps; () where there are none.
+QKNorm = tuple[Tensor, Tensor, float] | tuple[()]
 
 
 class AddRMSNorm(nn.Module):
@@ -49,3 +53,10 @@ class AddLayerNorm(nn.LayerNorm):
 def stream_of(update: Tensor, residual: Tensor | None) -> Tensor:
     """The residual stream, with the addition done that the blocks leave to the next norm."""
     return update if residual is None else residual + update
+
+
+def resolve_qk_norm(q_norm: nn.Module, k_norm: nn.Module) -> QKNorm | None:
+    """What two norms of heads do, for an operation that does it instead; None if they must be called."""
+    if not all(can_fuse(norm, AddRMSNorm) and not norm.unit_offset for norm in (q_norm, k_norm)):
+        return None
+    return (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm.eps == k_norm.eps else None

@@ -42,16 +42,20 @@ def _decode_attention_kernel(
     values_ptr,
     lengths_ptr,
     tickets_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     parts_ptr,
     sums_ptr,
     out_ptr,
     capacity,
     parts,
     scale,
+    eps,
     ahead,
     G: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -78,12 +82,13 @@ def _decode_attention_kernel(
     width: tl.constexpr = (G * K + 2 * K) * E
     row = sample * width
     cos, sin = angles(cos_ptr, sin_ptr, sample + one, one == 0, e, E)
-    q = rotated(qkv_ptr, row + (head * G + g) * E, g < G, e, cos, sin, E)
+    q = rotated(qkv_ptr, row + (head * G + g) * E, g < G, e, cos, sin, E, q_norm_ptr, eps, HAS_NORM)
     maximum = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     out = tl.zeros((BLOCK_G, BLOCK_E), tl.float32)
     if part == 0:  # which has the new token
-        new_k = rotated(qkv_ptr, row + (G * K + head) * E + one, one == 0, e, cos, sin, E)
+        at = row + (G * K + head) * E + one
+        new_k = rotated(qkv_ptr, at, one == 0, e, cos, sin, E, k_norm_ptr, eps, HAS_NORM)
         new_v = tl.load(qkv_ptr + row + (G * K + K + head) * E + e[None, :], mask=mask_e, other=0.0)
         new_at = base + length * K * E + e[None, :]
         fits = mask_e & (length + one < capacity)[:, None]
@@ -133,7 +138,16 @@ def _decode_attention_kernel(
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, tickets: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    tickets: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> Tensor:
     """(B, (N + 2K) * E) and a cache (B, C, K, E) to (B, N * E). `tickets`: int32 (B * K,), zeros before and after."""
     qkv = qkv.contiguous()
@@ -157,14 +171,17 @@ def decode_attention(
             values,
             lengths,
             tickets,
+            qkv if q_norm is None else q_norm.contiguous(),
+            qkv if k_norm is None else k_norm.contiguous(),
             qkv.new_empty(rows, block_e, dtype=torch.float32),
             qkv.new_empty(rows, 2, dtype=torch.float32),
             out,
         ),
-        (capacity, parts, head_dim**-0.5 * LOG2_E, int(reads_ahead())),  # exp2 is what the hardware has
+        (capacity, parts, head_dim**-0.5 * LOG2_E, eps, int(reads_ahead())),  # exp2 is what the hardware has
         G=group,
         K=kv_heads,
         E=head_dim,
+        HAS_NORM=q_norm is not None,
         SPLIT=parts > 1,
         BLOCK_G=block_g,
         BLOCK_E=block_e,

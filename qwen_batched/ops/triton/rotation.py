@@ -18,11 +18,27 @@ def angles(cos_ptr, sin_ptr, token, seen, e, E: tl.constexpr):
 
 
 @triton.jit
-def rotated(base_ptr, row, seen, e, cos, sin, E: tl.constexpr):
-    """Columns `e` of the queries or keys at `row`, rotated and rounded as the reference does."""
+def rotated(
+    base_ptr,
+    row,
+    seen,
+    e,
+    cos,
+    sin,
+    E: tl.constexpr,
+    norm_ptr=None,
+    eps=0.0,
+    HAS_NORM: tl.constexpr = False,
+):
+    """Columns `e` of the queries or keys at `row`, normalised, rotated and rounded as the reference does."""
     half: tl.constexpr = E // 2
     mask = seen[:, None] & (e < E)[None, :]
     partner = tl.where(e < half, e + half, e - half)
     x = tl.load(base_ptr + row[:, None] + e[None, :], mask=mask, other=0.0)
     y = tl.load(base_ptr + row[:, None] + partner[None, :], mask=mask, other=0.0)
-    return (x.to(tl.float32) * cos + y.to(tl.float32) * sin).to(x.dtype)
+    own, other = x.to(tl.float32), y.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(own * own, axis=1) / E + eps)[:, None]
+        own *= scale * tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+        other *= scale * tl.load(norm_ptr + partner, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    return (own * cos + other * sin).to(x.dtype)
