@@ -25,3 +25,9 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, as one operation if the layer is unmodified `nn.Linear`, optionally LoRA-wrapped, without hooks."""
     linear = resolve_linear(layer)
     return layer(x) if linear is None else ops.linear(x, *linear)
+
+
+def apply_gelu_linear(layer: nn.Module, x: Tensor, form: str) -> Tensor:
+    """`gelu(layer(x), form)`, likewise; see `ops.reference.gelu`."""
+    linear = resolve_linear(layer)
+    return ops.gelu(layer(x), form) if linear is None else ops.gelu_linear(x, *linear, form)

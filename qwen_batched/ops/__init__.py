@@ -11,9 +11,11 @@ from qwen_batched.ops.causal_attention import causal_attention
 from qwen_batched.ops.decode_attention import decode_attention
 from qwen_batched.ops.expand_prompts import expand_prompts
 from qwen_batched.ops.frames_to_patches import frames_to_patches
+from qwen_batched.ops.gelu_linear import gelu, gelu_linear
 from qwen_batched.ops.linear import linear
 from qwen_batched.ops.mrope import mrope
 from qwen_batched.ops.packed_linear import join_parameters, packed_linear
+from qwen_batched.ops.quick_gelu import quick_gelu
 from qwen_batched.ops.reference import NO_TOKEN, mrope_tables
 from qwen_batched.ops.resize import PILLOW, TORCHVISION, check_resample_backend
 from qwen_batched.ops.rotary_attention import rotary_attention
@@ -32,11 +34,14 @@ __all__ = [
     "decode_attention",
     "expand_prompts",
     "frames_to_patches",
+    "gelu",
+    "gelu_linear",
     "join_parameters",
     "linear",
     "mrope",
     "mrope_tables",
     "packed_linear",
+    "quick_gelu",
     "reading_ahead",
     "rotary_attention",
     "swiglu",

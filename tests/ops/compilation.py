@@ -33,6 +33,7 @@ from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
 from qwen_batched.ops.triton.linear import linear, swiglu_linear
 from qwen_batched.ops.triton.mixed_product import mixed_product
 from qwen_batched.ops.triton.mrope import mrope, mrope_backward
+from qwen_batched.ops.triton.quick_gelu import quick_gelu, quick_gelu_backward
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotary_attention import rotary_attention
 from qwen_batched.ops.triton.swiglu import swiglu, swiglu_backward
@@ -84,6 +85,11 @@ def launch_column_sums(rows, width, dtype):
 
 def launch_swiglu_backward(rows, width, dtype):
     swiglu_backward(zeros(rows, width, dtype=dtype), *zeros(rows, 2 * width, dtype=dtype).chunk(2, dim=-1))
+
+
+def launch_quick_gelu(rows, width, dtype):
+    x = zeros(rows, width, dtype=dtype)
+    quick_gelu(x), quick_gelu_backward(x, x)
 
 
 def launch_swiglu(rows, width, dtype, with_bias):
@@ -164,6 +170,7 @@ def launch_real_shapes(dtype):
     launch_norm_backward(8192, 1280, dtype)
     launch_norm_backward(8192, 1024, dtype, with_bias=True)
     launch_column_sums(8192, 3456, dtype)
+    launch_quick_gelu(768, 5120, dtype)
     launch_swiglu_backward(8192, 3456, dtype)
     launch_swiglu(768, 3456, dtype, with_bias=True)
     launch_swiglu(512, 11008, dtype, with_bias=False)
@@ -195,6 +202,7 @@ def launch_odd_shapes(dtype):
     launch_norm_backward(5, 33, dtype, for_weight=False)
     launch_norm_backward(5, 3584, dtype)
     launch_column_sums(5, 33, dtype)
+    launch_quick_gelu(5, 33, dtype)
     launch_swiglu_backward(5, 33, dtype)
     launch_swiglu(5, 33, dtype, with_bias=True)
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)

@@ -70,6 +70,7 @@ def test_the_backend_is_put_back_after_an_error(launched):
 CALLS = {
     "rms_norm": lambda x: ops.add_norm(x, None, x[0], None, 1e-6),
     "add_norm": lambda x: ops.add_norm(x, x, x[0], None, 1e-6),
+    "quick_gelu": ops.quick_gelu,
     "add_layer_norm": lambda x: ops.add_norm(x, x, x[0], x[1], 1e-6),
     "swiglu": lambda x: ops.swiglu(x, x),
     "swiglu-biases": lambda x: ops.swiglu(x, x, x[0], x[1]),

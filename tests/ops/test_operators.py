@@ -47,6 +47,8 @@ def op_cases():
             "add_norm_backward",
             (normal(80, 5).t(), None, normal(5, 80, seed=2), normal(80, 2)[:, 0], normal(80), 1e-6, True),
         ),
+        "quick_gelu": ("quick_gelu", (normal(90, 5).t(),)),
+        "quick_gelu_backward": ("quick_gelu_backward", (normal(5, 90), normal(90, 5).t())),
         "swiglu": ("swiglu", (normal(5, 90), normal(5, 90, seed=1), None, None)),
         "swiglu-halves": ("swiglu", (packed[:, :90], packed[:, 90:], packed[0, :90], packed[1, 90:])),
         "swiglu-strided": (

@@ -1,0 +1,80 @@
+"""Attention. See the package."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_batched.ops.reference.rotation import mrope, rotate
+from qwen_batched.ops.segments import Run, Segments
+
+
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
+    """Rotary embedding and attention within each segment of each image, (I, P, D).
+
+    Args:
+        qkv: (I, P, 3 * D), the packed projection: all queries, then all keys, then all values.
+        cos, sin: (P, E / 2) float32, rotation of the first and second half of a head against each other.
+        segments: Of an image's P tokens. Windows are segments; so is the whole image.
+        num_heads: N; E = D / N.
+    """
+    heads = qkv.unflatten(-1, (3, num_heads, -1))
+    turned = rotate(heads[:, :, :2], cos[:, None, None], sin[:, None, None])
+    q_IPNE, k_IPNE, v_IPNE = *turned.unbind(2), heads[:, :, 2]
+    outs = [_attend_run(q_IPNE, k_IPNE, v_IPNE, run) for run in segments.runs]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
+def _attend_run(q_IPNE: Tensor, k_IPNE: Tensor, v_IPNE: Tensor, run: Run) -> Tensor:
+    """Attention within the equal segments of one run, as one dense batch: (I, run.count * run.length, D)."""
+    images, _, heads, size = q_IPNE.shape
+    segmented, tokens = (images * run.count, run.length, heads, size), run.count * run.length
+    parts = [x.narrow(1, run.start, tokens).reshape(segmented).transpose(1, 2) for x in (q_IPNE, k_IPNE, v_IPNE)]
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(images, tokens, heads * size)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245), (B, S, N * E).
+
+    `q` (B, S, N, E), `k` and `v` (B, C, K, E), K dividing N. `visible` is None for causal attention, where C = S,
+    or bool (B, C), the keys that every query of a sample may see.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # PyTorch's float32 GPU kernels do not know grouped heads and would fall back to S x S scores in memory.
+    grouped = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and visible is None
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mask = None if visible is None else visible[:, None, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(2)
+
+
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    tickets: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """One more token of each sample, (B, N * E): rotates it, stores its key and value, attends to all tokens so far.
+
+    Args:
+        qkv: (B, (N + 2K) * E), as in `mrope`, with its norms; `cos` and `sin` (B, E / 2).
+        keys, values: (B, C, K, E), of the tokens so far, keys rotated; take the new ones.
+        lengths: Int64 (B,), how many tokens each sample has so far; below C.
+        tickets: Int32 (B * K,), zero before and after: what the kernel's programs share, not used here.
+    """
+    batch, capacity, num_kv_heads, head_dim = keys.shape
+    heads = mrope(qkv, cos, sin, num_kv_heads, None, None, q_norm, k_norm, eps).unflatten(-1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    samples = torch.arange(batch, device=qkv.device)
+    # Under autocast keys and values come in another dtype than the cache has.
+    keys[samples, lengths], values[samples, lengths] = k.to(keys.dtype), v.to(values.dtype)
+    visible = torch.arange(capacity, device=qkv.device) <= lengths[:, None]
+    return causal_attention(q[:, None], keys, values, visible)[:, 0]
