@@ -23,6 +23,7 @@ def gelu_linear(
     if (
         form == "gelu_pytorch_tanh"
         and x.ndim == 2
+        and x.numel()
         and bias is not None
         and not updates
         and x.dtype == weight.dtype == bias.dtype

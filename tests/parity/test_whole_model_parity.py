@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.ops import reference as reference_ops
+from qwen_batched.ops.resize import resize
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import SIZES, assert_equal_to, noise, own_tokens, photos
@@ -183,7 +183,7 @@ def test_frames_of_any_size_are_seen_at_the_size_that_transformers_chooses(model
     sizes = [tuple((14 * grid).tolist()) for grid in grids]
     assert sizes == [(252, 308), (252, 252)]
     resized = [
-        reference_ops.resize(to(images, model.device)[camera], *size, model.processor.resample_backend).to(torch.uint8)
+        resize(to(images, model.device)[camera], *size, model.processor.resample_backend).to(torch.uint8)
         for camera, size in enumerate(sizes)
     ]
     out = model(to(images, model.device), ["a", "Pick up"])
