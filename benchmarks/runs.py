@@ -161,10 +161,11 @@ def fitted(shapes: S, cell: int) -> S:
     return replace(shapes, **{name: fit(getattr(shapes, name), cell) for name in shapes.fitted})
 
 
-def written(folder: str | Path, preset: str, **options: Any) -> Path:
-    """A new bfloat16 checkpoint of random weights, for which no frame is too small."""
-    cell = 2 * FAMILIES[PRESETS[preset].family].vision["patch_size"]
-    return write_checkpoint(folder, preset, dtype=torch.bfloat16, image={"min_pixels": cell**2}, **options)
+def written(folder: str | Path, preset: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    """A new checkpoint of random weights, which takes frames of one merged cell and larger."""
+    vision = FAMILIES[PRESETS[preset].family].vision
+    cell = vision["patch_size"] * vision["spatial_merge_size"]
+    return write_checkpoint(folder, preset, dtype=dtype, image={"min_pixels": cell**2}, **options)
 
 
 def whole_checkpoint(options: argparse.Namespace, temporary: str) -> str:
