@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 
+from qwen_batched import QwenBatchedVL
+from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.processes import ROOT, run_python
 from tests.support import FLOAT32_TOLERANCE, photos
@@ -33,6 +35,40 @@ def test_a_smoke_run_finds_right_results_and_claims_nothing(script):
     report = run_smoke(script)
     assert report["benchmark"] == script
     assert report["smoke"] and report["wrong"] == [] and report["goals"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("vision", ("--preset", "qwen2-vl-tiny")),
+        ("vision", ("--preset", "qwen3-vl-tiny")),
+        ("whole_call", ("--preset", "qwen3-vl-tiny", "--num-layers", "2", "--norm", "pre")),
+        ("generation", ("--preset", "qwen3-vl-tiny")),
+        ("training", ("--preset", "qwen3-vl-tiny")),
+    ],
+    ids=str,
+)
+def test_a_smoke_run_of_another_family_finds_right_results(script, options):
+    report = run_smoke(script, *options)
+    assert report["preset"] == options[1] and report["wrong"] == []
+
+
+@pytest.mark.parametrize("preset", ["qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_the_floor_of_a_tower_has_all_its_matrices(tmp_path, preset, benchmark_module):
+    visual = QwenBatchedVL.from_pretrained(write_checkpoint(tmp_path, preset), device="cpu").visual
+    shapes = benchmark_module("peers")._product_shapes(visual.config)
+    block = sum(rows * columns for rows, columns in shapes.pop("block"))
+    found = block * visual.config.depth + sum(rows * columns for part in shapes.values() for rows, columns in part)
+    matrices = {name: x.numel() for name, x in visual.named_parameters() if x.ndim > 1}
+    assert found == sum(matrices.values()) - matrices.get("pos_embed.weight", 0)
+
+
+def test_frames_become_multiples_of_a_cell(benchmark_module):
+    fit, work = benchmark_module("runs").fit, benchmark_module("measure").Work
+    assert fit(((476, 644), (10, 224)), 32) == ((480, 640), (32, 224))
+    assert fit(work(2, 3, (252, 308)), 32) == work(2, 3, (256, 320))
+    assert fit((252, 308), 28) == (252, 308)
 
 
 @pytest.mark.slow
