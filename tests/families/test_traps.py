@@ -1,6 +1,7 @@
 """The mistakes that the sister families invite, one test or more for each. `docs/traps.md` lists them."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -296,20 +297,21 @@ def test_trap_all_adapters_named_by_another_layout(any_family, tmp_path):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(tmp_path / "nested")
-    stored = load_file(tmp_path / "nested" / "adapter_model.safetensors")
+    adapted.save_pretrained(tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     before, keys = "base_model.model.", FAMILIES[any_family.model.config.model_type].keys
-    renamed = {before + keys.module_name(name.removeprefix(before)): x for name, x in stored.items()}
-    assert renamed.keys() != stored.keys()
-    (tmp_path / "modules").mkdir()
-    for file in (tmp_path / "nested").iterdir():
-        (tmp_path / "modules" / file.name).write_bytes(file.read_bytes())
-    save_file(renamed, tmp_path / "modules" / "adapter_model.safetensors", metadata={"format": "pt"})
+    modules = {keys.module_name(name.removeprefix(before)): x for name, x in stored.items()}
+    layouts = {"nested": {keys.adapter_name(name): x for name, x in modules.items()}, "modules": modules}
+    assert layouts["nested"].keys().isdisjoint(modules)
+    for layout, tensors in layouts.items():
+        shutil.copytree(tmp_path / "saved", tmp_path / layout)
+        tensors = {before + name: x for name, x in tensors.items()}
+        save_file(tensors, tmp_path / layout / "adapter_model.safetensors", metadata={"format": "pt"})
     frames = to(any_family.photos(1, 2, 2, 3), any_family.device)
     found = []
     with torch.no_grad():
         plain = any_family.model(frames, TEXTS[:1]).last_hidden_state
-        for layout in ("nested", "modules"):
+        for layout in layouts:
             ours = load_adapter(any_family.load(), tmp_path / layout)
             found.append(ours(frames, TEXTS[:1]).last_hidden_state)
     assert torch.equal(*found)
