@@ -6,12 +6,14 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.processes import ROOT, run_python
-from tests.support import FLOAT32_TOLERANCE, photos
+from tests.support import FLOAT32_TOLERANCE, assert_equal_to, photos
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -62,6 +64,37 @@ def test_the_floor_of_a_tower_has_all_its_matrices(tmp_path, preset, benchmark_m
     found = block * visual.config.depth + sum(rows * columns for part in shapes.values() for rows, columns in part)
     matrices = {name: x.numel() for name, x in visual.named_parameters() if x.ndim > 1}
     assert found == sum(matrices.values()) - matrices.get("pos_embed.weight", 0)
+
+
+def varlen_attention(q, k, v, bounds, *_, scale):
+    """In place of the kernel, which needs a GPU: (tokens, heads, head size), each sequence by itself."""
+    parts = zip(*(x.split(bounds.diff().tolist()) for x in (q, k, v)), strict=True)
+    outs = [
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), scale=scale).transpose(
+            0, 1
+        )
+        for part in parts
+    ]
+    return torch.cat(outs)
+
+
+@pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+@torch.no_grad()
+def test_the_varlen_tower_and_its_geometry_are_transformers(sisters, device, preset, benchmark_module, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attention)
+    peers, sister = benchmark_module("peers"), sisters(preset)
+    config, factor = sister.model.config.vision, sister.factor
+    work = benchmark_module("measure").Work(2, 1, (5 * factor, 3 * factor))
+    (inputs,) = peers.random_inputs(config, work, torch.empty(0, device=device), 1)
+    expected = peers.default_tower(sister.reference.visual)(inputs)
+    assert len(expected) == 1 + len(config.deepstack_visual_indexes or ())
+    tower = peers.with_varlen_attention(sister.reference.visual)
+    for arguments in ({}, dict(inputs.geometry)):  # made by the tower, and beforehand
+        found = peers._features(tower(inputs.pixels, grid_thw=inputs.grid, **arguments))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_equal_to(ours, theirs)
 
 
 def test_frames_become_multiples_of_a_cell(benchmark_module):
