@@ -97,6 +97,24 @@ def test_the_varlen_tower_and_its_geometry_are_transformers(sisters, device, pre
             assert_equal_to(ours, theirs)
 
 
+@pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+@torch.no_grad()
+def test_the_compiled_peer_is_the_whole_model(sisters, device, preset, benchmark_module, monkeypatch):
+    """Compiled or not: what is compiled is put together from both networks, deep features included."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    whole_peers, sister = benchmark_module("whole_peers"), sisters(preset)
+    reference, frames = sister.load_reference(), sister.photos(2, 2, 2, 3).to(device)
+    prompts = whole_peers.Prompts.of(
+        sister.model.processor(frames, ["up", "up"], device=device), sister.model.config.vision
+    )
+    pixels = whole_peers.processed(reference, frames, tuple(frames.shape[-2:]))
+    run, _, error = whole_peers.compiled_model(reference, reference.visual, prompts, pixels)
+    assert error <= FLOAT32_TOLERANCE
+    ours = sister.model(frames, ["up", "up"], cuda_graph=False).last_hidden_state
+    assert_equal_to(run(pixels), ours)
+
+
 def test_frames_become_multiples_of_a_cell(benchmark_module):
     fit, work = benchmark_module("runs").fit, benchmark_module("measure").Work
     assert fit(((476, 644), (10, 224)), 32) == ((480, 640), (32, 224))
