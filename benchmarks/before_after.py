@@ -1,7 +1,7 @@
 """Two commits of this package beside each other on one GPU, in alternating processes: clocks drift for both alike.
 
     git worktree add ../before COMMIT
-    python benchmarks/before_after.py --before ../before --model FOLDER [--rounds 5]
+    python benchmarks/before_after.py --before ../before [--model FOLDER | --preset 3b] [--rounds 5]
 
 Each process loads the model in bfloat16 and measures, the device idle before and after each call:
 - a control loop's call (one sample, three cameras 480x640 in pinned host memory, to 224x224, 20 words) from its CUDA
@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,17 +133,32 @@ def run(checkout: Path, model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a checkout of the commit to compare with")
-    parser.add_argument("--model", required=True, help="a checkpoint folder")
+    parser.add_argument("--model", help="a checkpoint folder; None: one is written, with random weights")
+    parser.add_argument("--preset", default="3b", help="of what is written, any family's that both commits know")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(options.model)))
         return
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(options, options.model or checkpoint_of(options.preset, temporary))
+
+
+def checkpoint_of(preset: str, temporary: str) -> str:
+    """The folder of a new bfloat16 checkpoint, for both commits."""
+    sys.path.insert(1, str(REPOSITORY))  # not in a child, whose PYTHONPATH names its package
+    from runs import written
+
+    return str(written(f"{temporary}/checkpoint", preset))
+
+
+def compare(options: argparse.Namespace, model: str) -> None:
+    """Runs and prints."""
     found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
     for _ in range(options.rounds):
         for name, checkout in (("before", options.before.resolve()), ("after", REPOSITORY)):
-            found[name].append(run(checkout, options.model))
+            found[name].append(run(checkout, model))
             print(name, found[name][-1], flush=True)
     report = {}
     print(f"{'ms, median of processes':28s} {'before':>9s} {'after':>9s} {'ratio':>7s}   spread of before, after")

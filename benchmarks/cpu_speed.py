@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_speed.py [--preset small] [--rounds 15]
 
+A preset may be any family's; frames are then the nearest multiples of its merged cells.
 Both sides run the whole call, processor included, on the same uint8 frames, in turns within each round, so that
 whatever else the machine does hits both. Needs the transformers of constraints.txt. The last line is JSON.
 """
@@ -19,9 +20,10 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from runs import fit, written
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.testing import write_checkpoint
+from qwen_batched.testing import PRESETS
 from qwen_batched.transformers_reference import TransformersReference
 
 SIZES = (
@@ -45,14 +47,15 @@ TEXT = "pick up the red cube and put it into the box on the left"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="small")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(folder, options.preset, image={"min_pixels": 28 * 28})
+        written(folder, options.preset, dtype=torch.float32)
         ours = QwenBatchedVL.from_pretrained(folder, device="cpu")
         theirs = TransformersReference.from_pretrained(folder)
-    rows = [measure(ours, theirs, size, options.rounds) for size in SIZES]
+    sizes = dict.fromkeys(fit(SIZES, ours.config.vision.cell_size))
+    rows = [measure(ours, theirs, size, options.rounds) for size in sizes]
     report = {
         "benchmark": "cpu_speed",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),

@@ -1,15 +1,16 @@
 """Peak host memory, bytes read and time of loading a sharded checkpoint on the CPU.
 
-    python benchmarks/load_memory.py --size-gb 2
+    python benchmarks/load_memory.py --size-gb 2 [--preset 3b]
 
-Writes a checkpoint of the 3B model's widths and as many decoder blocks as fill `--size-gb`, loads it in fresh
-processes, and compares each peak with what it may be: the parameters plus twice the largest tensor. The last line is
-JSON.
+Writes a checkpoint of a preset's widths, of any family, and as many decoder blocks as fill `--size-gb`, loads it in
+fresh processes, and compares each peak with what it may be: the parameters plus twice the largest tensor. The last
+line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,15 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from qwen_batched import BatchedVisionTransformer, QwenBatchedVL
+from qwen_batched import QwenBatchedVL
 from qwen_batched.checkpoint import weights
-from qwen_batched.families.qwen2_5_vl import FAMILY
+from qwen_batched.families import FAMILIES
 from qwen_batched.testing import PRESETS, write_checkpoint
 
 GB = 10**9
 STORED_DTYPE = torch.bfloat16
 VOCAB_SIZE = 32768  # an embedding of 134 MB: the published 622 MB would make the limit a lenient one
-VISION = {"depth": 2, "fullatt_block_indexes": [1]}
+DEPTH, BLOCK_INDEXES = 2, ("fullatt_block_indexes", "deepstack_visual_indexes")  # of the vision tower
 CASES = {
     "all": {},
     "all, to float32": {"dtype": torch.float32},
@@ -47,6 +49,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-gb", type=float, default=2.0, help="least size of the checkpoint in GB (1e9 bytes)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="3b")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--tmp", type=Path, default=None, help="where the checkpoint is written; None: the system's")
     if not Path("/proc/self/status").exists():
@@ -58,8 +61,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
         started = time.perf_counter()
-        folder = write(Path(tmp) / "checkpoint", args.size_gb, args.shards)
-        stored = weights.find_tensors(folder, FAMILY.keys)
+        folder = write(Path(tmp) / "checkpoint", args.preset, args.size_gb, args.shards)
+        stored = weights.find_tensors(folder, FAMILIES[PRESETS[args.preset].family].keys)
         summary = {
             "checkpoint_bytes": sum(map(stored_bytes, stored.values())),
             "largest_tensor_bytes": max(map(stored_bytes, stored.values())),
@@ -85,32 +88,40 @@ def main() -> None:
     sys.exit(not passed)
 
 
-def write(folder: Path, size_gb: float, shards: int) -> Path:
-    """A checkpoint of at least `size_gb`: the 3B model's blocks, as many as it takes."""
-    text = PRESETS["3b"].text
-    width, mlp_width = text["hidden_size"], text["intermediate_size"]
-    key_width = width // text["num_attention_heads"] * text["num_key_value_heads"]
-    block_bytes = (2 * width * width + 2 * width * key_width + 3 * width * mlp_width) * STORED_DTYPE.itemsize
+def write(folder: Path, preset: str, size_gb: float, shards: int) -> Path:
+    """A checkpoint of at least `size_gb`: the preset's blocks, as many as it takes."""
+    text = PRESETS[preset].text
+    width, mlp_width, heads = text["hidden_size"], text["intermediate_size"], text["num_attention_heads"]
+    projected = text.get("head_dim", width // heads) * (heads + text["num_key_value_heads"])
+    block_bytes = (2 * width * projected + 3 * width * mlp_width) * STORED_DTYPE.itemsize
     rest_bytes = VOCAB_SIZE * width * STORED_DTYPE.itemsize
     layers = max(2, int(-(-(size_gb * GB - rest_bytes) // block_bytes)))
     layers += layers % 2
     return write_checkpoint(
         folder,
-        "3b",
+        preset,
         dtype=STORED_DTYPE,
         shards=shards,
+        tied=True,
         text={"vocab_size": VOCAB_SIZE, "num_hidden_layers": layers},
-        vision=VISION,
+        vision={"depth": DEPTH} | {name: [DEPTH - 1] for name in BLOCK_INDEXES if name in PRESETS[preset].vision},
         special_token_start=VOCAB_SIZE - 64,
     )
 
 
 def stored_layers(folder: Path) -> int:
-    return json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("text_config", config)["num_hidden_layers"]
 
 
 def stored_bytes(tensor: weights.StoredTensor) -> int:
     return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
+
+
+def vision_tower_of(folder: Path) -> Any:
+    """The class of its family."""
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    return importlib.import_module(f"qwen_batched.model.modeling_{family}_batched").BatchedVisionTransformer
 
 
 def measure_in_fresh_process(folder: Path, case: str) -> dict[str, float]:
@@ -123,7 +134,7 @@ def measure(folder: Path, case: str) -> dict[str, float]:
     options = dict(CASES[case])
     if options.get("num_layers") == "half":
         options["num_layers"] = stored_layers(folder) // 2
-    load = BatchedVisionTransformer if options.pop("vision_only", False) else QwenBatchedVL
+    load = vision_tower_of(folder) if options.pop("vision_only", False) else QwenBatchedVL
     # The tokenizer's libraries are imported at first use.
     QwenBatchedVL.from_pretrained(folder.parent / "warm_up", device="cpu")
     bytes_read = 0

@@ -1,7 +1,7 @@
 """What the vision tower and the processor are measured against.
 
 transformers' vision tower, in the weights of the same checkpoint, in three configurations:
-  default   as it loads: scaled dot product attention, a loop over the windows
+  default   as it loads: scaled dot product attention, a loop over the windows, or over the images where there are none
   varlen    torch's variable-length attention, registered as its attention function
   compiled  that under torch.compile(mode="reduce-overhead"), one fixed shape, its geometry computed beforehand
 `products`  the tower's matrix products alone, in one CUDA graph: a floor for any implementation in the same precision.
@@ -11,6 +11,7 @@ transformers' vision tower, in the weights of the same checkpoint, in three conf
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from qwen_batched.transformers_reference import TransformersReference
 VARLEN = "flash_attention_varlen_torch"
 # Tiles of a matrix product are 128 wide: 3420 becomes 3456.
 WIDTH_MULTIPLE = 128
+GATED = "silu"  # the activation of towers whose MLP has a gate
 COMPILED_WARM_UP = 4  # compile, warm up for the graph, record it, replay it
 
 
@@ -45,7 +47,8 @@ class TowerInputs:
     geometry: Mapping[str, Any]
 
 
-Tower = Callable[[TowerInputs], Tensor]  # merged features (cells, D), raster order, image by image
+# Merged features (cells, D), raster order, image by image; then those of deep blocks, where the model has them.
+Tower = Callable[[TowerInputs], list[Tensor]]
 
 
 def random_inputs(config: VisionConfig, work: Work, like: Tensor, count: int) -> list[TowerInputs]:
@@ -61,24 +64,27 @@ def random_inputs(config: VisionConfig, work: Work, like: Tensor, count: int) ->
 def precomputed_geometry(config: VisionConfig, grid: Tensor) -> dict[str, Any]:
     """All that transformers' tower derives from the grid, as arguments of its forward; empty before transformers 5."""
     try:
-        from transformers.vision_utils import (
-            get_vision_cu_seqlens,
-            get_vision_position_ids,
-            get_vision_window_index,
-        )
-    except ImportError:
+        from transformers import vision_utils
+
+        merge, bounds = config.spatial_merge_size, vision_utils.get_vision_cu_seqlens(grid)
+        found = {
+            "position_ids": vision_utils.get_vision_position_ids(grid, merge),
+            "cu_seqlens": bounds,
+            "max_seqlen": int(bounds.diff().max()),
+        }
+        if config.window_size is not None:
+            windows = vision_utils.get_vision_window_index(grid, merge, config.window_size, config.patch_size)
+            found |= {"window_index": windows[0].to(grid.device), "cu_window_seqlens": windows[1]}
+            found["max_window_seqlen"] = int(windows[1].diff().max())
+        if config.num_position_embeddings is not None:
+            side = math.isqrt(config.num_position_embeddings)
+            taps = vision_utils.get_vision_interpolation_indices_and_weights(
+                grid, side, align_corners=True, spatial_merge_size=merge
+            )
+            found |= {"interp_indices": taps[0], "interp_weights": taps[1]}
+    except (ImportError, AttributeError):
         return {}
-    merge = config.spatial_merge_size
-    window_index, window_bounds = get_vision_window_index(grid, merge, config.window_size, config.patch_size)
-    bounds = get_vision_cu_seqlens(grid)
-    return {
-        "position_ids": get_vision_position_ids(grid, merge),
-        "cu_seqlens": bounds,
-        "max_seqlen": int(bounds.diff().max()),
-        "window_index": window_index.to(grid.device),
-        "cu_window_seqlens": window_bounds,
-        "max_window_seqlen": int(window_bounds.diff().max()),
-    }
+    return found
 
 
 def default_tower(visual: nn.Module) -> Tower:
@@ -149,7 +155,7 @@ def compiled_tower(visual: nn.Module, inputs: TowerInputs) -> tuple[Tower, float
     torch.compiler.reset()
     compiled = torch.compile(visual, mode="reduce-overhead", dynamic=False)
 
-    def run(inputs: TowerInputs) -> Tensor:
+    def run(inputs: TowerInputs) -> list[Tensor]:
         torch.compiler.cudagraph_mark_step_begin()
         # The tower takes its arguments out of the dict that it gets.
         return _features(compiled(inputs.pixels, grid_thw=inputs.grid, **dict(inputs.geometry)))
@@ -157,13 +163,15 @@ def compiled_tower(visual: nn.Module, inputs: TowerInputs) -> tuple[Tower, float
     started = time.perf_counter()
     for _ in range(COMPILED_WARM_UP):
         run(inputs)
-    error = relative_l2(run(inputs), expected)
+    error = relative_l2(run(inputs)[0], expected[0])
     return run, time.perf_counter() - started, error
 
 
-def _features(output: Any) -> Tensor:
-    """Since 5 the tower returns an object that holds the merged features, before the plain tensor of them."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+def _features(output: Any) -> list[Tensor]:
+    """Since 5 the tower returns an object that holds the features, before the plain tensor of the merged ones."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
 
 
 # --- the yardstick ---
@@ -182,7 +190,7 @@ def float32_features(
         frames = soft_frames(count, size, device)
         made = [reference.processor_inputs([frame], "") for frame in frames]
         inputs = [TowerInputs(one["pixel_values"], one["image_grid_thw"], {}) for one in made]
-        found[size] = (frames[:, None], inputs, torch.cat([tower(one) for one in inputs]))
+        found[size] = (frames[:, None], inputs, torch.cat([tower(one)[0] for one in inputs]))
     return found
 
 
@@ -200,13 +208,13 @@ def soft_frames(count: int, size: tuple[int, int], device: torch.device) -> Tens
 def products(config: VisionConfig, passes: Sequence[int], like: Tensor, ends: bool = True) -> Callable[[], object]:
     """The replay of all matrix products of the vision tower, and nothing else.
 
-    One product for q, k and v, one for gate and up, the MLP's width padded, every block with weights of its own.
+    One product for q, k and v, one for gate and up, a gated MLP's width padded, every block with weights of its own.
 
     Args:
         config: The tower's shape.
         passes: Patches of each pass.
         like: Dtype and device.
-        ends: Whether the patch embedding and the merger are among them, or the blocks alone.
+        ends: Whether the patch embedding and the mergers are among them, or the blocks alone.
     """
 
     def random(*shape: int) -> Tensor:
@@ -214,7 +222,7 @@ def products(config: VisionConfig, passes: Sequence[int], like: Tensor, ends: bo
 
     shapes = _product_shapes(config)
     weights = [[random(n, k) for k, n in shapes["block"]] for _ in range(config.depth)]
-    first, last = ([random(n, k) for k, n in shapes[name]] for name in ("patches", "merger")) if ends else ((), ())
+    first, last = ([random(n, k) for k, n in shapes[name]] for name in ("patches", "mergers")) if ends else ((), ())
     layers = [(1, [*first, *(weight for block in weights for weight in block)]), (config.cell_patches, last)]
     inputs = {
         (patches // merged, weight.shape[1]): random(patches // merged, weight.shape[1])
@@ -242,11 +250,14 @@ def passes_of(config: VisionConfig, work: Work) -> list[int]:
 def _product_shapes(config: VisionConfig) -> dict[str, list[tuple[int, int]]]:
     """(columns, rows) of each weight, fused and padded."""
     width, merged = config.hidden_size, config.hidden_size * config.cell_patches
-    mlp = -(-config.intermediate_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    gated, mlp = config.hidden_act == GATED, config.intermediate_size
+    if gated:
+        mlp = -(-mlp // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    mergers = 1 + len(config.deepstack_visual_indexes or ())
     return {
         "patches": [(config.patch_dim, width)],
-        "block": [(width, 3 * width), (width, width), (width, 2 * mlp), (mlp, width)],
-        "merger": [(merged, merged), (merged, config.out_hidden_size)],
+        "block": [(width, 3 * width), (width, width), (width, 2 * mlp if gated else mlp), (mlp, width)],
+        "mergers": [(merged, merged), (merged, config.out_hidden_size)] * mergers,
     }
 
 
@@ -264,7 +275,7 @@ def in_transformers_order(batch: Mapping[str, Tensor], cell_patches: int) -> Ten
     return cells[:, batch["raster_order"][0].flatten()].flatten(0, 2)
 
 
-def gpu_image_processor(pixels: int) -> Callable[[Tensor], Tensor]:
+def gpu_image_processor(folder: str | Path, pixels: int) -> Callable[[Tensor], Tensor]:
     """transformers' processor on the frames' device: (frames, 3, H, W) uint8 to patches (tokens, patch_dim), float32.
 
     Raises:
@@ -274,7 +285,7 @@ def gpu_image_processor(pixels: int) -> Callable[[Tensor], Tensor]:
         raise RuntimeError("torchvision is not installed: transformers' processor cannot run on the GPU")
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-    processor = Qwen2VLImageProcessor()
+    processor = Qwen2VLImageProcessor.from_pretrained(folder)
 
     def run(frames: Tensor) -> Tensor:
         size = {"shortest_edge": pixels, "longest_edge": pixels}

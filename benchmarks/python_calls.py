@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.testing import write_checkpoint
+from qwen_batched.testing import PRESETS, write_checkpoint
 
 
 def profile(model: QwenBatchedVL) -> pstats.Stats:
@@ -35,7 +35,7 @@ def profile(model: QwenBatchedVL) -> pstats.Stats:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="of any family")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

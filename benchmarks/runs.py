@@ -12,21 +12,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import measure
 import torch
-from measure import Goal, note, print_table
+from measure import Goal, Work, note, print_table
 from torch import Tensor
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.inputs.prompt import PromptEncoder
-from qwen_batched.testing import write_checkpoint
+from qwen_batched.testing import PRESETS, write_checkpoint
+from qwen_batched.testing.presets import FAMILIES
 
 SENTENCE = "pick up the red cube and put it into the box on the left, then open the drawer and move the arm to the sink"
 R = TypeVar("R", bound="Run")
+S = TypeVar("S")
+PRESET, SMOKE_PRESET = "3b", "tiny"  # what is measured unless told otherwise
 
 
 @dataclass
@@ -49,10 +52,21 @@ class Run:
         started = time.perf_counter()
         device = torch.device("cpu" if options.smoke else "cuda")
         torch.manual_seed(0)
-        folder = whole_checkpoint(options, shapes.preset, temporary)
+        folder = whole_checkpoint(options, temporary)
         note("checkpoint ready")
-        model = QwenBatchedVL.from_pretrained(folder, dtype=torch.bfloat16, device=device)
-        return cls(options, shapes, device, model, started), folder
+        model = QwenBatchedVL.from_pretrained(
+            folder, dtype=torch.bfloat16, device=device, num_layers=options.num_layers
+        )
+        return cls(options, fitted(shapes, model.config.vision.cell_size), device, model, started), folder
+
+    @property
+    def has_goals(self) -> bool:
+        """Whether its times are those that goals were set for: the 3B model's."""
+        found = self.model.config
+        same = (
+            found.model_type == PRESETS[PRESET].family and found.text.hidden_size == PRESETS[PRESET].text["hidden_size"]
+        )
+        return self.options.smoke or (same and self.options.num_layers is None)
 
     @property
     def like(self) -> Tensor:
@@ -80,6 +94,7 @@ class Run:
         facts = {
             **measure.environment(benchmark, self.device, options.commit),
             **{"smoke": options.smoke, "quick": options.quick, "dtype": str(self.model.dtype), "model": options.model},
+            **{"preset": None if options.model else preset_of(options), "num_layers": options.num_layers},
             "seconds": round(time.perf_counter() - self.started, 1),
         }
         return measure.finish(facts | self.report, self.goals, self.missing, self.wrong, claims=not options.smoke)
@@ -92,10 +107,12 @@ def parser(doc: str, compile_seconds: float = 150) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
     add("--model", help="checkpoint folder; None: one is written, with random weights")
+    add("--preset", choices=sorted(PRESETS), help=f"of what is written, any family's; None: {PRESET}")
     add("--quick", action="store_true", help="leave transformers' times out")
     add("--compile-seconds", type=float, default=compile_seconds, help="compile no further shape after that long")
     add("--commit", help=f"what to report as the commit; None: ${measure.COMMIT_VARIABLE} or git")
     add("--smoke", action="store_true", help="tiny shapes on the CPU: tests this file, claims nothing")
+    made.set_defaults(num_layers=None)
     return made
 
 
@@ -103,6 +120,7 @@ def whole_model_parser(doc: str) -> argparse.ArgumentParser:
     """With what the benchmarks of the whole model need besides."""
     made = parser(doc, compile_seconds=60)
     add = made.add_argument
+    add("--num-layers", type=int, metavar="N", help="the first N decoder blocks alone, of both libraries")
     add("--keep-checkpoint", metavar="FOLDER", help="write random weights there, or take those that are there already")
     choices = ("none", "control", "batch", "all")
     add("--compiled", choices=choices, default="all", help="for which shapes transformers is compiled; control: B=1")
@@ -124,7 +142,33 @@ def main(parser: argparse.ArgumentParser, run_all: Callable[[argparse.Namespace,
 # --- the whole model ---
 
 
-def whole_checkpoint(options: argparse.Namespace, preset: str, temporary: str) -> str:
+def preset_of(options: argparse.Namespace) -> str:
+    """Of the checkpoint that is written."""
+    return options.preset or (SMOKE_PRESET if options.smoke else PRESET)
+
+
+def fit(value: Any, cell: int) -> Any:
+    """A `Work`, a size or several sizes with sides that are the nearest multiples of a merged cell's."""
+    if isinstance(value, Work):
+        return replace(value, size=fit(value.size, cell))
+    if isinstance(value[0], tuple):
+        return tuple(fit(size, cell) for size in value)
+    return tuple(max(1, round(side / cell)) * cell for side in value)
+
+
+def fitted(shapes: S, cell: int) -> S:
+    """`shapes` with those that it names in `fitted` as multiples of a merged cell's side."""
+    return replace(shapes, **{name: fit(getattr(shapes, name), cell) for name in shapes.fitted})
+
+
+def written(folder: str | Path, preset: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    """A new checkpoint of random weights, which takes frames of one merged cell and larger."""
+    vision = FAMILIES[PRESETS[preset].family].vision
+    cell = vision["patch_size"] * vision["spatial_merge_size"]
+    return write_checkpoint(folder, preset, dtype=dtype, image={"min_pixels": cell**2}, **options)
+
+
+def whole_checkpoint(options: argparse.Namespace, temporary: str) -> str:
     """The folder of a bfloat16 checkpoint: the given one, the kept one, or a new one of random weights."""
     if options.model:
         return options.model
@@ -134,7 +178,7 @@ def whole_checkpoint(options: argparse.Namespace, preset: str, temporary: str) -
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place: a run that is cut off leaves nothing that a later one would take for whole.
         unfinished = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-        os.rename(write_checkpoint(unfinished, preset, dtype=torch.bfloat16), folder)
+        os.rename(written(unfinished, preset_of(options)), folder)
     return str(folder)
 
 

@@ -67,6 +67,15 @@ class Prompts:
         }
 
 
+def load(folder: str, num_layers: int | None = None, norm: str = "post", **options: Any) -> TransformersReference:
+    """The reference of a checkpoint with its first `num_layers` decoder blocks, "pre" without the final norm."""
+    reference = TransformersReference.from_pretrained(folder, **options)
+    reference.decoder.layers = reference.decoder.layers[:num_layers]
+    if norm == "pre":
+        reference.decoder.norm = nn.Identity()
+    return reference
+
+
 def processed(reference: TransformersReference, frames: Tensor, size: tuple[int, int]) -> Tensor:
     """transformers' pixels (tokens, patch_dim), float32, of frames (B, V, 3, H, W) uint8 on the host or the GPU.
 
@@ -135,10 +144,12 @@ def compiled_model(
 
     def run(pixels: Tensor) -> Tensor:
         # Copied: the next graph may take the memory that the features lie in.
-        features = tower(TowerInputs(pixels, prompts.grid, prompts.geometry)).clone()
+        features, *deep = (x.clone() for x in tower(TowerInputs(pixels, prompts.grid, prompts.geometry)))
         embeds = reference.decoder.embed_tokens(prompts.input_ids)
         embeds = embeds.masked_scatter(prompts.is_image[..., None], features)
         arguments = {"position_ids": prompts.position_ids, "attention_mask": None, "use_cache": False}
+        if deep:
+            arguments |= {"visual_pos_masks": prompts.is_image, "deepstack_visual_embeds": deep}
         return decoder(inputs_embeds=embeds, **arguments).last_hidden_state
 
     for _ in range(COMPILED_WARM_UP):
@@ -172,12 +183,12 @@ def hidden_states(reference: TransformersReference, frames: Tensor, texts: Seque
 def step_products(config: TextConfig, batch: int, like: Tensor) -> Callable[[], object]:
     """The replay of all matrix products of one decoding step of `batch` samples, the output projection included."""
     random = partial(torch.randn, dtype=like.dtype, device=like.device)
-    width, mlp = config.hidden_size, config.intermediate_size
-    packed = width + 2 * config.num_key_value_heads * config.head_dim
-    block = [(width, packed), (width, width), (width, 2 * mlp), (mlp, width)]
+    width, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    packed = heads + 2 * config.num_key_value_heads * config.head_dim
+    block = [(width, packed), (heads, width), (width, 2 * mlp), (mlp, width)]
     weights = [random(n, k) for _ in range(config.num_hidden_layers) for k, n in block]
     weights.append(random(config.vocab_size, width))
-    inputs = {k: random(batch, k) for k in (width, mlp)}
+    inputs = {k: random(batch, k) for k in (width, heads, mlp)}
 
     def run() -> None:
         for weight in weights:

@@ -30,13 +30,14 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
-from qwen_batched.testing import default_checkpoint
+from qwen_batched.testing import PRESETS, default_checkpoint, write_checkpoint
 
 STAGES = ("resize, patches", "vision tower", "prompt layout, placing features", "decoder")
 PIXELS, VISION, PLACING, DECODER = STAGES
 SENTENCE = "pick up the red cube and put it into the box on the left, then open the drawer. "
 WORDS = len(SENTENCE.split())  # at least so many tokens
 FRAME_SETS = 4  # batches of frames in turn: what one call leaves in a cache is no use to the next
+GATED = "silu"  # the activation of vision transformers whose MLP has a gate
 WARM_UP, MOST_STAGED_CALLS = 5, 50
 # Measured, by GPU and dtype: products in TFLOP/s, copies in GB/s (bytes read and written).
 KNOWN_RATES = {("NVIDIA H200", torch.bfloat16): (750.0, 4200.0)}
@@ -219,15 +220,17 @@ def stage_floors(config: QwenVLConfig, cells: int, tokens: int, itemsize: int, t
     """
     vision, text, patches = config.vision, config.text, cells * config.vision.cell_patches
     width, merged = vision.hidden_size, vision.hidden_size * vision.cell_patches
-    kv_width, blocks = text.num_key_value_heads * text.head_dim, text.num_hidden_layers
+    q_width, kv_width = (heads * text.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+    mergers, blocks = 1 + len(vision.deepstack_visual_indexes or ()), text.num_hidden_layers
     products = {  # rows, inner, columns, how many
         VISION: [
-            *((patches, vision.patch_dim, width, 1), (cells, merged, merged, 1), (cells, merged, text.hidden_size, 1)),
+            (patches, vision.patch_dim, width, 1),
+            *((cells, merged, merged, mergers), (cells, merged, text.hidden_size, mergers)),
             (patches, width, width, 4 * vision.depth),  # queries, keys, values, output
-            (patches, width, vision.intermediate_size, 3 * vision.depth),
+            (patches, width, vision.intermediate_size, (3 if vision.hidden_act == GATED else 2) * vision.depth),
         ],
         DECODER: [
-            (tokens, text.hidden_size, text.hidden_size, 2 * blocks),  # queries, output
+            (tokens, text.hidden_size, q_width, 2 * blocks),  # queries, output
             (tokens, text.hidden_size, kv_width, 2 * blocks),  # keys, values
             (tokens, text.hidden_size, text.intermediate_size, 3 * blocks),
         ],
@@ -364,21 +367,28 @@ def _rates(
 def main(arguments: list[str] | None = None) -> int:
     """Prints the profile. Returns 0; 2 where there is nothing to measure."""
     options = vars(_parser().parse_args(arguments))
-    name, report = options.pop("model"), options.pop("json")
+    name, preset, report = (options.pop(key) for key in ("model", "preset", "json"))
     dtype, device, layers = (options.pop(key) for key in ("dtype", "device", "layers"))
     try:
+        if name and preset:
+            raise ValueError("--model and --preset cannot go together")
         if report and not report.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {report.absolute().parent} for the report")
         dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         device = resolve_device(device)
-        model = QwenBatchedVL.from_pretrained(name or default_checkpoint(), dtype, device, num_layers=layers)
+        with tempfile.TemporaryDirectory() as folder:
+            if preset:
+                write_checkpoint(folder, preset, dtype=torch.float32 if dtype == "auto" else dtype)
+            stored = folder if preset else name or default_checkpoint()
+            model = QwenBatchedVL.from_pretrained(stored, dtype, device, num_layers=layers)
         found = profile(model, **options)
         if report:
             report.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"profile: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"Profile of a call ({name or 'embedded default, random weights'})\n{found.text()}")
+    measured = name or f"{f'preset {preset}' if preset else 'embedded default'}, random weights"
+    print(f"Profile of a call ({measured})\n{found.text()}")
     return 0
 
 
@@ -399,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"profile: {message}\n")  # one line, without the usage
     add = parser.add_argument
     add("--model", help="checkpoint folder or hub id; the embedded default with random weights where left out")
+    add("--preset", choices=sorted(PRESETS), help="in place of --model: shapes of random weights, of any family")
     add("--batch", type=int, default=1, help="samples")
     add("--cameras", type=int, default=3, help="frames of a sample")
     add("--size", type=frame_size, default=(224, 224), help="of the frames in pixels: 224 or 480x640 (height x width)")

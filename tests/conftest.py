@@ -7,6 +7,7 @@ inside functions, since pytest-xdist's controller, which runs no test, has to re
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections import defaultdict
@@ -19,6 +20,7 @@ import pytest
 if TYPE_CHECKING:
     from qwen_batched import QwenBatchedVL
     from qwen_batched.transformers_reference import TransformersReference
+    from tests.sisters import Sister
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
@@ -106,3 +108,16 @@ def reference(checkpoint: Path, device: str) -> TransformersReference:
     from qwen_batched.transformers_reference import TransformersReference
 
     return TransformersReference.from_pretrained(checkpoint, device=device)
+
+
+@pytest.fixture(scope="session")
+def sisters(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sister]:
+    """A sister family's tiny checkpoint by its preset, in both libraries. Read only."""
+    from tests.sisters import Sister
+
+    return functools.cache(lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint", device))
+
+
+@pytest.fixture(params=["qwen2-vl-tiny", "qwen3-vl-tiny"], scope="session")
+def family(request: pytest.FixtureRequest, sisters: Callable[[str], Sister]) -> Sister:
+    return sisters(request.param)

@@ -6,10 +6,14 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
+from qwen_batched import QwenBatchedVL
+from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.processes import ROOT, run_python
-from tests.support import FLOAT32_TOLERANCE, photos
+from tests.support import FLOAT32_TOLERANCE, assert_equal_to, photos
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -33,6 +37,89 @@ def test_a_smoke_run_finds_right_results_and_claims_nothing(script):
     report = run_smoke(script)
     assert report["benchmark"] == script
     assert report["smoke"] and report["wrong"] == [] and report["goals"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("vision", ("--preset", "qwen2-vl-tiny")),
+        ("vision", ("--preset", "qwen3-vl-tiny")),
+        ("whole_call", ("--preset", "qwen3-vl-tiny", "--num-layers", "2", "--norm", "pre")),
+        ("generation", ("--preset", "qwen3-vl-tiny")),
+        ("training", ("--preset", "qwen3-vl-tiny")),
+    ],
+    ids=str,
+)
+def test_a_smoke_run_of_another_family_finds_right_results(script, options):
+    report = run_smoke(script, *options)
+    assert report["preset"] == options[1] and report["wrong"] == []
+
+
+@pytest.mark.parametrize("preset", ["qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_the_floor_of_a_tower_has_all_its_matrices(tmp_path, preset, benchmark_module):
+    visual = QwenBatchedVL.from_pretrained(write_checkpoint(tmp_path, preset), device="cpu").visual
+    shapes = benchmark_module("peers")._product_shapes(visual.config)
+    block = sum(rows * columns for rows, columns in shapes.pop("block"))
+    found = block * visual.config.depth + sum(rows * columns for part in shapes.values() for rows, columns in part)
+    matrices = {name: x.numel() for name, x in visual.named_parameters() if x.ndim > 1}
+    assert found == sum(matrices.values()) - matrices.get("pos_embed.weight", 0)
+
+
+def varlen_attention(q, k, v, bounds, *_, scale):
+    """In place of the kernel, which needs a GPU: (tokens, heads, head size), each sequence by itself."""
+    parts = zip(*(x.split(bounds.diff().tolist()) for x in (q, k, v)), strict=True)
+    outs = [
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), scale=scale).transpose(
+            0, 1
+        )
+        for part in parts
+    ]
+    return torch.cat(outs)
+
+
+@pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+@torch.no_grad()
+def test_the_varlen_tower_and_its_geometry_are_transformers(sisters, device, preset, benchmark_module, monkeypatch):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attention)
+    peers, sister = benchmark_module("peers"), sisters(preset)
+    config, factor = sister.model.config.vision, sister.factor
+    work = benchmark_module("measure").Work(2, 1, (5 * factor, 3 * factor))
+    (inputs,) = peers.random_inputs(config, work, torch.empty(0, device=device), 1)
+    expected = peers.default_tower(sister.reference.visual)(inputs)
+    assert len(expected) == 1 + len(config.deepstack_visual_indexes or ())
+    tower = peers.with_varlen_attention(sister.reference.visual)
+    for arguments in ({}, dict(inputs.geometry)):  # made by the tower, and beforehand
+        found = peers._features(tower(inputs.pixels, grid_thw=inputs.grid, **arguments))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_equal_to(ours, theirs)
+
+
+@pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+@torch.no_grad()
+def test_the_compiled_peer_is_the_whole_model(sisters, device, preset, benchmark_module, monkeypatch):
+    """Compiled or not: what is compiled is put together from both networks, deep features included."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    whole_peers, sister = benchmark_module("whole_peers"), sisters(preset)
+    reference, frames = sister.load_reference(), sister.photos(2, 2, 2, 3).to(device)
+    prompts = whole_peers.Prompts.of(
+        sister.model.processor(frames, ["up", "up"], device=device), sister.model.config.vision
+    )
+    pixels = whole_peers.processed(reference, frames, tuple(frames.shape[-2:]))
+    run, _, error = whole_peers.compiled_model(reference, reference.visual, prompts, pixels)
+    assert error <= FLOAT32_TOLERANCE
+    ours = sister.model(frames, ["up", "up"], cuda_graph=False).last_hidden_state
+    assert_equal_to(run(pixels), ours)
+
+
+def test_frames_become_multiples_of_a_cell(benchmark_module):
+    fit, work = benchmark_module("runs").fit, benchmark_module("measure").Work
+    assert fit(((476, 644), (10, 224)), 32) == ((480, 640), (32, 224))
+    assert fit(work(2, 3, (252, 308)), 32) == work(2, 3, (256, 320))
+    assert fit((252, 308), 28) == (252, 308)
 
 
 @pytest.mark.slow

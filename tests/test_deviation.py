@@ -18,6 +18,7 @@ from qwen_batched.deviation.measures import Continuation, Distance, Equality
 from qwen_batched.model import decoder, geometry, tensor_processor
 from qwen_batched.ops.segments import Run
 from qwen_batched.transformers_reference import TransformersReference
+from tests.sisters import skip_without
 
 SIZE = (140, 252)  # full windows side by side, and windows cut off at both edges
 QUICK = ("--device", "cpu", "--sizes", "140x252", "--new-tokens", "2")
@@ -217,10 +218,14 @@ def test_another_library_for_resizing_leaves_the_networks_comparable(checkpoint,
 
 
 @pytest.mark.slow
-def test_trained_like_weights_pass_too(capsys):
-    size = ("--device", "cpu", "--sizes", "84x112", "--new-tokens", "0")
-    assert run("--preset", "small", "--weights", "trained-like", *size) == 0
-    assert "preset small, trained-like weights" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("preset", "size"), [("small", "84x112"), ("qwen2-vl-small", "84x112"), ("qwen3-vl-small", "96x128")]
+)
+def test_trained_like_weights_pass_too(preset, size, capsys):
+    skip_without(preset)
+    options = ("--device", "cpu", "--sizes", size, "--new-tokens", "0")
+    assert run("--preset", preset, "--weights", "trained-like", *options) == 0
+    assert f"preset {preset}, trained-like weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backend", ["pillow", "torchvision"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qwen_batched import ops
+from qwen_batched import QwenBatchedVL, ops
 from qwen_batched import profile as tool
+from qwen_batched.testing import write_checkpoint
 from tests.support import noise
 
 QUICK = ("--device", "cpu", "--calls", "4", "--hz", "1000", "--tflops", "2", "--gbps", "50", "--size", "56")
@@ -29,19 +30,35 @@ def quick(model, **options):
     ("batch", "cameras", "size"), [(1, 1, (28, 28)), (2, 1, (56, 308)), (3, 2, (140, 84)), (1, 3, (252, 252))]
 )
 def test_the_floor_counts_the_products_of_the_linear_layers(on_cpu, batch, cameras, size):
+    assert_floor_counts_products(on_cpu, batch, cameras, size)
+
+
+@pytest.mark.parametrize(("preset", "size"), [("qwen2-vl-tiny", (84, 140)), ("qwen3-vl-tiny", (96, 160))])
+def test_the_floor_of_a_sister_family_counts_its_products_and_weights(tmp_path, preset, size):
+    model = QwenBatchedVL.from_pretrained(write_checkpoint(tmp_path, preset), device="cpu").requires_grad_(False)
+    assert_floor_counts_products(model, 2, 2, size)
+    assert_floor_counts_weights(model)
+
+
+def assert_floor_counts_products(model, batch, cameras, size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        out = on_cpu(noise(batch, cameras, *size), ["pick it up"] * batch, resize=None)
+        out = model(noise(batch, cameras, *size), ["pick it up"] * batch, resize=None)
     counts = counter.get_flop_counts()["Global"]
     counted = sum(flop for operator, flop in counts.items() if "attention" not in str(operator))
     cells, tokens = out.image_features.shape[:-1].numel(), out.attention_mask.numel()
-    floors = tool.stage_floors(on_cpu.config, cells, tokens, 4, tflops=1.0, gbps=1.0)
+    floors = tool.stage_floors(model.config, cells, tokens, 4, tflops=1.0, gbps=1.0)
     assert round(sum(gflop for gflop, *_ in floors.values()) * 1e9) == counted
 
 
 def test_the_floor_counts_the_weights_of_the_linear_layers(on_cpu):
-    floors = tool.stage_floors(on_cpu.config, 4, 10, 4, tflops=2.0, gbps=50.0)
-    for stage, network in zip(NETWORKS, (on_cpu.visual, on_cpu.model.layers), strict=True):
-        matrices = sum(weight.numel() for weight in network.parameters() if weight.ndim > 1)
+    assert_floor_counts_weights(on_cpu)
+
+
+def assert_floor_counts_weights(model):
+    floors = tool.stage_floors(model.config, 4, 10, 4, tflops=2.0, gbps=50.0)
+    for stage, network in zip(NETWORKS, (model.visual, model.model.layers), strict=True):
+        weights = {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
+        matrices = sum(weight.numel() for name, weight in weights.items() if not name.startswith("pos_embed"))
         gflop, product_ms, weight_gb, weight_ms = floors[stage]
         assert weight_gb == pytest.approx(4 * matrices / 1e9)
         assert weight_ms == pytest.approx(4 * matrices / 50e9 * 1e3)
@@ -145,9 +162,15 @@ def test_the_command_prints_what_it_writes(checkpoint, tmp_path, capsys):
     assert "not available" in printed
 
 
+def test_the_command_runs_a_preset_of_any_family(capsys):
+    assert tool.main([*QUICK, "--preset", "qwen3-vl-tiny", "--cameras", "1", "--text-tokens", "5"]) == 0
+    assert "preset qwen3-vl-tiny, random weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (("--preset", "tiny"), "cannot go together"),
         (("--size", "20"), "at least 28 x 28"),
         (("--size", "30", "--resize", "none"), "multiples of 28"),
         (("--resize", "30x30"), "multiples of 28"),

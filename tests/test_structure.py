@@ -380,3 +380,11 @@ def test_traps_are_numbered_in_one_spelling_and_each_names_a_test_that_is_there(
     assert {spelling[-2:] for spelling in spelled} <= {number for number, _ in listed}, "docs/traps.md lacks it"
     functions = set(re.findall(r"def (test_\w+)", tests))
     assert [name for _, name in listed if name not in functions] == [], "docs/traps.md names a test that is gone"
+
+
+def test_traps_of_sister_families_are_all_listed_and_there():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py")))
+    traps = r"test_trap_(?:all|qwen[0-9])_\w+"
+    assert set(re.findall(f"def ({traps})", tests)) == set(
+        re.findall(traps, (ROOT / "docs/traps.md").read_text("utf-8"))
+    )

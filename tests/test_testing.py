@@ -1,5 +1,6 @@
 """The checkpoints that tests are run on, and the transformers model that they are run against."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from tokenizers import pre_tokenizers
 from torch import nn
 
 from qwen_batched import testing
-from qwen_batched.testing import PRESETS, default_checkpoint, tensor_shapes, trained_like, write_checkpoint
+from qwen_batched.testing import PRESETS, default_checkpoint, tensor_shapes, write_checkpoint
 from qwen_batched.testing.presets import FAMILIES
+from qwen_batched.testing.residual_stream import MASSIVE, WRITER
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 
 RELEASE = Version(transformers.__version__).release
@@ -177,7 +179,7 @@ class Activations:
     Attributes:
         streams: Every block's output (T, width), by network.
         attention: Every attention's probabilities (heads, queries, keys), by network.
-        hidden: Inputs of every MLP's down projection (T, width).
+        hidden: Inputs of every MLP's last layer (T, width).
         sinks: Bool (T,), which of the decoder's tokens are <|im_start|>.
     """
 
@@ -199,7 +201,8 @@ def activations_of(folder):
                     (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
                 )
             )
-            block.mlp.down_proj.register_forward_pre_hook(lambda _, args: found.hidden.append(args[0].flatten(0, -2)))
+            *_, last = (module for module in block.mlp.modules() if isinstance(module, nn.Linear))
+            last.register_forward_pre_hook(lambda _, args: found.hidden.append(args[0].flatten(0, -2)))
     softmax = nn.functional.softmax
 
     def seen_softmax(scores, *args, **kwargs):
@@ -215,10 +218,24 @@ def activations_of(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def activations(tmp_path_factory):
+SMALL = ["small", "qwen2-vl-small", "qwen3-vl-small"]
+LOW = {"min_pixels": 56 * 56}  # the image config's, of every family
+
+
+def skip_unless_readable(preset):
+    architecture = FAMILIES[PRESETS[preset].family].architecture
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def activations(request, tmp_path_factory):
+    skip_unless_readable(request.param)
     root = tmp_path_factory.mktemp("kinds")
-    return {kind: activations_of(write_checkpoint(root / kind, "small", weights=kind)) for kind in testing.WEIGHTS}
+    return {
+        kind: activations_of(write_checkpoint(root / kind, request.param, weights=kind, image=LOW))
+        for kind in testing.WEIGHTS
+    }
 
 
 def over_median(values):
@@ -236,12 +253,12 @@ def flatness(probabilities):
 
 @pytest.mark.parametrize("part", ["visual", "decoder"])
 def test_trained_like_streams_have_a_few_massive_channels(activations, part):
-    for stream in activations["trained-like"].streams[part][trained_like.WRITER :]:
+    for stream in activations["trained-like"].streams[part][WRITER:]:
         channels = over_median(stream)
         assert channels[2] > 1e2 and channels[0] < 1e3
         assert channels[3] < 10
         # On every token, and not on the median one alone.
-        assert (stream[:, trained_like.MASSIVE].abs().amin(dim=1).median() > 50 * stream.abs().median()).item()
+        assert (stream[:, MASSIVE].abs().amin(dim=1).median() > 50 * stream.abs().median()).item()
     for stream in activations["random"].streams[part]:
         assert over_median(stream)[0] < 10
 
@@ -273,15 +290,25 @@ def test_trained_like_mlps_have_outliers(activations):
     assert outlier["trained-like"] > 10 * outlier["random"]
 
 
-def test_trained_like_norms_differ_and_keep_to_one_sign(tmp_path):
-    weights = stored_tensors(write_checkpoint(tmp_path, "small", weights="trained-like"))
-    norms = {name: tensor for name, tensor in weights.items() if "norm" in name or "ln_q" in name}
-    assert len(norms) == 2 * 6 + 1 + 2 * 4 + 1
+@pytest.mark.parametrize(("preset", "more"), list(zip(SMALL, (0, 0, 3 + 2 * 4), strict=True)))
+def test_trained_like_norms_differ_and_keep_to_one_sign(tmp_path, preset, more):
+    """`more`: norms of deep features, and of the heads of queries and keys."""
+    prefix = "model.language_model." if preset.startswith("qwen3") else "model."
+    weights = stored_tensors(write_checkpoint(tmp_path, preset, weights="trained-like"))
+    norms = {name: x for name, x in weights.items() if ("norm" in name or "ln_q" in name) and name.endswith("weight")}
+    assert len(norms) == 2 * 6 + 1 + 2 * 4 + 1 + more
     for name, tensor in norms.items():
         assert tensor.min() > 0, name
         assert tensor[5:].log().std() > 0.4, name
-    deep = norms["model.layers.3.input_layernorm.weight"]
-    assert deep[trained_like.MASSIVE].max() < 0.1 * deep[5:].median()
+    deep = norms[f"{prefix}layers.3.input_layernorm.weight"]
+    assert deep[MASSIVE].max() < 0.1 * deep[5:].median()
+
+
+def test_trained_like_mergers_of_deep_features_level_the_massive_channels_of_every_patch(tmp_path):
+    weights = stored_tensors(write_checkpoint(tmp_path, "qwen3-vl-small", weights="trained-like"))
+    for index in range(3):
+        for patch in weights[f"model.visual.deepstack_merger_list.{index}.norm.weight"].chunk(4):
+            assert patch[MASSIVE].max() < 0.1 * patch[5:].median()
 
 
 def test_trained_like_weights_are_the_same_in_every_layout(tmp_path):
@@ -295,14 +322,38 @@ def test_trained_like_weights_are_the_same_in_every_layout(tmp_path):
     )
 
 
-def test_a_deep_trained_like_model_stays_sane(tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("tiny", "9cb8f0a759f3db4e85ed63f0c98e0b17367baf7912919698e1e4391ccba911e3"),
+        ("small", "4fa303163c2b87d56a69fefb22f143dcc60020130abeba2357421e298ba467f6"),
+    ],
+)
+def test_trained_like_weights_of_a_seed_are_what_they_were(tmp_path, preset, expected):
+    """Logged deviations are of these."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored_tensors(write_checkpoint(tmp_path, preset, weights="trained-like")).items()):
+        digest.update(name.encode() + tensor.bfloat16().view(torch.int16).numpy().tobytes())
+    assert digest.hexdigest() == expected
+
+
+DEEP_VISION = {
+    "small": {"fullatt_block_indexes": [7, 15, 23, 31]},
+    "qwen3-vl-small": {"deepstack_visual_indexes": [5, 11, 17]},
+}
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_a_deep_trained_like_model_stays_sane(tmp_path, preset):
     """As deep as the 3B model and a quarter as wide: no stream grows without end, no rounding is amplified."""
+    skip_unless_readable(preset)
     deep = write_checkpoint(
         tmp_path,
-        "small",
+        preset,
         weights="trained-like",
         text={"num_hidden_layers": 36},
-        vision={"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]},
+        vision={"depth": 32, **DEEP_VISION.get(preset, {})},
+        image=LOW,
     )
     sdpa = TransformersReference.from_pretrained(deep)
     small = sdpa.processor_inputs(frames(((84, 84),)), TEXT)

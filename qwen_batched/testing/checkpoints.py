@@ -90,8 +90,6 @@ def write_checkpoint(
     tied = chosen.tied if tied is None else tied
     start = chosen.special_token_start if special_token_start is None else special_token_start
     family, shared = chosen.family, presets.FAMILIES[chosen.family]
-    if weights != "random" and family != "qwen2_5_vl":
-        raise ValueError(f"weights of {family} must be 'random', got {weights!r}")
     text_config = _overridden(shared.text | chosen.text, text, "text")
     out_field = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
     vision_defaults = shared.vision | {out_field: text_config["hidden_size"]} | chosen.vision

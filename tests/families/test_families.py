@@ -6,13 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from qwen_batched import BatchedDecoder, BatchedVisionTransformer, BatchedVL, QwenBatchedVL
 from qwen_batched.checkpoint.keys import KeyLayout
 from qwen_batched.families import FAMILIES, family_of
 from qwen_batched.testing import write_checkpoint
-from tests.support import photos
 
 # Nested as published, with a prefix of an older release, and keys that are never used.
 OTHER = KeyLayout(
@@ -87,26 +85,3 @@ def test_a_config_that_is_not_implemented_is_refused(preset, section, field, val
     raw[section][field] = value
     with pytest.raises(ValueError, match=message):
         family_of(raw["model_type"]).read_config(raw)
-
-
-@pytest.mark.parametrize("ratio", [4, 2.5])
-def test_the_output_width_of_qwen2_vl_is_called_hidden_size(ratio):
-    raw = raw_config("qwen2-vl-tiny")
-    raw["vision_config"]["mlp_ratio"] = ratio
-    vision = family_of("qwen2_vl").read_config(raw).vision
-    assert (vision.hidden_size, vision.out_hidden_size, vision.intermediate_size) == (80, 64, int(80 * ratio))
-
-
-@torch.no_grad()
-def test_families_in_one_process_share_nothing_that_they_must_not(tmp_path):
-    """Called in turns with frames of one size, each gives what it gives when called alone."""
-    frames, texts = photos(2, 2, 224, 224), ["pick up the red cube", "go"]  # multiples of 28 and of 32
-    presets = ("tiny", "qwen2-vl-tiny", "qwen3-vl-tiny")
-    folders = [write_checkpoint(tmp_path / preset, preset, image={"min_pixels": 28 * 28}) for preset in presets]
-    alone = [QwenBatchedVL.from_pretrained(folder, device="cpu")(frames, texts, resize=None) for folder in folders]
-    models = [QwenBatchedVL.from_pretrained(folder, device="cpu") for folder in folders]
-    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-        for index in order:
-            out = models[index](frames, texts, resize=None)
-            assert torch.equal(out.last_hidden_state, alone[index].last_hidden_state)
-            assert torch.equal(out.image_features, alone[index].image_features)

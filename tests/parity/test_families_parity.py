@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.lora import load_adapter, save_adapter
-from qwen_batched.testing import write_checkpoint
-from qwen_batched.transformers_reference import ARCHITECTURES, TransformersReference
-from tests.parity.test_whole_model_parity import assert_equals_transformers, reference_run, to
-from tests.support import assert_equal_to, noise, own_tokens, photos, relative_error
+from qwen_batched.transformers_reference import TransformersReference
+from tests.parity.test_whole_model_parity import assert_equals_transformers, to
+from tests.sisters import Sister
+from tests.support import assert_equal_to, noise, relative_error
 
-FACTORS = {"qwen2-vl-tiny": 28, "qwen3-vl-tiny": 32}
 RAGGED = ["", "Pick up the red block.\n\nThen:\n  - open the drawer \n", "把红色的积木放在盘子上。", "🤖 naïve café 🦾"]
 GRADIENT_TOLERANCE = 1e-4
-
-
-class Family:
-    """A family's tiny checkpoint, our models of it by padding side, transformers' model, and the sides of its cells."""
-
-    def __init__(self, preset, folder, device, **options):
-        self.folder, self.device, self.factor = folder, device, FACTORS[preset]
-        write_checkpoint(folder, preset, image={"min_pixels": self.factor**2}, **options)
-        self.models = {side: self.load(padding_side=side).requires_grad_(False) for side in ("left", "right")}
-        self.reference = TransformersReference.from_pretrained(folder, device=device)
-        self.layers = tuple(range(self.models["left"].config.text.num_hidden_layers + 1))
-
-    def load(self, **options):
-        return QwenBatchedVL.from_pretrained(self.folder, device=self.device, **options)
-
-    def photos(self, batch, cameras, h, w, seed=0):
-        """Of h x w merged cells."""
-        return photos(batch, cameras, h * self.factor, w * self.factor, seed)
-
-    def check(self, images, texts, **options):
-        assert_equals_transformers(self.models, self.reference, images, texts, layers=self.layers, **options)
-
-
-@pytest.fixture(scope="module", params=FACTORS)
-def family(request, device, tmp_path_factory):
-    model_type = request.param.rpartition("-")[0].replace("-", "_")
-    if not hasattr(transformers, ARCHITECTURES[model_type]):
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
-    return Family(request.param, tmp_path_factory.mktemp(request.param) / "checkpoint", device)
 
 
 # More cells than the tiny position table has rows, as many, and one; heights that are not widths.
@@ -78,35 +47,6 @@ def test_every_output_equals_transformers_for_ragged_texts_and_templates(family,
     family.check(family.photos(len(RAGGED), 2, 2, 3), RAGGED, template=template)
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
-def test_deep_features_of_an_absent_camera_are_zero(family, mixed):
-    """So a masked camera is as good as none."""
-    images = family.photos(3, 2, 2, 3)
-    images = [images[:, 0], images[:, 1, :, : family.factor]] if mixed else images
-    mask = torch.tensor([[True, False], [False, True], [False, False]])
-    family.check(images, ["a", "Pick up the cup", ""], camera_mask=mask)
-
-
-@pytest.mark.parametrize("kept", [1, 2, 3, 4])
-def test_hidden_states_are_before_the_deepstack_addition_and_the_last_one_after_it(family, kept):
-    """With as few blocks as there are deep features, the last addition still comes before the final norm."""
-    model = family.load(num_layers=kept).requires_grad_(False)
-    images, texts = family.photos(2, 2, 2, 3), ["a", "Pick up the red block."]
-    layers, blocks = tuple(range(kept + 1)), family.reference.decoder.layers
-    out = model(to(images, family.device), texts, layers=layers, logits="all")
-    pre = model(to(images, family.device), texts, norm="pre")
-    family.reference.decoder.layers = blocks[:kept]
-    try:
-        for i, text in enumerate(texts):
-            _, expected, before_norm = reference_run(family.reference, images[i], text)
-            for ours, theirs in zip(out.hidden_states, expected.hidden_states, strict=True):
-                assert_equal_to(own_tokens(ours, out.attention_mask, i), theirs[0])
-            assert_equal_to(own_tokens(pre.last_hidden_state, pre.attention_mask, i), before_norm[0])
-            assert_equal_to(own_tokens(out.logits, out.attention_mask, i), expected.logits[0])
-    finally:
-        family.reference.decoder.layers = blocks
-
-
 def test_greedy_tokens_equal_transformers(family):
     images, texts = family.photos(3, 2, 2, 3), ["a", "", "Pick up the red block."]
     for model in family.models.values():
@@ -136,8 +76,7 @@ def test_gradients_of_every_parameter_equal_transformers(family):
 
 @pytest.mark.parametrize("options", [{"key_layout": "nested", "config_layout": "nested"}, {"tied": False}], ids=str)
 def test_other_layouts_of_a_checkpoint_give_the_same_or_load(family, tmp_path, options):
-    preset = {28: "qwen2-vl-tiny", 32: "qwen3-vl-tiny"}[family.factor]
-    other = Family(preset, tmp_path / "other", family.device, **options)
+    other = Sister(family.preset, tmp_path / "other", family.device, **options)
     other.check(family.photos(2, 1, 2, 3), ["a", "Pick up the red block."])
 
 

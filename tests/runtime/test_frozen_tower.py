@@ -6,6 +6,7 @@ from torch import nn
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.calls import Calls
+from qwen_batched.testing import write_checkpoint
 from tests.support import assert_equal_to, photos
 
 TEXTS = ["Pick up the red block.", "a"]
@@ -61,6 +62,36 @@ def test_the_tower_is_replayed_and_gradients_are_the_same(frozen, fake, name):
     for seed in (0, 1, 2, 1):
         assert_same(step(frozen, CALLS[name](seed)), step(frozen, CALLS[name](seed), cuda_graph=False))
     assert (fake.captured, fake.replayed) == (1, 3)
+
+
+@pytest.fixture
+def deep(tmp_path, fake, monkeypatch):
+    """The same of Qwen3-VL, whose decoder takes features of blocks in between too."""
+    monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
+    write_checkpoint(tmp_path, "qwen3-vl-tiny", image={"min_pixels": 32 * 32})
+    return freeze_tower(QwenBatchedVL.from_pretrained(tmp_path, device="cpu"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_trap_qwen3_the_graph_of_a_frozen_tower_gives_deep_features(deep, fake, name):
+    calls = [CALLS[name](seed) for seed in (0, 1, 2, 1)]
+    calls = [call | {"resize": (32, 64)} if name == "floats" else call for call in calls]
+    for call in calls:
+        assert_same(step(deep, call), step(deep, call, cuda_graph=False))
+    assert (fake.captured, fake.replayed) == (1, 3)
+
+
+def test_trap_qwen3_deep_mergers_that_are_trained_keep_a_frozen_tower_from_a_graph(deep, fake):
+    deep.visual.deepstack_merger_list.requires_grad_(True)
+    mergers = {id(parameter) for parameter in deep.visual.deepstack_merger_list.parameters()}
+    for seed in (0, 1, 2):
+        call = CALLS["uniform"](seed)
+        found = step(deep, call)
+        assert_same(found, step(deep, call, cuda_graph=False))
+        trained = [parameter for parameter in deep.parameters() if parameter.requires_grad]
+        gradients = [x for x, parameter in zip(found[1:], trained, strict=True) if id(parameter) in mergers]
+        assert len(gradients) == len(mergers) and all(x.any() for x in gradients)
+    assert fake.captured == 0
 
 
 @pytest.mark.gpu

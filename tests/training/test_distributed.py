@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwen_batched import QwenBatchedVL
+from qwen_batched.testing import write_checkpoint
 from tests.processes import run_python
 from tests.support import assert_equal_to, relative_error
 from tests.training.two_processes import ANSWERS, RATE, WHOLE, gradients_of, load, loss_of, own_states, with_lora
@@ -19,9 +20,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def launched(checkpoint, tmp_path_factory):
+    return launch(checkpoint, tmp_path_factory.mktemp("processes"))
+
+
+def launch(checkpoint, folder, *scenarios):
     """What torchrun's two processes wrote: a function of the scenario, and of the process."""
-    folder = tmp_path_factory.mktemp("processes")
-    done = run_python("tests.training.two_processes", checkpoint, folder, processes=2)
+    done = run_python("tests.training.two_processes", checkpoint, folder, *scenarios, processes=2)
 
     def result(scenario, rank):
         file = folder / f"{scenario}.{rank}.pt"
@@ -85,6 +89,17 @@ def test_trap30_gradients_of_lora_are_those_of_one_process(launched, checkpoint)
     expected = gradients_of(with_lora(checkpoint), WHOLE)
     assert any("visual" in name for name in expected)
     assert_equal_gradients(launched, "ddp_lora", expected)
+
+
+def test_trap_qwen3_a_rank_without_images_gives_the_deep_mergers_their_gradients(tmp_path):
+    """In DDP and FSDP2, beside a rank with images."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "qwen3-vl-tiny", image={"min_pixels": 32 * 32})
+    scenarios = ("ddp_text_only", "fsdp_text_only", "fsdp_cameras_missing")
+    (tmp_path / "processes").mkdir()
+    launched, expected = launch(checkpoint, tmp_path / "processes", *scenarios), gradients_of(load(checkpoint), WHOLE)
+    assert sum("deepstack_merger_list" in name and bool(x.any()) for name, x in expected.items()) == 3 * 6
+    for scenario in scenarios:
+        assert_equal_gradients(launched, scenario, expected)
 
 
 def trained(checkpoint):

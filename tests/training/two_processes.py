@@ -1,6 +1,7 @@
 """What two processes make of halves of a batch. Started by torchrun; `test_distributed.py` judges what they write.
 
-In: a checkpoint and a folder. Out: in that folder, `<scenario>.<rank>.pt` for each scenario that was got through.
+In: a checkpoint, a folder, and the scenarios' names, all where none is given. Out: in that folder,
+`<scenario>.<rank>.pt` for each scenario that was got through.
 """
 
 import importlib.util
@@ -226,7 +227,7 @@ SCENARIOS = (
 NEEDS = {ddp_lora: "peft", accelerate_ddp: "accelerate"}
 
 
-def main(checkpoint, folder):
+def main(checkpoint, folder, *names):
     torch.set_num_threads(1)
     # As few that the processes would make different numbers of passes through the tower, were each to choose.
     geometry.PATCHES_PER_PASS = 16
@@ -234,6 +235,8 @@ def main(checkpoint, folder):
     rank = dist.get_rank()
     halves = {kind: half[rank] for kind, half in HALVES.items()}
     for scenario in SCENARIOS:
+        if names and scenario.__name__ not in names:
+            continue
         if scenario in NEEDS and importlib.util.find_spec(NEEDS[scenario]) is None:
             continue
         torch.save(scenario(checkpoint, halves), folder / f"{scenario.__name__}.{rank}.pt")
@@ -241,4 +244,4 @@ def main(checkpoint, folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
