@@ -37,7 +37,6 @@ from qwen_batched.ops.triton.quick_gelu import quick_gelu, quick_gelu_backward
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotary_attention import rotary_attention
 from qwen_batched.ops.triton.swiglu import swiglu, swiglu_backward
-from qwen_batched.ops.triton.tiled_attention import tiled_attention
 
 # Name, compute capability, dtypes, and whether kernels start early where the GPU can (see `launch.launch_options`). No
 # dtype on every target: an attention kernel compiles for a second or two.
@@ -141,13 +140,6 @@ def launch_windows(images, count, length, heads, size, dtype):
     rotary_attention(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, segments, heads)
 
 
-def launch_tiled_attention(images, tokens, heads, size, dtype):
-    if dtype != torch.float32:
-        tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
-        segments = Segments((Run(0, 1, tokens),), zeros(1, 2, dtype=torch.int32))
-        tiled_attention(zeros(images, tokens, 3 * heads * size, dtype=dtype), *tables, segments, heads)
-
-
 def launch_rotary(images, tokens, heads, size, dtype):
     """What comes before attention over whole images; that itself is PyTorch's."""
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
@@ -196,7 +188,6 @@ def launch_real_shapes(dtype):
     launch_decoding(1, 512, 32, 8, 128, dtype, with_norms=True)
     launch_windows(3, 4, 64, 16, 80, dtype)
     launch_rotary(3, 256, 16, 80, dtype)
-    launch_tiled_attention(3, 256, 16, 64, dtype)
     launch_frames((480, 640), (224, 224), torch.uint8, dtype)
     launch_frames((224, 224), (224, 224), dtype, dtype)
     launch_prompts(8, 64, 3, 512, with_mask=True, left=True)
@@ -227,8 +218,6 @@ def launch_odd_shapes(dtype):
     launch_windows(1, 1, 64, 1, 128, dtype)
     launch_windows(1, 1, 64, 1, 128, torch.float32)  # takes the most shared memory of all
     launch_rotary(1, 65, 3, 20, dtype)
-    launch_tiled_attention(1, 65, 1, 32, dtype)
-    launch_tiled_attention(1, 65, 1, 128, dtype)
     launch_frames((37, 61), (28, 56), dtype, dtype)
     launch_frames((2160, 3840), (224, 224), torch.uint8, dtype)  # more taps than are unrolled
     launch_prompts(1, 1, 1, 1, with_mask=False, left=False)

@@ -24,7 +24,7 @@ from tests.ops.support import (
 )
 from tests.support import assert_equal_to
 
-kernels, tiled = kernels_of("rotary_attention"), kernels_of("tiled_attention")
+kernels = kernels_of("rotary_attention")
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -214,34 +214,6 @@ def test_attention_within_segments_of_any_length_equals_the_reference(runs, wher
     segments = Segments.of(runs, torch.device(where[0]))
     cos, sin = rope_tables(segments.tokens, 80, where[0])
     check_attention(normal(1, segments.tokens, 3 * 2 * 80, where=where, scale=1.5), cos, sin, segments, num_heads=2)
-
-
-@pytest.mark.parametrize("size", tiled.HEADS)
-@pytest.mark.parametrize("runs", [(Run(0, 1, 1),), (Run(0, 1, 64),), (Run(0, 2, 70), Run(140, 1, 33))], ids=str)
-def test_tiled_attention_equals_the_reference(runs, size, where):
-    if where == ("cuda", torch.float32):
-        pytest.skip("its products are those of 16-bit numbers")
-    segments = Segments.of(runs, torch.device(where[0]))
-    tables = rope_tables(segments.tokens, size, where[0])
-    qkv = normal(2, segments.tokens, 3 * 2 * size, where=where, scale=1.5)
-    ours = tiled.tiled_attention(qkv, *tables, segments, 2)
-    exact = reference.rotary_attention(qkv.double(), *(x.double() for x in tables), segments, 2)
-    assert_kernel_is_right(ours, exact, plain_attention(qkv, *tables, runs, 2))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("images", [1, 3, 16])
-def test_attention_of_few_and_of_many_short_images_gives_the_same(images, dtype):
-    segments = Segments.of((Run(0, 1, 256),), torch.device("cuda"))
-    tables = rope_tables(256, 64, "cuda")
-    qkv = normal(images, 256, 3 * 16 * 64, where=("cuda", dtype), scale=1.5)
-    exact = reference.rotary_attention(qkv.double(), *(x.double() for x in tables), segments, 16)
-    theirs = kernels.rotary(qkv, *tables, 16)
-    theirs = kernels._attend_run(*theirs.chunk(2, dim=-1), qkv[..., -1024:], segments.runs[0], 16)
-    ours = tiled.tiled_attention(qkv, *tables, segments, 16)
-    errors = [float((found.double() - exact).norm() / exact.norm()) for found in (ours, theirs)]
-    assert errors[0] <= 1.05 * errors[1]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 Windows: one program per window and head. A window of up to 64 tokens fits into one tile, so its softmax needs no loop.
 A head of 80 is split into 64 + 16, where rounding up to 128 would waste 3/8 of the work. Longer segments go through
-`tiled_attention` where they are few, else through PyTorch's attention.
+PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from qwen_batched.ops.segments import Run, Segments
 from qwen_batched.ops.triton.launch import launch, next_power_of_2, pdl_wait
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotation import angles, rotated
-from qwen_batched.ops.triton.tiled_attention import serves, tiled_attention
 
 # A tile of 128 tokens in float32 takes minutes to compile with 2 warps; no published config has such windows.
 MAX_WINDOW, MAX_HEAD = 64, 128
@@ -89,7 +88,7 @@ def _window_attention_kernel(
 
 
 def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
-    """(I, P, 3D) to (I, P, D): windows and few segments in one launch, others through PyTorch's attention."""
+    """(I, P, 3D) to (I, P, D): windows in one launch, longer segments through PyTorch's attention."""
     if qkv.numel() == 0:
         return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     qkv = qkv.contiguous()
@@ -97,8 +96,6 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
     longest = max([run.length for run in segments.runs])
     if longest <= MAX_WINDOW and head_dim <= MAX_HEAD:
         return _window_attention(qkv, cos, sin, segments.table, longest, num_heads)
-    if serves(qkv, segments, num_heads):
-        return tiled_attention(qkv, cos, sin, segments, num_heads)
     qk = rotary(qkv, cos, sin, num_heads)
     q, k = qk.chunk(2, dim=-1)
     outs = [_attend_run(q, k, qkv[..., -qkv.shape[-1] // 3 :], run, num_heads) for run in segments.runs]
