@@ -270,7 +270,7 @@ def measure_batch(run: Run, batch: int, reference: TransformersReference | None)
         default = run.attempt(f"default, B={batch}", partial(warmed, run, run.theirs(reference, inputs)))
         calls |= {} if default is None else {"default": default}
     steps = run.step_times(calls, rounds=1)
-    products = whole_peers.step_products(run.model.config.text, batch, run.like)
+    products = whole_peers.products(run.model.config.text, batch, run.like, head=True)
     steps |= run.times({"products": products})
     first = run.times({name: partial(call, 1) for name, call in calls.items()}, take=measure.single_times)
     run.report.setdefault("step", {})[str(batch)] = steps

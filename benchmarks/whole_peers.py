@@ -180,15 +180,15 @@ def hidden_states(reference: TransformersReference, frames: Tensor, texts: Seque
     return torch.cat([reference.run(**one).hidden_states[-1][0] for one in inputs])
 
 
-def step_products(config: TextConfig, batch: int, like: Tensor) -> Callable[[], object]:
-    """The replay of all matrix products of one decoding step of `batch` samples, the output projection included."""
+def products(config: TextConfig, tokens: int, like: Tensor, head: bool = False) -> Callable[[], object]:
+    """The replay of all matrix products of the decoder over so many tokens, with the output projection or without."""
     random = partial(torch.randn, dtype=like.dtype, device=like.device)
     width, mlp, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     packed = heads + 2 * config.num_key_value_heads * config.head_dim
     block = [(width, packed), (heads, width), (width, 2 * mlp), (mlp, width)]
     weights = [random(n, k) for _ in range(config.num_hidden_layers) for k, n in block]
-    weights.append(random(config.vocab_size, width))
-    inputs = {k: random(batch, k) for k in (width, heads, mlp)}
+    weights += [random(config.vocab_size, width)] if head else []
+    inputs = {k: random(tokens, k) for k in (width, heads, mlp)}
 
     def run() -> None:
         for weight in weights:
