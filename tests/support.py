@@ -32,8 +32,7 @@ SIZES = [
 
 def photo(height: int, width: int, index: int = 0) -> Tensor:
     """A natural photograph as a uint8 frame (3, height, width); `index` chooses which."""
-    image = Image.fromarray(_photographs()[index % 3]).resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return _resized(height, width, index % 3).clone()
 
 
 def photos(batch: int, cameras: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -65,6 +64,12 @@ def assert_equal_to(ours: Tensor, theirs: Tensor, tolerance: float = FLOAT32_TOL
 def own_tokens(values_BS: Tensor, attention_mask: Tensor, sample: int) -> Tensor:
     """A sample's values on its own tokens, without padding."""
     return values_BS[sample][attention_mask[sample]]
+
+
+@functools.cache
+def _resized(height: int, width: int, index: int) -> Tensor:
+    image = Image.fromarray(_photographs()[index]).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @functools.cache
