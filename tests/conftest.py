@@ -1,8 +1,10 @@
 """Fixtures: a tiny checkpoint of the real architecture, our model of it, and transformers'.
 
 Tests that take `device` run on the CPU, and, marked `gpu`, on an NVIDIA GPU where there is one. Those marked `slow` run
-last, or first where several workers share the tests, so that none waits for another's longest. PyTorch is imported
-inside functions, since pytest-xdist's controller, which runs no test, has to read this file before it starts them.
+last, or first where several workers share the tests, so that none waits for another's longest. Of a test with
+parameters all cases but the first are marked `more` here, and so is what Hypothesis makes examples for. PyTorch is
+imported inside functions, since pytest-xdist's controller, which runs no test, has to read this file before it starts
+them.
 """
 
 from __future__ import annotations
@@ -45,6 +47,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # cuDNN's convolutions use TF32 unless told otherwise, and transformers' patch embedding is one.
     torch.backends.cudnn.allow_tf32 = False
+
+
+_first_cases: dict[tuple[object, ...], pytest.Item] = {}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    key = (item.parent, getattr(item, "originalname", item.name), item.get_closest_marker("gpu") is not None)
+    has_examples = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    if _first_cases.setdefault(key, item) is not item or has_examples:
+        item.add_marker(pytest.mark.more)
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

@@ -335,6 +335,7 @@ YARNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config_layout"), [*((name, "flat") for name in YARNS), ("mscale", "nested")])
 def test_yarn_equals_transformers_on_images_and_text(tmp_path, name, config_layout):
     folder = write_checkpoint(tmp_path / "yarn", image=MIN_IMAGE, config_layout=config_layout)
@@ -394,6 +395,7 @@ def headless(tmp_path, request):
     return saved, source
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_without_a_head_loads_without_it(headless):
     saved, source = headless
     model, whole = load(saved, lm_head=False), load(source, lm_head=False)
@@ -584,6 +586,7 @@ def test_an_id_that_the_model_writes_has_an_embedding_or_loading_is_refused(fold
         assert str(folder) in str(raised.value)
 
 
+@pytest.mark.slow
 def test_no_message_holds_a_large_value(folder):
     large = ["x" * 10**6, ["7"] * 10**6, {"y" * 10**5: 1}, 10**4000]
     for value in large:

@@ -418,6 +418,7 @@ def test_a_wrong_dtype_is_refused(checkpoint, dtype):
 # --- saving ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "loading"),
     [

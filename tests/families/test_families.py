@@ -97,6 +97,7 @@ def test_the_output_width_of_qwen2_vl_is_called_hidden_size(ratio):
     assert (vision.hidden_size, vision.out_hidden_size, vision.intermediate_size) == (80, 64, int(80 * ratio))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_families_in_one_process_share_nothing_that_they_must_not(tmp_path):
     """Called in turns with frames of one size, each gives what it gives when called alone."""

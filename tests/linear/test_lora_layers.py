@@ -338,6 +338,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(load, always_packed):
         assert_equal_to(gradient, expected[name])
 
 
+@pytest.mark.slow
 def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
     """As peft makes them; ours is as near to float32 as peft's own layers."""
     runs = {}

@@ -520,6 +520,7 @@ def test_training_after_inference_moves_the_packed_weights(always_packed, device
     assert not torch.allclose(before, after)
 
 
+@pytest.mark.slow
 def test_a_compiled_mlp_does_not_use_packed_weights(always_packed):
     mlp, x = make_packed_mlp(), inputs()
     torch._dynamo.reset()
@@ -954,6 +955,7 @@ def test_safetensors_takes_a_packed_model(packed_model, load, tmp_path):
     assert_holds(tmp_path / "model.safetensors", load().state_dict())
 
 
+@pytest.mark.slow
 def test_load_state_dict_after_packing_is_seen(packed_model, load, device):
     other = load(device=device).requires_grad_(False)
     for parameter in other.parameters():

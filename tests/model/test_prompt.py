@@ -310,6 +310,7 @@ def test_trap15_the_temporal_position_of_a_still_image_is_constant(tmp_path, tok
 LONG_TEXT = "pick up the red block. 把" * 330
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_trap16_a_cast_model_equals_one_loaded_in_that_dtype(load, device, dtype):
     images, texts = photos(2, 1, 140, 196).to(device), [LONG_TEXT[: len(LONG_TEXT) // 5], "a"]
@@ -354,6 +355,7 @@ def test_trap16_rope_tables_are_precise_at_thousands_of_tokens(load, device, dty
     assert (sin.double() - angles.sin()).abs().max() <= bound
 
 
+@pytest.mark.slow
 def test_trap16_a_long_bfloat16_prompt_is_as_precise_as_transformers(load, checkpoint, device):
     model = load(device=device).requires_grad_(False).to(torch.bfloat16)
     rounded = TransformersReference.from_pretrained(checkpoint, torch.bfloat16, device)

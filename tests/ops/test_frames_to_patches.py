@@ -112,6 +112,7 @@ def test_frames_to_patches_with_resize_equals_the_reference(before, after, frame
     assert_same_patches(*patches_of(frames, after, where[1], patch_size=7), frames, resized=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame_dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
     if where[0] == "cpu" and frame_dtype == torch.bfloat16:
@@ -170,6 +171,7 @@ def test_trap06_frames_to_patches_equals_the_reference_at_other_patch_sizes(
     assert_same_patches(*patches_of(frames, after, where[1], patch_size, merge, repeat), frames, resized)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [(2, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("frame_dtype", [torch.uint8, torch.float32])
 def test_frames_to_patches_takes_frames_of_any_strides(after, frame_dtype, where):
@@ -192,6 +194,7 @@ def test_frames_to_patches_of_no_frames_is_empty(after, frame_dtype, where):
     assert ours.shape == expected.shape == (0, after[0] * after[1] // 196, 1176)
 
 
+@pytest.mark.slow
 def test_trap10_only_uint8_frames_are_rounded_and_clamped(where):
     """Bicubic overshoots at a hard edge; floating frames keep that."""
     edge = torch.zeros(1, 3, 14, 14, dtype=torch.uint8)

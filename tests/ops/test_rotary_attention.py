@@ -162,6 +162,7 @@ def test_trap09_window_attention_equals_the_reference_at_any_head_size(num_heads
     check_windows((5, 7), num_heads, size, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_size", [28, 56, 84])
 def test_trap06_window_attention_equals_the_reference_at_other_window_sizes(window_size, where):
     check_windows((7, 6), 1, 40, where, window_size=window_size)
@@ -188,10 +189,12 @@ def test_whole_image_attention_equals_the_reference(grid, num_heads, size, where
     check_windows(grid, num_heads, size, where, whole_image=True)
 
 
+@pytest.mark.slow
 def test_whole_image_attention_of_several_images_equals_the_reference(where):
     check_windows((5, 7), 2, 80, where, images=2, whole_image=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [132, 160])
 def test_window_attention_equals_the_reference_beyond_the_largest_head(size, where):
     check_windows((5, 7), 1, size, where)
@@ -253,6 +256,7 @@ def test_attention_that_is_uniform_or_nearly_hard_equals_the_reference(scale, wh
     check_attention(qkv, cos, sin, segments, num_heads=2)
 
 
+@pytest.mark.slow
 def test_trap05_a_window_sees_no_other_window_or_image(where):
     segments = Segments.of((Run(0, 2, 12), Run(24, 1, 5)), torch.device(where[0]))
     cos, sin = rope_tables(29, 16, where[0])

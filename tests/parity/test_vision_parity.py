@@ -99,6 +99,7 @@ def test_every_camera_of_every_sample_equals_transformers(model, reference, batc
     assert_vision_equals_transformers(model, reference, FRAMES[content](batch, cameras, 140, 252))
 
 
+@pytest.mark.slow
 @contents
 def test_cameras_of_other_sizes_equal_transformers(model, reference, content):
     sizes = [(252, 308), (140, 140), (28, 56), (252, 308), (308, 252)]

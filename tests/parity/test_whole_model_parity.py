@@ -150,10 +150,12 @@ def test_every_output_equals_transformers_for_every_number_of_cameras(both_paddi
     assert_equals_transformers(both_paddings, reference, images, texts)
 
 
+@pytest.mark.slow
 def test_every_output_equals_transformers_on_noise_with_partial_windows(both_paddings, reference):
     assert_equals_transformers(both_paddings, reference, noise(2, 2, 252, 308), ["a", "the robot's arm"])
 
 
+@pytest.mark.slow
 def test_every_output_equals_transformers_for_text_only(both_paddings, reference):
     assert_equals_transformers(both_paddings, reference, None, RAGGED_TEXTS)
 
@@ -164,6 +166,7 @@ def test_every_output_equals_transformers_for_cameras_of_mixed_sizes(both_paddin
     assert_equals_transformers(both_paddings, reference, images, ["What is the robot doing?", "Describe."])
 
 
+@pytest.mark.slow
 def test_trap18_every_output_equals_transformers_for_ragged_texts(both_paddings, reference):
     assert_equals_transformers(both_paddings, reference, photos(len(RAGGED_TEXTS), 2, 84, 140), RAGGED_TEXTS)
 

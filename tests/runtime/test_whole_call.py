@@ -84,6 +84,7 @@ def test_the_second_call_is_captured_and_later_ones_replay(own, fake, name):
         assert_equal(ours, call(own, *arguments, cuda_graph=False, **options))
 
 
+@pytest.mark.slow
 def test_trap26_all_calls_in_turn_give_what_each_gives_alone(own, fake):
     for seed in range(4):
         for make in CALLS.values():
@@ -328,6 +329,7 @@ def test_hooks_see_every_step(own, fake):
     assert fake.captured == 0
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_and_weights_changed_between_calls(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     folder = write_checkpoint(tmp_path / "checkpoint", tied=False, image={"min_pixels": 28 * 28})

@@ -79,6 +79,7 @@ def test_trap27_gradients_equal_transformers_on_noise_with_partial_windows(model
     assert_equal_to_transformers(models.values(), reference, noise(2, 1, 140, 252), TEXTS[:2])
 
 
+@pytest.mark.slow
 def test_trap27_gradients_equal_transformers_for_cameras_of_mixed_sizes(models, reference):
     sizes = [(140, 196), (84, 84), (28, 56), (84, 84)]
     images = [photos(2, 1, *size, seed=camera)[:, 0] for camera, size in enumerate(sizes)]
@@ -101,6 +102,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_trap20_gradients_equal_transformers_with_cameras_missing(models, reference, mask, mixed):
@@ -156,6 +158,7 @@ def test_trap27_gradients_equal_transformers_after_graphs_were_captured_and_weig
 # --- the way to the pixels ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(240, 320), (256, 256), (61, 90)])
 def test_gradients_go_through_the_resize(models, reference, size):
     frames = photos_as_floats(photos(1, 2, *size).to(reference.device))

@@ -188,6 +188,7 @@ def test_the_loss_equals_transformers_with_cameras_missing(models, reference):
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS, MASK)
 
 
+@pytest.mark.slow
 def test_the_loss_equals_transformers_for_cameras_of_mixed_sizes(models, reference):
     images = [photos(3, 1, *size)[:, 0].to(reference.device) for size in ((84, 140), (140, 140))]
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS)
