@@ -99,8 +99,5 @@ def test_waits_are_counted_while_the_calls_run_and_copies_to_the_host_always(ben
 
 
 def test_a_shape_without_a_graph_counts_as_a_wait(benchmark_module):
-    with (
-        pytest.raises(RuntimeError, match="no CUDA graph"),
-        benchmark_module("waits").waits_raise(torch.device("cpu")),
-    ):
+    with pytest.raises(RuntimeError, match="no CUDA graph"), benchmark_module("waits").waits_raise(torch.device("cpu")):
         warnings.warn("no CUDA graph for this shape", RuntimeWarning, stacklevel=1)

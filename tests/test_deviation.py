@@ -341,9 +341,7 @@ def vision_frequencies_off_by_one(monkeypatch):
 def decoder_frequencies_off_by_one(monkeypatch):
     right = geometry.decoder_frequencies
     monkeypatch.setattr(
-        decoder,
-        "decoder_frequencies",
-        lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim),
+        decoder, "decoder_frequencies", lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim)
     )
 
 

@@ -127,9 +127,7 @@ def used_attributes():
 
 
 @pytest.mark.parametrize(
-    ("used", "table"),
-    [(used_names, NAMES), (used_attributes, ATTRIBUTES)],
-    ids=["names", "attributes"],
+    ("used", "table"), [(used_names, NAMES), (used_attributes, ATTRIBUTES)], ids=["names", "attributes"]
 )
 def test_the_tables_hold_just_what_the_package_uses(used, table):
     used = set(used()) - DOCUMENTED

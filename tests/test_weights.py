@@ -1,6 +1,7 @@
 """Checkpoint folders: every layout loads to the same model, only what is needed is read, a damaged one is refused."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -131,8 +132,7 @@ def test_trap23_without_its_untied_head_a_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["model-00009-of-00009.safetensors", "../x.safetensors", "sub/x.safetensors", "", ".", 7, None],
+    "name", ["model-00009-of-00009.safetensors", "../x.safetensors", "sub/x.safetensors", "", ".", 7, None]
 )
 def test_trap23_an_index_naming_a_missing_or_outside_file_is_refused(tmp_path, name):
     folder = write(tmp_path / "checkpoint", shards=3)
@@ -883,7 +883,8 @@ def test_fuzz_replaced_config_values_load_and_run_or_raise_value_error(
         inner = content
         for step in path:
             inner = inner[step]
-        inner[field] = data.draw(st.sampled_from(BOUNDED if name != "config.json" or field in DEPTHS else WRONG_VALUES))
+        values = BOUNDED if name != "config.json" or field in DEPTHS else WRONG_VALUES
+        inner[field] = copy.deepcopy(data.draw(st.sampled_from(values)))
     (folder / name).unlink()
     (folder / name).write_text(json.dumps(content))
     try:

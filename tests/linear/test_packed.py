@@ -576,14 +576,7 @@ def replaced_forward(mlp):
     mlp.gate_proj.forward = mlp.gate_proj.forward
 
 
-OBSTACLES = [
-    another_kind_of_layer,
-    another_kind_of_parameter,
-    tied,
-    other_dtype,
-    hooked,
-    replaced_forward,
-]
+OBSTACLES = [another_kind_of_layer, another_kind_of_parameter, tied, other_dtype, hooked, replaced_forward]
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)

@@ -115,8 +115,7 @@ def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after, library):
 def test_resize_to_the_same_size_changes_nothing(dtype):
     frames = noise(1, 2, 28, 56)[0].to(dtype)
     assert torch.equal(
-        resize(frames, 28, 56, ops.PILLOW),
-        frames.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        resize(frames, 28, 56, ops.PILLOW), frames.to(torch.float64 if dtype == torch.float64 else torch.float32)
     )
 
 

@@ -305,11 +305,7 @@ def test_trap06_the_config_decides_the_shape_of_the_model(tmp_path, device, opti
 
 def test_sharded_and_nested_checkpoints_equal_transformers(tmp_path, reference, device):
     folder = write_checkpoint(
-        tmp_path / "checkpoint",
-        key_layout="nested",
-        config_layout="nested",
-        shards=3,
-        image={"min_pixels": MIN_PIXELS},
+        tmp_path / "checkpoint", key_layout="nested", config_layout="nested", shards=3, image={"min_pixels": MIN_PIXELS}
     )
     model = QwenBatchedVL.from_pretrained(folder, device=device).requires_grad_(False)
     # The same seed has the same values in every layout.

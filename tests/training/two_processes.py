@@ -28,10 +28,7 @@ ANSWERS = ["yes", "no", "yes", "no"]  # of as many tokens, so that the mean over
 MASK = torch.tensor([[True, True], [True, True], [False, False], [False, False]])
 WHOLE = {"images": IMAGES, "texts": TEXTS, "camera_mask": MASK}
 HALVES = {
-    "text only": [
-        {"images": IMAGES[:2], "texts": TEXTS[:2]},
-        {"images": None, "texts": TEXTS[2:]},
-    ],
+    "text only": [{"images": IMAGES[:2], "texts": TEXTS[:2]}, {"images": None, "texts": TEXTS[2:]}],
     "cameras missing": [
         {"images": IMAGES[:2], "texts": TEXTS[:2], "camera_mask": MASK[:2]},
         {"images": IMAGES[2:], "texts": TEXTS[2:], "camera_mask": MASK[2:]},
