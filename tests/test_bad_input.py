@@ -304,19 +304,6 @@ def test_images_that_take_more_tokens_than_the_models_maximum_are_refused(refuse
     refuses(lambda model: model(FRAMES, TEXTS, resize=(28 * 64, 28 * 64)), "4096", "tokens")
 
 
-def test_just_the_models_maximum_is_taken(model):
-    batch = model.processor(None, ["a"], template="{images}{text}")
-    assert batch["input_ids"].shape == (1, 1)
-    limit = model.config.text.max_position_embeddings
-    longest = {count: model.processor(None, ["a " * count], template="{images}{text}") for count in (10, 11)}
-    per_word = longest[11]["input_ids"].shape[1] - longest[10]["input_ids"].shape[1]
-    words = 10 + (limit - longest[10]["input_ids"].shape[1]) // per_word
-    batch = model.processor(None, ["a " * words], template="{images}{text}")
-    assert limit - per_word < batch["input_ids"].shape[1] <= limit
-    with pytest.raises(ValueError, match=str(limit)):
-        model.processor(None, ["a " * (words + 1)], template="{images}{text}")
-
-
 BAD_TARGETS = {
     "a string for two texts": ("left", "targets", "one answer per text", "1 answers for 2"),
     "bytes": ([b"left", b"up"], "targets", "list of str", "bytes"),

@@ -124,15 +124,8 @@ def test_trap23_an_untied_head_is_used_and_not_the_embedding(untied_checkpoint, 
     assert not torch.allclose(logits, results(expected)[3], atol=1e-2)
 
 
-def test_trap23_without_its_untied_head_a_checkpoint_is_refused(tmp_path):
-    folder = write(tmp_path, tied=False)
-    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(ValueError, match=r"lm_head\.weight"):
-        load(folder)
-
-
 @pytest.mark.parametrize(
-    "name", ["model-00009-of-00009.safetensors", "../x.safetensors", "sub/x.safetensors", "", ".", 7, None]
+    "name", ["model-00009-of-00009.safetensors", "../x.safetensors", "sub/x.safetensors", "absolute", "", ".", 7, None]
 )
 def test_trap23_an_index_naming_a_missing_or_outside_file_is_refused(tmp_path, name):
     folder = write(tmp_path / "checkpoint", shards=3)
@@ -141,19 +134,12 @@ def test_trap23_an_index_naming_a_missing_or_outside_file_is_refused(tmp_path, n
         outside.mkdir(exist_ok=True)
         shutil.copy(folder / "model-00002-of-00003.safetensors", outside / "x.safetensors")
     mine = "model-00002-of-00003.safetensors"
+    name = str(tmp_path / "x.safetensors") if name == "absolute" else name
     edit_json(
         folder / INDEX,
         lambda index: index["weight_map"].update({k: name for k, v in index["weight_map"].items() if v == mine}),
     )
     with pytest.raises(ValueError, match=r"safetensors\.index\.json"):
-        load(folder)
-
-
-def test_trap23_an_index_naming_an_absolute_path_is_refused(tmp_path):
-    folder = write(tmp_path / "checkpoint", shards=3)
-    outside = shutil.copy(folder / "model-00002-of-00003.safetensors", tmp_path / "x.safetensors")
-    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"model.norm.weight": str(outside)}))
-    with pytest.raises(ValueError, match=r"x\.safetensors"):
         load(folder)
 
 
@@ -333,7 +319,7 @@ def test_num_layers_reads_only_the_blocks_it_keeps_each_tensor_once(reads, untie
     assert reads == dict.fromkeys(kept, 1)
 
 
-def test_without_lm_head_the_head_is_never_read_and_refused(reads, untied_checkpoint):
+def test_without_lm_head_the_head_is_never_read(reads, untied_checkpoint):
     whole = load(untied_checkpoint)
     reads.clear()
     model = load(untied_checkpoint, lm_head=False)
@@ -341,13 +327,6 @@ def test_without_lm_head_the_head_is_never_read_and_refused(reads, untied_checkp
     assert "lm_head.weight" not in model.state_dict()
     with torch.no_grad():
         assert torch.equal(model(FRAMES, TEXTS).last_hidden_state, whole(FRAMES, TEXTS).last_hidden_state)
-        for refused in (
-            lambda: model(FRAMES, TEXTS, logits="last"),
-            lambda: model.generate(FRAMES, TEXTS),
-            lambda: model.logits(torch.zeros(1, 64)),
-        ):
-            with pytest.raises(ValueError, match="lm_head"):
-                refused()
 
 
 @pytest.mark.parametrize("key_layout", testing.KEY_LAYOUTS)
@@ -491,13 +470,6 @@ def test_saving_writes_no_pickle_and_nothing_over_the_limit(tmp_path, expected):
     assert suffixes <= {".json", ".safetensors", ".txt", ".jinja"}
 
 
-def test_saving_over_a_sharded_checkpoint_leaves_one_that_loads(tmp_path):
-    folder = write(tmp_path, shards=3, key_layout="nested")
-    model = load(folder, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    assert_bitwise(load(folder), model)
-
-
 def test_saving_writes_the_weights_as_they_are_now(tmp_path, checkpoint):
     model = load(checkpoint)
     with torch.no_grad():
@@ -600,7 +572,6 @@ REFUSED_CONFIGS = {
         type="yarn", factor=4.0, original_max_position_embeddings=0
     ),
     "yarn whose factor is text": lambda c: c["rope_scaling"].update(rope_type="yarn", factor="4"),
-    "rope_type dynamic": lambda c: c["rope_scaling"].update(rope_type="dynamic", factor=2.0),
     "rope_parameters linear": lambda c: c.update(rope_parameters={**c.pop("rope_scaling"), "rope_type": "linear"}),
     "rope type is no string": lambda c: c["rope_scaling"].update(type=["mrope"]),
     "rope_scaling is no object": lambda c: c.update(rope_scaling="mrope"),
@@ -618,8 +589,13 @@ REFUSED_CONFIGS = {
     "dtype is no string": lambda c: c.update(torch_dtype=["float32"]),
     "grey images": lambda c: c["vision_config"].update(in_channels=1),
     "vision_config is a list": lambda c: c.update(vision_config=[]) or c.update(vision_config=[1]),
-    "window smaller than a cell": lambda c: c["vision_config"].update(window_size=20),
-    "full-attention blocks as text": lambda c: c["vision_config"].update(fullatt_block_indexes=["1"]),
+    "window smaller than a cell": lambda c: c["vision_config"].update(window_size=27),
+    "full-attention blocks as text": lambda c: c["vision_config"].update(fullatt_block_indexes="all"),
+    "a full-attention block as text": lambda c: c["vision_config"].update(fullatt_block_indexes=["1"]),
+    "yarn in the tower": lambda c: c["vision_config"].update(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+    "two patch sizes": lambda c: c["vision_config"].update(patch_size=[14, 14]),
+    "cells of no patch": lambda c: c["vision_config"].update(spatial_merge_size=0),
+    "tower of another activation": lambda c: c["vision_config"].update(hidden_act="gelu"),
     "more blocks than stored": lambda c: c.update(num_hidden_layers=5),
     "fewer blocks than stored": lambda c: c.update(num_hidden_layers=3),
     "deeper vision than stored": lambda c: c["vision_config"].update(depth=7),
@@ -844,14 +820,6 @@ def test_a_broken_chat_template_is_refused_when_it_is_needed(folder, template):
         return
     with torch.no_grad():
         assert model(FRAMES, TEXTS, template="plain").last_hidden_state.isfinite().all()
-
-
-@pytest.mark.parametrize("template", [7, ["x"], {}, [{"name": "default", "template": 3}]])
-def test_a_chat_template_of_another_type_is_refused(folder, template):
-    edit_json(folder / "chat_template.json", lambda content: content.update(chat_template=template))
-    edit_json(folder / "tokenizer_config.json", lambda content: content.update(chat_template=None))
-    with pytest.raises((ValueError, TypeError)):
-        load(folder)(FRAMES, TEXTS)
 
 
 # --- values of a config that mean nothing ---

@@ -342,25 +342,6 @@ def test_trap06_the_rope_theta_of_the_vision_tower_is_read_as_by_transformers(ch
     assert relative_error(model.encode_images(frames), plain) > NOTICEABLE
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"hidden_act": "gelu"},
-        {"in_channels": 4},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
-        {"window_size": 27},
-        {"num_heads": 7},
-        {"fullatt_block_indexes": "all"},
-        {"patch_size": [14, 14]},
-        {"spatial_merge_size": 0},
-    ],
-    ids=str,
-)
-def test_trap06_vision_configurations_that_are_not_implemented_raise(checkpoint, tmp_path, fields):
-    with pytest.raises(ValueError):
-        QwenBatchedVL.from_pretrained(with_vision_fields(checkpoint, tmp_path, fields), device="cpu")
-
-
 @pytest.mark.parametrize("width", [1, 7, 91, 427])
 def test_trap07_mlp_widths_that_are_no_multiples_of_eight_equal_transformers(of_config, width):
     model, reference = of_config({"intermediate_size": width})

@@ -25,18 +25,8 @@ from tests.training.gradients import (
 TEXTS = ["Pick up the red block.", "", "Open the top drawer, then close the bottom drawer.\n"]
 TARGETS = ["move left 0.25", "", "先打开上面的抽屉。🦾 Then close the other."]
 ANSWERS = [
-    "left",
-    "",
-    " left ",
-    "\n",
-    "\n\nleft\n",
-    " \n x",
-    "\r\n",
-    "把杯子放在桌子上。",
-    "🤖👩‍🔬",
-    "e\u0301",
-    "\u0301e",
-    "a" * 300,
+    *("left", "", " left ", "\n", "\n\nleft\n", " \n x", "\r\n"),
+    *("把杯子放在桌子上。", "🤖👩‍🔬", "e\u0301", "\u0301e", "a" * 300),
 ]
 MASK = torch.tensor([[True, False], [True, True], [False, False]])
 END = "<|im_end|>"
