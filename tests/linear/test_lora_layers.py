@@ -175,15 +175,9 @@ def with_a_tensor_for_a_bias():
 @pytest.mark.parametrize(
     "make",
     [
-        with_two_dtypes,
-        with_another_shape("lora_A", 3, 8),
-        with_another_shape("lora_B", 5, 3),
-        with_another_shape("lora_B", 9, 3),
-        with_a_trained_scaling,
-        with_a_hooked_dropout,
-        with_a_variant,
-        with_inputs_as_they_come,
-        with_a_tensor_for_a_bias,
+        *(with_two_dtypes, with_another_shape("lora_A", 3, 8), with_another_shape("lora_B", 5, 3)),
+        *(with_another_shape("lora_B", 9, 3), with_a_trained_scaling, with_a_hooked_dropout, with_a_variant),
+        *(with_inputs_as_they_come, with_a_tensor_for_a_bias),
     ],
 )
 def test_what_is_not_known_to_be_plain_is_left_to_peft(make):
@@ -192,15 +186,8 @@ def test_what_is_not_known_to_be_plain_is_left_to_peft(make):
 
 
 MORE_THAN_LORA = [
-    with_dora,
-    with_dropout,
-    with_a_bias,
-    merged,
-    hooked,
-    hooked_inside,
-    with_another_forward,
-    with_a_matrix_of_another_kind,
-    parametrised,
+    *(with_dora, with_dropout, with_a_bias, merged, hooked, hooked_inside, with_another_forward),
+    *(with_a_matrix_of_another_kind, parametrised),
 ]
 
 

@@ -57,12 +57,8 @@ SHARE_APART, FEW_APART = 1e-4, 4
 
 # (height, width) before and after: up, down, both, one axis alone, from next to nothing. Few rows: each is a program.
 RESIZES = [
-    ((5, 7), (14, 28)),
-    ((11, 27), (14, 42)),
-    ((33, 13), (14, 28)),
-    ((14, 20), (14, 42)),
-    ((20, 14), (42, 14)),
-    ((1, 5), (14, 14)),
+    *(((5, 7), (14, 28)), ((11, 27), (14, 42)), ((33, 13), (14, 28)), ((14, 20), (14, 42))),
+    *(((20, 14), (42, 14)), ((1, 5), (14, 14))),
 ]
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.3, 0.2, 0.1]).view(3, 1, 1)
 

@@ -213,12 +213,9 @@ def test_bad_input_is_refused_on_a_captured_shape_too(own):
     for _ in range(3):
         call(own, frames(), TEXTS)
     for arguments, options in [
-        ((frames(), ["one"]), {}),
-        ((frames(), TEXTS, MASK[:1]), {}),
-        ((frames(), TEXTS), {"layers": (99,)}),
+        *(((frames(), ["one"]), {}), ((frames(), TEXTS, MASK[:1]), {}), ((frames(), TEXTS), {"layers": (99,)})),
         ((frames(), TEXTS), {"resize": (56, 83)}),
-        ((frames(), TEXTS), {"targets": ["one"]}),
-        ((frames().int(), TEXTS), {}),
+        *(((frames(), TEXTS), {"targets": ["one"]}), ((frames().int(), TEXTS), {})),
     ]:
         with pytest.raises((ValueError, TypeError)):
             call(own, *arguments, **options)

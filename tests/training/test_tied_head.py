@@ -208,13 +208,8 @@ def loaded(assign):
 @pytest.mark.parametrize(
     "change",
     [
-        copy.deepcopy,
-        pickled,
-        emptied,
-        swapped,
-        lambda model: copy.deepcopy(model).double(),
-        loaded(False),
-        loaded(True),
+        *(copy.deepcopy, pickled, emptied, swapped, lambda model: copy.deepcopy(model).double()),
+        *(loaded(False), loaded(True)),
     ],
     ids=["deepcopy", "pickle", "to_empty", "swap", "double", "load_state_dict", "load_state_dict(assign)"],
 )
