@@ -273,6 +273,8 @@ BAD_SAMPLING = {
     "temperature nan": ({"temperature": float("nan")}, "temperature", "nan"),
     "temperature infinite": ({"temperature": float("inf")}, "temperature", "inf"),
     "temperature as text": ({"temperature": "hot"}, "temperature", "hot"),
+    "temperature beyond floats": ({"temperature": 10**400}, "temperature"),
+    "stream as text": ({"stream": "print"}, "stream", "print"),
     "temperature None": ({"temperature": None}, "temperature", "None"),
     "top_k below 0": ({"top_k": -1}, "top_k", "-1"),
     "top_k as a float": ({"top_k": 1.5}, "top_k", "1.5"),

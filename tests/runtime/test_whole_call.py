@@ -229,11 +229,14 @@ def test_a_batch_made_elsewhere_and_gradients_make_no_graph(own, fake):
     assert fake.captured == 0
 
 
-def test_a_processor_of_another_class_makes_no_graph(load):
-    """It may draw at random, say: a graph would always give what came when it was captured."""
+def test_a_processor_of_another_class_or_with_a_method_of_its_own_makes_no_graph(load):
+    """It may draw at random, say, or train something: a graph would always give what came when it was captured."""
     calls, processor, gpu = Calls(), load().processor, torch.device("cuda")
     assert calls._may_use_graphs(processor, gpu, True)
     assert not calls._may_use_graphs(processor, torch.device("cpu"), True)
+    processor.batch = processor.batch
+    assert not calls._may_use_graphs(processor, gpu, True)
+    del processor.batch
     processor.__class__ = type("Augmenting", (type(processor),), {})
     assert not calls._may_use_graphs(processor, gpu, True)
 
