@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from qwen_batched import QwenBatchedVL, TensorProcessor
-from qwen_batched.runtime.lru_cache import LRUCache
 from tests.support import assert_equal_to, noise, photos, relative_error
 
 FRAMES = photos(2, 2, 56, 84)
@@ -130,17 +129,6 @@ def test_processors_are_pickled_for_the_workers_of_a_data_loader(fresh, checkpoi
         assert batch.keys() == expected.keys()
         assert batch.pop("prepared") == expected.pop("prepared")
         assert all(torch.equal(batch[name], expected[name]) for name in batch)
-
-
-def test_a_pickled_cache_is_empty_and_keeps_its_bound():
-    cache = LRUCache(2)
-    for key in "abc":
-        assert cache.get(key, lambda key=key: key.upper()) == key.upper()
-    assert len(cache) == 2
-    assert cache.get("c", lambda: "made again") == "C"
-    assert cache.get("a", lambda: "made again") == "made again"
-    again = pickle.loads(pickle.dumps(cache))
-    assert (len(again), again.max_size) == (0, 2)
 
 
 def test_hooks_on_every_module_run(fresh):

@@ -231,31 +231,6 @@ def test_pixels_come_rounded_once_in_the_dtype_asked_for(processor, dtype):
     assert torch.equal(processor(frames, None, dtype=dtype)["pixel_values"], exact.to(dtype))
 
 
-@pytest.mark.parametrize("size", [(84, 56), (70, 100)], ids=["unresized", "resized"])
-def test_gradients_flow_to_float_frames_of_every_camera(load, size):
-    model = load()
-    frames = (photos(2, 2, *size) / 255).requires_grad_()
-    weights = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    (model.encode_images(frames) @ weights).sum().backward()
-    assert frames.grad.isfinite().all()
-    # Every pixel counts.
-    assert (frames.grad != 0).float().mean() > 0.99
-
-
-def test_gradients_of_resized_frames_are_those_of_the_resize(processor):
-    frames = (noise(1, 1, 40, 50).double() / 255).requires_grad_()
-
-    def pixels(frames):
-        return processor(frames, None, resize=(56, 84), dtype=torch.float64)["pixel_values"]
-
-    direction = 0.05 * torch.randn(frames.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = torch.randn(pixels(frames).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (pixels(frames) * weights).sum().backward()
-    # The pixels are linear in the frames, so a difference quotient is exact.
-    change = ((pixels(frames.detach() + direction) - pixels(frames.detach())) * weights).sum()
-    assert_equal_to((frames.grad * direction).sum(), change)
-
-
 # --- layout of the frames in memory ---
 
 

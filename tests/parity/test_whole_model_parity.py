@@ -288,9 +288,10 @@ VARIANTS = {
     },
     "14 query heads to 2": {"text": {"hidden_size": 224, "num_attention_heads": 14, "num_key_value_heads": 2}},
     "as many key heads as query heads": {"text": {"num_key_value_heads": 4}},
-    "other rope": {"text": {"rope_theta": 5000.0, "mrope_section": [4, 1, 3], "rms_norm_eps": 1e-2}},
-    "other windows": {"vision": {"window_size": 56, "fullatt_block_indexes": [0, 3, 5]}},
-    "no full attention": {"vision": {"fullatt_block_indexes": []}},
+    "other rope and windows": {
+        "text": {"rope_theta": 5000.0, "mrope_section": [4, 1, 3], "rms_norm_eps": 1e-2},
+        "vision": {"window_size": 56, "fullatt_block_indexes": [0, 3, 5]},
+    },
     "real head sizes": {"preset": "small"},
 }
 
