@@ -96,21 +96,14 @@ def test_chunks_do_not_see_the_camera_mask(model, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 10, 100])
 def test_a_chunk_is_at_most_so_many_images_and_none_is_much_smaller(model, chunk_size, passes):
-    see(model, UNIFORM, chunk_size=chunk_size)
-    counts = [sum(sizes) for sizes in passes]
-    assert max(counts) <= chunk_size
-    assert sum(counts) == 10
-    assert len(counts) == -(-10 // chunk_size)
-    assert max(counts) - min(counts) <= 1
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
-def test_a_chunk_of_mixed_sizes_is_at_most_so_many_images(model, chunk_size, passes):
-    see(model, MIXED, chunk_size=chunk_size)
-    counts = [sum(sizes) for sizes in passes]
-    assert max(counts) <= chunk_size
-    assert sum(counts) == 15
-    assert len(counts) == -(-15 // chunk_size)
+    for images, number in ((UNIFORM, 10), (MIXED, 15)):
+        passes.clear()
+        see(model, images, chunk_size=chunk_size)
+        counts = [sum(sizes) for sizes in passes]
+        assert max(counts) <= chunk_size
+        assert sum(counts) == number
+        assert len(counts) == -(-number // chunk_size)
+        assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("patches", [1, 39, 40, 41, 100, 120])

@@ -84,20 +84,7 @@ def test_rotary_attention_in_bfloat16_is_as_exact_as_the_plain_expression():
     qkv, cos, sin, runs, num_heads = attention_inputs(RUNS[3], dtype=torch.bfloat16)
     cos, sin = cos.float(), sin.float()
     ours = ops.rotary_attention(qkv, cos, sin, Segments.of(runs, qkv.device), num_heads)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    first, second = cos.bfloat16(), sin.bfloat16()
-    q, k = (
-        x * torch.cat([first, first], -1)
-        + torch.cat([-x.chunk(2, -1)[1], x.chunk(2, -1)[0]], -1) * torch.cat([second, second], -1)
-        for x in (q, k)
-    )
-    parts = []
-    for run in runs:
-        for start in range(run.start, run.stop, run.length):
-            segment = slice(start, start + run.length)
-            scores = q[:, :, segment] @ k[:, :, segment].transpose(-1, -2) / math.sqrt(q.shape[-1])
-            parts.append(scores.softmax(-1) @ v[:, :, segment])
-    plain = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
+    plain = plain_attention(qkv, cos, sin, runs, num_heads)
     assert_no_worse_than_bfloat16(ours, plain, segment_attention_formula(qkv, cos, sin, runs, num_heads))
 
 
