@@ -816,7 +816,7 @@ BOUNDED = [x for x in WRONG_VALUES if not isinstance(x, int | float) or abs(x) <
     ("name", "layout"),
     [("config.json", "flat"), ("config.json", "nested"), *((f"{x}_config.json", "flat") for x in OTHER_CONFIGS)],
 )
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_fuzz_replaced_config_values_load_and_run_or_raise_value_error(
     checkpoint, tmp_path_factory, name, layout, data

@@ -17,7 +17,7 @@ from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
 
 MIN_PIXELS = 28 * 28
-NEW_TOKENS = 16
+NEW_TOKENS = 20
 TEXTS = ["Pick up the red block.", "", "把杯子放在桌子上。\n" * 6, "What is the robot doing in this picture?"]
 NO_END = {"eos_token_id": None}
 

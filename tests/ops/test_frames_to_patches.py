@@ -119,9 +119,13 @@ def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("frame_dtype", "limit"), [(torch.uint8, 0), (torch.uint8, 1000), (torch.float32, None)], ids=str
+    ("before", "after", "frame_dtype", "limit"),
+    [
+        *(((34, 3), (2, 4), torch.uint8, 0), ((34, 3), (2, 4), torch.float32, None)),
+        *(((6, 34), (8, 2), torch.uint8, 0), ((6, 34), (8, 2), torch.uint8, 1000)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("before", "after"), [((34, 3), (2, 4)), ((6, 34), (8, 2))], ids=str)
 def test_many_taps_are_right_in_a_loop_and_unrolled(before, after, frame_dtype, limit, where, monkeypatch):
     """A side of 34 shrunk to 2 takes 34 taps, more than are unrolled; the other side takes few."""
     few, many = sorted(resize_axis(*side, torch.device("cpu"))[1].shape[0] for side in zip(before, after, strict=True))
@@ -168,8 +172,7 @@ def test_trap06_frames_to_patches_equals_the_reference_at_other_patch_sizes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [(2, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("frame_dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("after", "frame_dtype"), [((2, 4), torch.uint8), ((4, 2), torch.float32)], ids=str)
 def test_frames_to_patches_takes_frames_of_any_strides(after, frame_dtype, where):
     frames = frames_of((8, 2), frame_dtype, where[0], images=1)
     for view in (
