@@ -236,6 +236,7 @@ def check_model(model, device, settings, calls_of_peft, expected_calls):
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"target_modules": EVERY_LAYER}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["up_proj", "qkv"]}],
@@ -288,6 +289,7 @@ def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
     assert ours <= 1.1 * theirs
 
 
+@pytest.mark.slow
 def test_adapters_that_come_and_go_are_followed(load, always_packed):
     """Merged, unmerged, disabled, changed by an optimiser, taken off."""
     model = load()

@@ -840,6 +840,7 @@ def test_saving_writes_bitwise_what_was_loaded(packed_model, checkpoint, tmp_pat
     assert files <= 1.01 * sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_saving_in_shards_is_as_without_packing(packed_model, load, tmp_path, monkeypatch):
     """Tensors that share a storage go into one shard; packed parameters must not look like that."""
     split = huggingface_hub.split_torch_state_dict_into_shards
@@ -915,6 +916,7 @@ def test_a_copy_of_a_packed_model_is_independent(name, packed_model):
     assert is_packed(other)
 
 
+@pytest.mark.slow
 def test_a_saved_state_dict_of_a_packed_model_loads(packed_model, load):
     loaded = torch.load(_saved(packed_model.state_dict()), map_location="cpu")
     fresh = load()

@@ -226,6 +226,7 @@ class Allocations(TorchDispatchMode):
         return max(torch.Size(shape).numel() for shape in self.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, LAYERS], ids=["features", "blocks"])
 def test_memory_grows_linearly_with_images_and_no_tensor_is_tokens_by_tokens(model, layers):
     largest = {}

@@ -138,6 +138,7 @@ def test_trap26_answers_of_one_length_share_a_graph_and_others_do_not(own, fake)
             assert_equal(call(own, None, ["ab", "a"], targets=targets), theirs)
 
 
+@pytest.mark.slow
 def test_trap26_weights_in_the_decoder_and_the_head(own, fake):
     def check():
         for _ in range(3):

@@ -71,6 +71,7 @@ def test_trap27_gradients_equal_transformers_at_every_size(models, reference, si
     assert_equal_to_transformers([models["left"]], reference, photos(1, 1, *size), TEXTS[:1])
 
 
+@pytest.mark.slow
 def test_trap27_gradients_equal_transformers_for_several_cameras_and_padding(models, reference):
     assert_equal_to_transformers(models.values(), reference, photos(3, 2, 84, 140), TEXTS)
 
@@ -217,6 +218,7 @@ def outputs_of(model, frames):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["frames", "the first parameter"])
 def test_no_output_is_detached_from_what_wants_a_gradient(load, device, what):
     """Called before without gradients, so that whatever is cached or captured then must not serve now."""

@@ -111,6 +111,7 @@ def test_an_adapter_by_the_names_before_transformers_4_52_gives_the_same_hidden_
     assert_equal_to(hidden_states(load_adapter(fresh, tmp_path), device), their_hidden_states(theirs))
 
 
+@pytest.mark.slow
 def test_peft_itself_loads_an_adapter_whose_settings_name_no_paths(theirs, fresh, device, tmp_path):
     adapt(theirs.model, target_modules=DECODER + VISION).save_pretrained(tmp_path)
     adapted = peft.PeftModel.from_pretrained(fresh, tmp_path, torch_device=device)
@@ -245,6 +246,7 @@ def test_what_an_adapter_of_the_model_cannot_hold_is_refused_by_name(load, tmp_p
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_two_adapters_are_loaded_and_chosen_by_name(fresh, load, device, tmp_path):
     expected = {}
     for name, layer in (("one", "q_proj"), ("two", "down_proj")):

@@ -168,6 +168,7 @@ def assert_loss_equals_transformers(models, reference, images, texts, targets, c
         assert_gradients_equal(gradients(out.loss, model.named_parameters(), frames), expected)
 
 
+@pytest.mark.slow
 def test_the_loss_equals_transformers_with_labels_masked(models, reference):
     images = photos(3, 2, 84, 140).to(reference.device)
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS)
