@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_batched import QwenBatchedVL
 from qwen_batched.runtime.lru_cache import LRUCache
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
@@ -390,7 +391,7 @@ def test_state_dict_stays_that_of_the_checkpoint_after_calls(load, device):
     assert not list(model.buffers())
 
 
-def test_caches_are_bounded(load, monkeypatch):
+def test_caches_are_bounded(load, checkpoint, monkeypatch):
     """What a call leaves behind does not grow with the number of different texts, sizes and masks seen."""
     caches = []
     init = LRUCache.__init__
@@ -401,7 +402,7 @@ def test_caches_are_bounded(load, monkeypatch):
         caches.append(self)
 
     monkeypatch.setattr(LRUCache, "__init__", small)
-    model = load().requires_grad_(False)
+    model = QwenBatchedVL.from_pretrained(checkpoint, device="cpu").requires_grad_(False)
     monkeypatch.undo()
     reference_model = load().requires_grad_(False)
     assert len(caches) >= 4
