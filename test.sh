@@ -10,7 +10,7 @@ Installs the package with the pinned versions, runs ruff and pytest, and prints 
 transformers' (python -m qwen_batched.deviation). Works in the active virtual environment if there is one, else in .venv,
 which it makes. A second run installs nothing unless pyproject.toml or constraints.txt have changed.
 
-  --fast                  only ruff and the tests that are not marked slow, for every change
+  --fast                  only ruff, and of every test that is not marked slow the first case, for every change
   --no-install            install nothing, make nothing: use the current python as it is, with its own torch
   --transformers VERSION  test against that version of transformers, in .venv-transformers-VERSION
   --model FOLDER_OR_ID    the checkpoint that the deviation report is made with
@@ -62,7 +62,7 @@ if [[ -n $transformers_version ]]; then
 fi
 if $fast; then
     [[ -z $model ]] || die "--fast leaves the deviation report out, so it cannot go with --model"
-    pytest_args=(-m "not slow" ${pytest_args[@]+"${pytest_args[@]}"})
+    pytest_args=(-m "not slow and not more" ${pytest_args[@]+"${pytest_args[@]}"})
 fi
 # A folder named relative to where the caller stands must survive the cd below.
 if [[ -n $model && -d $start_dir/$model ]]; then model=$start_dir/$model; fi

@@ -13,27 +13,14 @@ FLOAT32_TOLERANCE = 1e-5
 
 # Sizes at which the model sees images (trap 01): 224 and 448 have only full windows, the others have partial ones.
 SIZES = [
-    (28, 28),
-    (56, 56),
-    (56, 308),
-    (308, 56),
-    (140, 140),
-    (224, 224),
-    (252, 252),
-    (252, 308),
-    (280, 280),
-    (364, 364),
-    (392, 392),
-    (448, 448),
-    (476, 644),
-    (728, 1288),
+    *((28, 28), (56, 56), (56, 308), (308, 56), (140, 140), (224, 224), (252, 252), (252, 308), (280, 280), (364, 364)),
+    *((392, 392), (448, 448), (476, 644), (728, 1288)),
 ]
 
 
 def photo(height: int, width: int, index: int = 0) -> Tensor:
     """A natural photograph as a uint8 frame (3, height, width); `index` chooses which."""
-    image = Image.fromarray(_photographs()[index % 3]).resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return _resized(height, width, index % 3).clone()
 
 
 def photos(batch: int, cameras: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -65,6 +52,12 @@ def assert_equal_to(ours: Tensor, theirs: Tensor, tolerance: float = FLOAT32_TOL
 def own_tokens(values_BS: Tensor, attention_mask: Tensor, sample: int) -> Tensor:
     """A sample's values on its own tokens, without padding."""
     return values_BS[sample][attention_mask[sample]]
+
+
+@functools.cache
+def _resized(height: int, width: int, index: int) -> Tensor:
+    image = Image.fromarray(_photographs()[index]).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @functools.cache

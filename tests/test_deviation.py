@@ -114,6 +114,7 @@ def test_continuations_differ_where_they_do_but_for_ties(tokens, expected):
 # --- a run that is right ---
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured_in_both_dtypes(numbers, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     blocks = [f"vision block {i}" for i in range(config["vision_config"]["depth"])]
@@ -130,6 +131,7 @@ def test_every_stage_is_measured_in_both_dtypes(numbers, checkpoint):
     assert numbers["missed"] == [] and numbers["first_wrong"] is None
 
 
+@pytest.mark.slow
 def test_numbers_are_plausible(numbers):
     exact = ("token ids", "rope positions")
     for stage, runs in numbers["all_sizes"].items():
@@ -147,6 +149,7 @@ def test_numbers_are_plausible(numbers):
     assert final["theirs float32"]["relative_l2"] > 0, "float64 must differ from float32"
 
 
+@pytest.mark.slow
 def test_a_stage_is_what_the_two_models_give(checkpoint, numbers):
     """Measured by hand, without the tool: a vision block, a decoder block, the end."""
     case = cases.made_up((56, 56), 3, 2, cases.TEXTS)
@@ -170,6 +173,7 @@ def test_a_stage_is_what_the_two_models_give(checkpoint, numbers):
         assert numbers["by_size"]["56x56"][stage]["ours bfloat16"]["relative_l2"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_plot_is_a_picture_with_both_curves(report):
     with Image.open(report / "plot.png") as picture:
         colours = {colour for count, colour in picture.convert("RGB").getcolors(2**20) if count > 50}
@@ -177,6 +181,7 @@ def test_the_plot_is_a_picture_with_both_curves(report):
     assert {(0x25, 0x63, 0xEB), (0xEA, 0x58, 0x0C)} <= colours
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_stage_and_size(checkpoint, capsys):
     # In bfloat16 the worst token of a single size is a matter of chance, and so is whether the bounds hold.
     run("--model", checkpoint, *QUICK, "--layers", "0", "2", "--vision-layers", "-1")
@@ -190,6 +195,7 @@ def test_the_table_has_a_row_for_each_stage_and_size(checkpoint, capsys):
     assert "All bounds hold" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cameras_of_different_sizes_and_files_are_compared_too(checkpoint, tmp_path, capsys):
     for name, size in (("front.png", (252, 140)), ("wrist.jpg", (84, 112))):
         Image.effect_noise(size, 50).convert("RGB").save(tmp_path / name)
@@ -202,6 +208,7 @@ def test_frames_that_are_resized_are_compared_too(checkpoint):
     assert run("--model", checkpoint, *QUICK[:2], "--sizes", "100x130", *FLOAT32, "--new-tokens", "0") == 0
 
 
+@pytest.mark.slow
 def test_another_library_for_resizing_leaves_the_networks_comparable(checkpoint, monkeypatch, capsys):
     """As on a GPU beside a transformers without torchvision."""
     monkeypatch.setattr(TransformersReference, "resample_backend", "another library")
@@ -302,6 +309,7 @@ MODEL_ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "change"), MODEL_ERRORS, ids=[stage for stage, _ in MODEL_ERRORS])
 def test_an_error_in_the_model_is_found_where_it_is(checkpoint, spoil, capsys, stage, change):
     spoil(change)
@@ -338,9 +346,7 @@ def vision_frequencies_off_by_one(monkeypatch):
 def decoder_frequencies_off_by_one(monkeypatch):
     right = geometry.decoder_frequencies
     monkeypatch.setattr(
-        decoder,
-        "decoder_frequencies",
-        lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim),
+        decoder, "decoder_frequencies", lambda config: right(config) * config.rope_theta ** (-2 / config.head_dim)
     )
 
 
@@ -405,6 +411,7 @@ def test_an_error_in_the_code_is_found_where_it_is(checkpoint, monkeypatch, caps
     assert f"It first went wrong at: {stage}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_error_is_found_in_bfloat16_alone(checkpoint, spoil, capsys):
     spoil(lambda model: swap_gate_and_up(model.model.layers[1].mlp))
     assert run("--model", checkpoint, *QUICK, "--dtype", "bfloat16") == 1
@@ -605,6 +612,7 @@ def test_the_batch_effect_is_small_and_measured_for_both(checkpoint, tmp_path, c
     assert "ours in float32 moves by 1e-05 at most" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_sample_that_feels_its_neighbours_is_found(checkpoint, spoil, capsys):
     def lean_on_the_neighbours(model):
         embed = model.model.embed_tokens

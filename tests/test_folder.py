@@ -335,6 +335,7 @@ YARNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config_layout"), [*((name, "flat") for name in YARNS), ("mscale", "nested")])
 def test_yarn_equals_transformers_on_images_and_text(tmp_path, name, config_layout):
     folder = write_checkpoint(tmp_path / "yarn", image=MIN_IMAGE, config_layout=config_layout)
@@ -394,6 +395,7 @@ def headless(tmp_path, request):
     return saved, source
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_without_a_head_loads_without_it(headless):
     saved, source = headless
     model, whole = load(saved, lm_head=False), load(source, lm_head=False)
@@ -448,7 +450,7 @@ def test_an_unknown_option_is_refused_by_name(checkpoint, part, name):
         part.from_pretrained(checkpoint, **{name: None})
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", "float16", "torch.float64"])
+@pytest.mark.parametrize("name", ["bfloat16", "torch.float64"])
 def test_a_dtype_may_be_given_by_its_name(checkpoint, name):
     expected = getattr(torch, name.removeprefix("torch."))
     assert load(checkpoint, dtype=name).dtype == expected
@@ -584,6 +586,7 @@ def test_an_id_that_the_model_writes_has_an_embedding_or_loading_is_refused(fold
         assert str(folder) in str(raised.value)
 
 
+@pytest.mark.slow
 def test_no_message_holds_a_large_value(folder):
     large = ["x" * 10**6, ["7"] * 10**6, {"y" * 10**5: 1}, 10**4000]
     for value in large:
@@ -631,15 +634,18 @@ CHANGING = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGING)
-def test_a_setting_that_changes_tokens_is_refused_by_generate_and_not_by_loading(folder, name):
-    change(folder / "generation_config.json", **{name: CHANGING[name]})
+def test_a_setting_that_changes_tokens_is_refused_by_generate_and_not_by_loading(folder):
+    before = read(folder / "generation_config.json")
+    change(folder / "generation_config.json", **CHANGING)
     model = load(folder)
     with torch.no_grad():
         assert model(FRAMES, TEXTS).last_hidden_state.isfinite().all()
-    with pytest.raises(ValueError, match=f"{name}=") as raised:
-        model.generate(FRAMES, TEXTS, max_new_tokens=2)
-    assert "generation_config.json" in str(raised.value)
+    for name, value in CHANGING.items():
+        (folder / "generation_config.json").write_text(json.dumps(before | {name: value}))
+        model.generation_config = Checkpoint.open(folder).generation_config()
+        with pytest.raises(ValueError, match=f"{name}=") as raised:
+            model.generate(FRAMES, TEXTS, max_new_tokens=2)
+        assert "generation_config.json" in str(raised.value)
 
 
 def test_settings_at_transformers_defaults_and_null_change_nothing(folder):
@@ -683,8 +689,10 @@ def test_every_setting_of_the_installed_transformers_has_been_thought_through():
 
 
 @pytest.mark.parametrize("fields", [{}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 502]}, None])
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("top", [{}, {"eos_token_id": 9, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    ("nested", "top"),
+    [(True, {}), (False, {"eos_token_id": 9, "repetition_penalty": 1.3}), (True, {"eos_token_id": 9})],
+)
 def test_trap36_end_tokens_in_two_files_are_read_as_transformers_reads_them(tmp_path, fields, nested, top):
     folder = write_checkpoint(tmp_path / "c", config_layout="nested" if nested else "flat")
     change(folder / "config.json", **top)

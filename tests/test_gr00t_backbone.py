@@ -43,6 +43,7 @@ def theirs(folder, device, frames, text, select_layer):
     return seen[0][0], inputs["input_ids"][0] == reference.model.config.image_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_layer", [2, 4])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 @torch.no_grad()

@@ -104,8 +104,7 @@ def test_what_does_not_fit_is_refused(changes, error, message):
 
 
 @pytest.mark.parametrize(
-    ("cameras", "error"),
-    [("front", TypeError), ([1], TypeError), ([], ValueError), (["front", "front"], ValueError)],
+    ("cameras", "error"), [("front", TypeError), ([1], TypeError), ([], ValueError), (["front", "front"], ValueError)]
 )
 def test_cameras_must_be_different_names(cameras, error):
     with pytest.raises(error, match="cameras must be"):

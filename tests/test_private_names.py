@@ -4,6 +4,7 @@ A new version of a library may drop or change them without a word. Where a test 
 """
 
 import ast
+import functools
 import importlib
 from pathlib import Path
 
@@ -67,8 +68,6 @@ LORA_LAYER = (
 )
 DOCUMENTED = {"_replace", "_asdict", "_fields"}  # of named tuples
 
-TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))]
-NODES = [node for tree in TREES for node in ast.walk(tree)]
 # Of Triton, `triton` and `triton.language` are public.
 INTERNAL_MODULES = ("triton.compiler", "triton.runtime", "triton.language.extra", "triton.backends")
 
@@ -86,10 +85,17 @@ def dotted(node):
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else None
 
 
+@functools.cache
+def nodes():
+    """Of the syntax trees of all modules."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))]
+    return [node for tree in trees for node in ast.walk(tree)]
+
+
 def used_names():
     """Names of libraries with a private part."""
-    inner = {id(node.value) for node in NODES if isinstance(node, ast.Attribute)}
-    for node in NODES:
+    inner = {id(node.value) for node in nodes() if isinstance(node, ast.Attribute)}
+    for node in nodes():
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in LIBRARIES:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute) and id(node) not in inner:
@@ -105,12 +111,12 @@ def used_names():
 
 def used_attributes():
     """Private attributes that the package does not define itself, or that `nn.Module` has too."""
-    own = {node.name for node in NODES if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    for node in NODES:
+    own = {node.name for node in nodes() if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in nodes():
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             own.add(node.id if isinstance(node, ast.Name) else node.attr)
     own -= set(dir(nn.Module()))
-    for node in NODES:
+    for node in nodes():
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if node.attr not in own and (dotted(node) or "").split(".")[0] not in LIBRARIES:
                 yield node.attr
@@ -121,11 +127,10 @@ def used_attributes():
 
 
 @pytest.mark.parametrize(
-    ("used", "table"),
-    [(set(used_names()), NAMES), (set(used_attributes()) - DOCUMENTED, ATTRIBUTES)],
-    ids=["names", "attributes"],
+    ("used", "table"), [(used_names, NAMES), (used_attributes, ATTRIBUTES)], ids=["names", "attributes"]
 )
 def test_the_tables_hold_just_what_the_package_uses(used, table):
+    used = set(used()) - DOCUMENTED
     assert used - table.keys() == set(), "not public: take a public way, or add to the table what it is needed for"
     assert table.keys() - used == set(), "no longer used: take out of the table"
 
@@ -159,6 +164,6 @@ def test_the_attributes_of_a_lora_layer_are_there_and_used():
     (layer,) = (module for module in wrapped.modules() if type(module) is peft.tuners.lora.layer.Linear)
     since_later_versions = {"lora_variant", "cast_input_dtype_enabled"}
     assert {name for name in LORA_LAYER if not hasattr(layer, name)} <= since_later_versions
-    attributes = {node.attr for node in NODES if isinstance(node, ast.Attribute)}
-    strings = {node.value for node in NODES if isinstance(node, ast.Constant)}
+    attributes = {node.attr for node in nodes() if isinstance(node, ast.Attribute)}
+    strings = {node.value for node in nodes() if isinstance(node, ast.Constant)}
     assert [name for name in LORA_LAYER if name not in attributes | strings] == []

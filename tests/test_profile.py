@@ -141,6 +141,7 @@ def test_a_trace_gives_kernels_copies_and_gaps():
     assert tool.work_in_trace([event("gpu_memcpy", 0, 90)]) is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_writes(checkpoint, tmp_path, capsys):
     report = tmp_path / "profile.json"
     options = ("--batch", "2", "--cameras", "1", "--resize", "84x56", "--layers", "2", "--text-tokens", "5")

@@ -146,6 +146,7 @@ def test_every_block_moves_the_output(reference, inputs, output, monkeypatch, pa
     assert distance(reference.run(**inputs).hidden_states[-1], output.hidden_states[-1]) > NOTICEABLE
 
 
+@pytest.mark.slow
 def test_every_bias_moves_the_output(reference, inputs, output):
     for name, parameter in reference.model.named_parameters():
         if not name.endswith(".bias"):
@@ -157,6 +158,7 @@ def test_every_bias_moves_the_output(reference, inputs, output):
         assert moved > NOTICEABLE, name
 
 
+@pytest.mark.slow
 def test_a_deep_random_model_stays_sane(tmp_path, inputs):
     deep = write_checkpoint(
         tmp_path, text={"num_hidden_layers": 36}, vision={"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31]}
@@ -251,6 +253,7 @@ def flatness(probabilities):
     return (entropy / flat)[flat > math.log(8)].mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["visual", "decoder"])
 def test_trained_like_streams_have_a_few_massive_channels(activations, part):
     for stream in activations["trained-like"].streams[part][WRITER:]:
@@ -343,6 +346,7 @@ DEEP_VISION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", SMALL)
 def test_a_deep_trained_like_model_stays_sane(tmp_path, preset):
     """As deep as the 3B model and a quarter as wide: no stream grows without end, no rounding is amplified."""
@@ -471,6 +475,7 @@ def test_special_token_ids_equal_the_configs(tmp_path, special_token_start):
     assert tokenizer.decode([start + 2, start + 14], skip_special_tokens=True) == "<tool_call>"
 
 
+@pytest.mark.slow
 def test_large_presets_have_the_published_token_ids(tmp_path):
     narrow = {"hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 1}

@@ -23,8 +23,7 @@ NAMES = ["visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.up_proj.weight",
 
 
 @pytest.mark.parametrize(
-    "model_type",
-    ["qwen2_5_vl_moe", "qwen3_vl_moe", "qwen3_5", "qwen4_exp", "cosmos3_vl", "", None, 3, ["qwen2_5_vl"]],
+    "model_type", ["qwen2_5_vl_moe", "qwen3_vl_moe", "qwen3_5", "qwen4_exp", "cosmos3_vl", "", None, 3, ["qwen2_5_vl"]]
 )
 def test_an_unknown_family_is_refused_with_those_that_there_are(model_type):
     with pytest.raises(ValueError, match=r"model_type must be one of qwen2_5_vl, qwen2_vl, qwen3_vl, got "):

@@ -160,23 +160,10 @@ def _control_token(rng: Random) -> str:
     head, tail = token[:place], token[place:]
     return rng.choice(
         (
-            token,
-            token,
-            f"{head}{other}{tail}",
-            f"{head}{rng.choice(ZERO_WIDTH)}{tail}",
-            f"{head} {tail}",
-            f"{head}{rng.choice(MARKS)}{tail}",
-            f"{head}{{text}}{tail}",
-            token.translate(COMPATIBILITY),
-            head + tail.translate(COMPATIBILITY),
-            token.upper(),
-            token.title(),
-            f"{token}\u0338",
-            unicodedata.normalize("NFD", f"é{token}é"),
-            " ".join(token),
-            head,
-            tail,
-            IMAGE,
+            *(token, token, f"{head}{other}{tail}", f"{head}{rng.choice(ZERO_WIDTH)}{tail}", f"{head} {tail}"),
+            *(f"{head}{rng.choice(MARKS)}{tail}", f"{head}{{text}}{tail}", token.translate(COMPATIBILITY)),
+            *(head + tail.translate(COMPATIBILITY), token.upper(), token.title(), f"{token}\u0338"),
+            *(unicodedata.normalize("NFD", f"é{token}é"), " ".join(token), head, tail, IMAGE),
         )
     )
 

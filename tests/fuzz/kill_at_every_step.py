@@ -1,16 +1,17 @@
 """Kills the renaming mechanism at each of its steps, and each recovery at each of its own; or finds the disk full.
 
-    python -m tests.fuzz.kill_at_every_step
+    python -m tests.fuzz.kill_at_every_step [every]
 
 The files are a few bytes, so that every step is tried, with and without hard links: a save is killed before step i, the
-recovery before step j, and the next recovery must find all files old or all new. `kill_while_saving` does this to a
-model.
+recovery before step j, and the next recovery must find all files old or all new. Of all pairs of i and j, one in
+`every` is tried, and each i and each j. `kill_while_saving` does this to a model.
 """
 
 import functools
 import importlib.util
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -46,7 +47,7 @@ def save(folder: Path) -> None:
             atomic_save.write_file(new / name, b"new")
 
 
-def main() -> None:
+def main(every: int = 1) -> None:
     """Prints how often which files were found; an exception says what went wrong."""
     found: Counter = Counter()
     with tempfile.TemporaryDirectory() as root:
@@ -70,9 +71,9 @@ def main() -> None:
                 return "old" if now == old else "new"
 
             for step in range(1, steps + 1):
-                recovery, ended = 0, signal.SIGKILL
+                recovery, ended = step % every + 1 - every, signal.SIGKILL
                 while ended == signal.SIGKILL:  # until the recovery has no step of that number
-                    recovery += 1
+                    recovery += every
                     prepare(folder)
                     assert failing(saving, step)[0] == signal.SIGKILL
                     ended, _ = failing(recovering, recovery)
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -190,18 +190,9 @@ def _drop_fields(*names: str) -> Callable[[dict[str, object], Random, QwenBatche
 def _odd_facts(arguments: dict[str, object], rng: Random, model: QwenBatchedVL) -> None:
     arguments["prepared"] = rng.choice(
         (
-            HostFacts(tokens=1),
-            HostFacts(tokens=10**9, answer_tokens=10**9),
-            HostFacts(tokens=0, answer_tokens=0),
-            HostFacts(tokens=-1),
-            HostFacts(),
-            HostFacts(tokens="many"),
-            {},
-            {"tokens": 3},
-            True,
-            None,
-            "prepared",
-            torch.ones(1),
+            *(HostFacts(tokens=1), HostFacts(tokens=10**9, answer_tokens=10**9), HostFacts(tokens=0, answer_tokens=0)),
+            *(HostFacts(tokens=-1), HostFacts(), HostFacts(tokens="many"), {}, {"tokens": 3}, True, None),
+            *("prepared", torch.ones(1)),
         )
     )
 

@@ -31,6 +31,10 @@ METHODS = (
 )
 
 
+Arguments = dict[str, object]
+Check = Callable[[QwenBatchedVL, object], None]  # raises `Wrong` where a result is not right
+
+
 class Pieces(list):
     """What a stream gets."""
 
@@ -58,7 +62,7 @@ class Call:
     arguments: dict[str, object]
     notes: list[str]
     context: str
-    read: Callable[[Doubts], Callable[[QwenBatchedVL, object], None]]
+    read: Callable[[Doubts], Check]
     draws: bool = field(default=False)
 
     def make(self, model: QwenBatchedVL) -> object:
@@ -176,9 +180,7 @@ def _samples(arguments: dict[str, object], doubts: Doubts, has_texts: bool = Tru
     return samples
 
 
-def _read_forward(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_forward(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     _check_names(arguments, *COMMON, "layers", "norm", "logits", "targets")
     samples = _samples(arguments, doubts)
     layers = reading.read_layers(arguments.get("layers", (-1,)), model.config.text.num_hidden_layers + 1, doubts)
@@ -195,9 +197,7 @@ def _read_forward(
     return check
 
 
-def _read_capture(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_capture(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     if "images" not in arguments:
         raise Refused("no images")
     _read_forward(arguments, model, doubts)
@@ -209,9 +209,7 @@ def _read_capture(
     return check
 
 
-def _read_generate(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_generate(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     sampling = ("temperature", "top_k", "top_p", "seed")
     _check_names(arguments, *COMMON, "max_new_tokens", "stream", *sampling, needed=("images", "texts"))
     samples = _samples(arguments, doubts)
@@ -252,9 +250,7 @@ def _read_generate(
     return check
 
 
-def _read_encode_images(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_encode_images(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     _check_names(arguments, "images", "layers", "camera_mask", "resize", "chunk_size", needed=("images",))
     samples = _samples(arguments, doubts, has_texts=False)
     layers = arguments.get("layers")
@@ -274,9 +270,7 @@ def _read_encode_images(
     return check
 
 
-def _read_processor(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_processor(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     _check_names(arguments, *COMMON, "targets", "dtype", "device", "max_new_tokens", needed=("images",))
     samples = _samples(arguments, doubts, has_texts=False)
     dtype = arguments.get("dtype", torch.float32)
@@ -312,9 +306,7 @@ def _read_processor(
     return check
 
 
-def _read_logits(
-    arguments: dict[str, object], model: QwenBatchedVL, doubts: Doubts
-) -> Callable[[QwenBatchedVL, object], None]:
+def _read_logits(arguments: Arguments, model: QwenBatchedVL, doubts: Doubts) -> Check:
     _check_names(arguments, "hidden_states", needed=("hidden_states",))
     hidden = reading.read_tensor(arguments["hidden_states"], doubts)
     if hidden.ndim == 0 or hidden.shape[-1] != model.config.text.hidden_size or hidden.dtype != model.dtype:

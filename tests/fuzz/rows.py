@@ -128,10 +128,7 @@ def read_rows(batch: dict[str, object], config: QwenVLConfig, doubts: Doubts) ->
 
 
 def _check_tokens(
-    own: dict[str, Tensor],
-    here: list[tuple[int, tuple[int, int]]],
-    grids: list[tuple[int, int]],
-    config: QwenVLConfig,
+    own: dict[str, Tensor], here: list[tuple[int, tuple[int, int]]], grids: list[tuple[int, int]], config: QwenVLConfig
 ) -> None:
     """Walks along a sequence, and expects of each token what the one before leaves."""
     vocabulary = config.text.vocab_size

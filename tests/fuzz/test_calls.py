@@ -6,7 +6,7 @@ import torch
 from qwen_batched import QwenBatchedVL
 from tests.fuzz.calls import Fuzzer, describe
 
-SLICE, PART = 100, 25
+SLICE, PART = 160, 40
 FORWARD = QwenBatchedVL.forward
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ def loader():
 
 
 def test_damaged_checkpoints_are_refused_by_name_or_load(loader):
-    assert run(loader, count=25, seed=1) == []
+    assert run(loader, count=40, seed=1) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

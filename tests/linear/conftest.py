@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from qwen_batched import QwenBatchedVL
+
 
 @pytest.fixture
 def always_packed(monkeypatch):
     """The CPU packs where a GPU would: modules take their parameters for a GPU's."""
     monkeypatch.setattr(nn.Parameter, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.fixture(scope="session")
+def load(checkpoint):
+    """Loads the tiny checkpoint each time: loading packs."""
+    return lambda **options: QwenBatchedVL.from_pretrained(checkpoint, **{"device": "cpu", **options})

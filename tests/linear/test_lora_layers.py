@@ -70,143 +70,77 @@ def test_plain_lora_is_unwrapped(bias, settings):
     check_layer(adapted_layer(bias=bias, **settings), True)
 
 
-def with_dora():
-    return adapted_layer(use_dora=True)
+def double_output(module, args, out):
+    return 2 * out
 
 
-def with_dropout():
-    return adapted_layer(lora_dropout=0.5)
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-def with_a_bias():
-    return adapted_layer(lora_bias=True)
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
 
 
-def merged():
-    layer = adapted_layer()
-    layer.merge()
-    return layer
-
-
-def hooked():
-    layer = adapted_layer()
-    layer.register_forward_hook(lambda module, args, out: 2 * out)
-    return layer
-
-
-def hooked_inside():
-    layer = adapted_layer()
-    layer.lora_A["default"].register_forward_hook(lambda module, args, out: 2 * out)
-    return layer
-
-
-def with_another_forward():
-    layer, forward = adapted_layer(), peft.tuners.lora.layer.Linear.forward
-    layer.forward = lambda x: 3 * forward(layer, x)
-    return layer
-
-
-def with_a_matrix_of_another_kind():
-    class Doubled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    layer = adapted_layer()
-    layer.lora_B["default"].__class__ = Doubled
-    return layer
-
-
-def parametrised():
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    layer = adapted_layer()
+def parametrise(layer):
     nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled())
-    return layer
 
 
-def with_two_dtypes():
-    layer = adapted_layer()
-    layer.lora_B["default"].bfloat16()
-    return layer
+def triple_forward(layer):
+    layer.forward = lambda x: 3 * peft.tuners.lora.layer.Linear.forward(layer, x)
 
 
-def with_another_shape(name, *shape):
-    def make():
-        layer = adapted_layer()
-        getattr(layer, name)["default"].weight = nn.Parameter(torch.ones(shape))
-        return layer
-
-    return make
-
-
-def with_a_trained_scaling():
-    layer = adapted_layer()
-    layer.scaling["default"] = nn.Parameter(torch.tensor(2.0))
-    return layer
-
-
-def with_a_hooked_dropout():
-    layer = adapted_layer()
-    layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: 2 * out)
-    return layer
+# name: (settings, what is done to the layer)
+MORE_THAN_LORA = {
+    "dora": ({"use_dora": True}, lambda layer: None),
+    "dropout": ({"lora_dropout": 0.5}, lambda layer: None),
+    "a bias": ({"lora_bias": True}, lambda layer: None),
+    "merged": ({}, lambda layer: layer.merge()),
+    "hooked": ({}, lambda layer: layer.register_forward_hook(double_output)),
+    "hooked inside": ({}, lambda layer: layer.lora_A["default"].register_forward_hook(double_output)),
+    "another forward": ({}, triple_forward),
+    "another kind of matrix": ({}, lambda layer: setattr(layer.lora_B["default"], "__class__", DoubledLinear)),
+    "parametrised": ({}, parametrise),
+}
 
 
-def with_a_variant():
-    layer = adapted_layer()
-    layer.lora_variant["default"] = object()
-    return layer
+@pytest.mark.parametrize("name", MORE_THAN_LORA)
+def test_what_is_more_than_lora_runs_as_it_is(name):
+    settings, change = MORE_THAN_LORA[name]
+    layer = adapted_layer(**settings)
+    change(layer)
+    check_layer(layer, False)
 
 
-def with_inputs_as_they_come():
-    layer = adapted_layer()
-    layer.cast_input_dtype_enabled = False
-    return layer
+def give_shape(name, *shape):
+    return lambda layer: setattr(getattr(layer, name)["default"], "weight", nn.Parameter(torch.ones(shape)))
 
 
-def with_a_tensor_for_a_bias():
-    layer = adapted_layer()
+def give_a_tensor_for_a_bias(layer):
     del layer.base_layer.bias
     layer.base_layer.bias = torch.ones(7, requires_grad=True)
-    return layer
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        with_two_dtypes,
-        with_another_shape("lora_A", 3, 8),
-        with_another_shape("lora_B", 5, 3),
-        with_another_shape("lora_B", 9, 3),
-        with_a_trained_scaling,
-        with_a_hooked_dropout,
-        with_a_variant,
-        with_inputs_as_they_come,
-        with_a_tensor_for_a_bias,
-    ],
-)
-def test_what_is_not_known_to_be_plain_is_left_to_peft(make):
-    layer = make()
+NOT_KNOWN = {
+    "two dtypes": lambda layer: layer.lora_B["default"].bfloat16(),
+    "narrow A": give_shape("lora_A", 3, 8),
+    "narrow B": give_shape("lora_B", 5, 3),
+    "wide B": give_shape("lora_B", 9, 3),
+    "a trained scaling": lambda layer: layer.scaling.update(default=nn.Parameter(torch.tensor(2.0))),
+    "a hooked dropout": lambda layer: layer.lora_dropout["default"].register_forward_hook(double_output),
+    "a variant": lambda layer: layer.lora_variant.update(default=object()),
+    "inputs as they come": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
+    "a tensor for a bias": give_a_tensor_for_a_bias,
+}
+
+
+@pytest.mark.parametrize("name", NOT_KNOWN)
+def test_what_is_not_known_to_be_plain_is_left_to_peft(name):
+    layer = adapted_layer()
+    NOT_KNOWN[name](layer)
     assert unwrap_lora(layer) == (layer, ())
-
-
-MORE_THAN_LORA = [
-    with_dora,
-    with_dropout,
-    with_a_bias,
-    merged,
-    hooked,
-    hooked_inside,
-    with_another_forward,
-    with_a_matrix_of_another_kind,
-    parametrised,
-]
-
-
-@pytest.mark.parametrize("make", MORE_THAN_LORA, ids=lambda make: make.__name__)
-def test_what_is_more_than_lora_runs_as_it_is(make):
-    check_layer(make(), False)
 
 
 def test_dropout_is_nothing_in_evaluation():
@@ -302,6 +236,7 @@ def check_model(model, device, settings, calls_of_peft, expected_calls):
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"target_modules": EVERY_LAYER}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["up_proj", "qkv"]}],
@@ -338,6 +273,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(load, always_packed):
         assert_equal_to(gradient, expected[name])
 
 
+@pytest.mark.slow
 def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
     """As peft makes them; ours is as near to float32 as peft's own layers."""
     runs = {}
@@ -353,6 +289,7 @@ def test_adapters_in_float32_beside_a_bfloat16_model(load, device):
     assert ours <= 1.1 * theirs
 
 
+@pytest.mark.slow
 def test_adapters_that_come_and_go_are_followed(load, always_packed):
     """Merged, unmerged, disabled, changed by an optimiser, taken off."""
     model = load()

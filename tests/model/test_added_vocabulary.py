@@ -22,12 +22,8 @@ ACTIONS = [f"<action_{index}>" for index in range(8)]
 words = st.sampled_from([*NAMES, " ", "  ", "\n", "a", "b ", "robots", "x.", "e\u0301", "\t", "\u3000", "\x1c", "_"])
 texts = st.lists(words, max_size=7).map("".join)
 TEMPLATES = [
-    "chat",
-    "plain",
-    "{images} {text} <sep> b",
-    "<act_0> {text}\n<|im_end|> {images} <act_1>",
-    "  {text} <|im_end|>  {images} ",
-    "a {image} b {text}<|im_start|> robot",
+    *("chat", "plain", "{images} {text} <sep> b", "<act_0> {text}\n<|im_end|> {images} <act_1>"),
+    *("  {text} <|im_end|>  {images} ", "a {image} b {text}<|im_start|> robot"),
 ]
 
 
@@ -229,11 +225,8 @@ def test_added_tokens_restricts_which_are_read(with_actions):
     own = prompts.tokenizer.convert_tokens_to_ids(ACTIONS)
     assert [index for index in everything if index in own] == own[:3]
     for wanted, kept in (
-        ((), []),
-        (["<action_1>"], [own[1]]),
-        (("<action_[02]>",), [own[0], own[2]]),
-        (["<action_*>"], own[:3]),
-        (["<filler_0>", "<action_2>"], [own[2]]),
+        *(((), []), (["<action_1>"], [own[1]]), (("<action_[02]>",), [own[0], own[2]])),
+        *((["<action_*>"], own[:3]), (["<filler_0>", "<action_2>"], [own[2]])),
     ):
         _, ids = ids_of(with_actions, text, added_tokens=wanted)
         assert [index for index in ids if index in own] == kept

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.runtime.lru_cache import LRUCache
-from qwen_batched.testing import write_checkpoint
 from tests.support import assert_equal_to, noise, own_tokens, photos
 
 SETTINGS = settings(max_examples=10, deadline=None)
@@ -151,24 +150,13 @@ def changed(images, mask, what):
 
 @pytest.mark.parametrize("what", ["image", "mask", "longer text", "control tokens", "nan", "inf", "-inf", "1.4"])
 def test_trap19_a_neighbour_changes_nothing(either_padding, what):
-    images, mask = photos(3, 2, 140, 196), torch.tensor([[True, True], [True, False], [False, True]])
+    images, mask = photos(3, 2, 84, 140), torch.tensor([[True, True], [True, False], [False, True]])
     for model in either_padding:
         before, after = (run(model, *changed(images, mask, how)) for how in ("nothing", what))
         for i in (0, 2):
             assert_sample_equals(after, i, before, i)
         own = [own_tokens(out.last_hidden_state, out.attention_mask, 1) for out in (before, after)]
         assert own[0].shape != own[1].shape or not torch.equal(*own), "the change did not reach the neighbour itself"
-
-
-@pytest.mark.parametrize("camera", [0, 1, 2])
-def test_trap05_a_camera_changes_no_feature_of_another(model, camera):
-    images = photos(2, 3, 140, 196).float() / 255
-    poisoned = images.clone()
-    poisoned[:, camera] = float("nan")
-    before, after = (model.encode_images(frames.to(model.device)) for frames in (images, poisoned))
-    for other in {0, 1, 2} - {camera}:
-        assert_equal_to(after[:, other], before[:, other])
-    assert after[:, camera].isnan().all()
 
 
 # --- trap 20: padding ---
@@ -298,12 +286,19 @@ def loader_inputs():
     }
 
 
+OPTIONS = {"default": {}, "plain": {"template": "plain"}, "resize": {"resize": (84, 112)}}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"template": "plain"}, {"resize": (84, 112)}], ids=["default", "plain", "resize"]
+    ("inputs", "options"),
+    [
+        *((inputs, "default") for inputs in loader_inputs()),
+        *(("mixed sizes", "plain"), ("masked", "plain"), ("text only", "plain")),
+        *(("float frames", "resize"), ("masked, mixed sizes", "resize")),
+    ],
 )
-@pytest.mark.parametrize("inputs", loader_inputs().values(), ids=loader_inputs().keys())
 def test_a_prepared_batch_gives_the_same_bits(either_padding, inputs, options):
-    images, texts, mask = inputs
+    (images, texts, mask), options = loader_inputs()[inputs], OPTIONS[options]
     if images is None:
         texts = [text or "." for text in texts]  # "plain" would leave no token of an empty text
     for model in either_padding:
@@ -358,42 +353,6 @@ def test_a_prepared_batch_and_frames_together_are_refused(model):
 # --- gradients ---
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
-def test_gradients_reach_every_parameter_and_float_frames(load, device, mixed):
-    model = load(device=device)
-    images = photos(2, 2, 113, 140).to(device).float() / 255
-    frames = [images[:, 0].clone(), images[:, 1, :, :60].clone()] if mixed else [images]
-    for tensor in frames:
-        tensor.requires_grad_()
-    out = model(frames if mixed else frames[0], TEXTS[:2])
-    own = out.last_hidden_state[out.attention_mask & ~out.image_mask]
-    own.square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert float(parameter.grad.abs().max()) > 0, name
-    for tensor in frames:
-        assert tensor.grad.isfinite().all()
-        # Every frame of every sample and camera has its part in it.
-        assert bool((tensor.grad.flatten(-3).abs().amax(-1) > 0).all())
-
-
-def test_gradients_reach_the_head(tmp_path, device):
-    folder = write_checkpoint(tmp_path / "checkpoint", tied=False)
-    model = QwenBatchedVL.from_pretrained(folder, device=device)
-    model(photos(1, 1, 56, 56).to(device), ["a"], logits="last").logits.square().mean().backward()
-    assert float(model.lm_head.weight.grad.abs().max()) > 0
-    assert float(model.visual.patch_embed.proj.weight.grad.abs().max()) > 0
-
-
-def test_gradients_reach_frames_through_encode_images(load, device):
-    model = load(device=device)
-    frames = (photos(1, 2, 113, 140).to(device).float() / 255).requires_grad_()
-    model.encode_images(frames)[:, 1].square().mean().backward()
-    assert float(frames.grad[:, 1].abs().max()) > 0
-    assert bool((frames.grad[:, 0] == 0).all())
-
-
 # --- no state between calls ---
 
 
@@ -432,7 +391,7 @@ def test_state_dict_stays_that_of_the_checkpoint_after_calls(load, device):
     assert not list(model.buffers())
 
 
-def test_caches_are_bounded(load, monkeypatch):
+def test_caches_are_bounded(load, checkpoint, monkeypatch):
     """What a call leaves behind does not grow with the number of different texts, sizes and masks seen."""
     caches = []
     init = LRUCache.__init__
@@ -443,7 +402,7 @@ def test_caches_are_bounded(load, monkeypatch):
         caches.append(self)
 
     monkeypatch.setattr(LRUCache, "__init__", small)
-    model = load().requires_grad_(False)
+    model = QwenBatchedVL.from_pretrained(checkpoint, device="cpu").requires_grad_(False)
     monkeypatch.undo()
     reference_model = load().requires_grad_(False)
     assert len(caches) >= 4

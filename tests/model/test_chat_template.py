@@ -170,7 +170,7 @@ def test_a_template_that_only_prints_its_text_is_rendered_once(model, expression
     assert prompts.encode("another text", "chat", 1)
 
 
-@pytest.mark.parametrize("expression", [*LOOKING, "{{ T | replace('&lt;', '<') }}", "{{ T | replace(' ', '') }}"])
+@pytest.mark.parametrize("expression", [*LOOKING[::3], "{{ T | replace('&lt;', '<') }}", "{{ T | replace(' ', '') }}"])
 def test_no_text_becomes_a_control_token_in_a_template_that_looks(model, expression, control_ids):
     prompts = copy.deepcopy(model.processor.prompts)
     prompts.chat_template = template_with(expression)
@@ -330,13 +330,6 @@ def named(folder: Path, templates: object) -> TensorProcessor:
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": templates}), encoding="utf-8")
     return TensorProcessor.from_pretrained(folder)
-
-
-def test_of_named_templates_the_default_is_taken(checkpoint_copy, reference):
-    other = CHAT_TEMPLATE.replace("helpful", "useless")
-    templates = [{"name": "tool_use", "template": other}, {"name": "default", "template": CHAT_TEMPLATE}]
-    processor = named(checkpoint_copy, templates)
-    assert processor.prompts.encode("a", "chat", 1) == reference.tokenizer(reference.prompt(1, "a"))["input_ids"]
 
 
 def test_named_templates_without_a_default_are_refused_where_one_is_needed(checkpoint_copy):

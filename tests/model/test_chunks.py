@@ -13,6 +13,7 @@ CHUNKS = [1, 2, 3, 7, 100, None]
 UNIFORM = photos(5, 2, 56, 140)
 MIXED = [photos(5, 1, 56, 140)[:, 0], photos(5, 1, 140, 84, seed=5)[:, 0], photos(5, 1, 28, 28, seed=9)[:, 0]]
 IMAGES = {"uniform": UNIFORM, "mixed": MIXED, "single": UNIFORM[:1, :1]}
+LAYERS = [None, (0, 4), (-1, 2, 2)]
 MASK = torch.tensor([[True, False], [True, True], [False, False], [False, True], [True, True]])
 
 
@@ -60,9 +61,11 @@ def passes(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("layers", [None, (0, 4), (-1, 2, 2)], ids=str)
-@pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize(
+    ("chunk_size", "name", "layers"),
+    [(size, name, LAYERS[(i + j) % 3]) for i, size in enumerate(CHUNKS) for j, name in enumerate(IMAGES)],
+    ids=str,
+)
 def test_chunks_change_no_result(model, name, layers, chunk_size, passes):
     whole = see(model, IMAGES[name], layers=layers, chunk_size=10**6)
     assert len(passes) == 1
@@ -93,21 +96,14 @@ def test_chunks_do_not_see_the_camera_mask(model, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 10, 100])
 def test_a_chunk_is_at_most_so_many_images_and_none_is_much_smaller(model, chunk_size, passes):
-    see(model, UNIFORM, chunk_size=chunk_size)
-    counts = [sum(sizes) for sizes in passes]
-    assert max(counts) <= chunk_size
-    assert sum(counts) == 10
-    assert len(counts) == -(-10 // chunk_size)
-    assert max(counts) - min(counts) <= 1
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
-def test_a_chunk_of_mixed_sizes_is_at_most_so_many_images(model, chunk_size, passes):
-    see(model, MIXED, chunk_size=chunk_size)
-    counts = [sum(sizes) for sizes in passes]
-    assert max(counts) <= chunk_size
-    assert sum(counts) == 15
-    assert len(counts) == -(-15 // chunk_size)
+    for images, number in ((UNIFORM, 10), (MIXED, 15)):
+        passes.clear()
+        see(model, images, chunk_size=chunk_size)
+        counts = [sum(sizes) for sizes in passes]
+        assert max(counts) <= chunk_size
+        assert sum(counts) == number
+        assert len(counts) == -(-number // chunk_size)
+        assert max(counts) - min(counts) <= 1
 
 
 @pytest.mark.parametrize("patches", [1, 39, 40, 41, 100, 120])

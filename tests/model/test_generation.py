@@ -52,6 +52,7 @@ def expected(reference):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_images", [True, False], ids=["images", "text only"])
 def test_greedy_tokens_equal_transformers_in_a_ragged_batch(model, right_padded_model, expected, with_images):
     images = frames() if with_images else None
@@ -64,6 +65,7 @@ def test_greedy_tokens_equal_transformers_in_a_ragged_batch(model, right_padded_
     assert len({tuple(ids) for ids in expected[with_images]}) == len(TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_images", [True, False], ids=["images", "text only"])
 def test_greedy_tokens_of_a_sample_alone_are_those_in_the_batch(model, expected, with_images):
     for i, text in enumerate(TEXTS):
@@ -71,6 +73,7 @@ def test_greedy_tokens_of_a_sample_alone_are_those_in_the_batch(model, expected,
         assert tokens(model.generate(images, [text], max_new_tokens=NEW_TOKENS)) == [expected[with_images][i]]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers_with_masked_cameras(model, right_padded_model, reference):
     mask = torch.tensor([[True, False], [False, False], [False, True], [True, True]])
     expected = [greedy_by_transformers(reference, frames()[i, mask[i]], text) for i, text in enumerate(TEXTS)]
@@ -79,6 +82,7 @@ def test_greedy_tokens_equal_transformers_with_masked_cameras(model, right_padde
         assert tokens(out) == expected
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers_with_mixed_sizes_and_another_template(model, reference):
     images = [frames()[:, 0], frames()[:, 1, :, :56]]
     out = model.generate(
@@ -90,6 +94,7 @@ def test_greedy_tokens_equal_transformers_with_mixed_sizes_and_another_template(
         assert tokens(out)[i] == reference.greedy(inputs, NEW_TOKENS).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
 def test_greedy_tokens_equal_transformers_with_a_repetition_penalty(tmp_path, device, penalty, expected):
     folder = write(tmp_path, {"repetition_penalty": penalty})
@@ -102,6 +107,7 @@ def test_greedy_tokens_equal_transformers_with_a_repetition_penalty(tmp_path, de
         assert tokens(out) == theirs
 
 
+@pytest.mark.slow
 def test_the_repetition_penalty_does_not_see_padding(tmp_path, device):
     # With these ids the padding token is the random model's favourite, and is no end token.
     folder = write(tmp_path, {"repetition_penalty": 1.3, "eos_token_id": 599}, special_token_start=498)
@@ -117,6 +123,7 @@ def test_the_repetition_penalty_does_not_see_padding(tmp_path, device):
         assert tokens(out) == theirs
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers_with_an_untied_head_and_grouped_heads(tmp_path, device):
     text = {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}
     folder = write(tmp_path, {}, tied=False, text=text)
@@ -157,6 +164,7 @@ def stop_tokens(expected):
     return ends, cut
 
 
+@pytest.mark.slow
 def test_generation_stops_at_any_of_the_end_tokens_as_transformers_does(tmp_path, device, expected):
     ends, cut = stop_tokens(expected[True])
     lengths = {len(ids) for ids in cut}
@@ -172,6 +180,7 @@ def test_generation_stops_at_any_of_the_end_tokens_as_transformers_does(tmp_path
         assert out.finish_reasons[0] == out.finish_reasons[3] == "eos"
 
 
+@pytest.mark.slow
 def test_each_end_token_alone_stops(tmp_path, device, expected):
     ends, _ = stop_tokens(expected[True])
     for index, end in enumerate(ends):
@@ -310,10 +319,11 @@ def test_every_number_below_1_draws_a_token_that_may_be_drawn(uniform, options):
 def test_top_k_1_a_tiny_top_p_and_a_tiny_temperature_equal_greedy(model, expected):
     images = frames().to(model.device)
     for options in ({"top_k": 1, "temperature": 1.0}, {"top_p": 1e-6, "temperature": 1.0}, {"temperature": 1e-4}):
-        out = model.generate(images, TEXTS, max_new_tokens=16, seed=0, **options)
-        assert tokens(out) == [ids[:16] for ids in expected[True]], options
+        out = model.generate(images, TEXTS, max_new_tokens=NEW_TOKENS, seed=0, **options)
+        assert tokens(out) == expected[True], options
 
 
+@pytest.mark.slow
 def test_a_seed_makes_draws_reproducible_and_another_one_others(model):
     images = frames().to(model.device)
 
@@ -433,51 +443,13 @@ def test_the_chi_square_test_tells_a_wrong_distribution(model):
 # --- refusals ---
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 0},
-        {"max_new_tokens": -1},
-        {"max_new_tokens": 2.0},
-        {"max_new_tokens": 10**6},
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"temperature": 10**400},
-        {"temperature": "hot"},
-        {"top_k": -1},
-        {"top_k": 1.5},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": float("nan")},
-        {"seed": "a"},
-        {"stream": "print"},
-    ],
-    ids=str,
-)
-def test_an_impossible_request_is_refused_before_any_work(model, options):
-    runs = []
-    hook = model.visual.register_forward_hook(lambda *_: runs.append(1))
-    try:
-        with pytest.raises((ValueError, TypeError), match=next(iter(options))):
-            model.generate(frames().to(model.device), TEXTS, **options)
-    finally:
-        hook.remove()
-    assert not runs
-
-
+@pytest.mark.slow
 def test_prompt_and_new_tokens_may_fill_the_maximum_and_no_more(model):
     limit = model.config.text.max_position_embeddings
     text = "1" * (limit - 3)
     assert len(model.generate(None, [text], max_new_tokens=3, template="plain").token_ids[0]) == 3
     with pytest.raises(ValueError, match=str(limit)):
         model.generate(None, [text], max_new_tokens=4, template="plain")
-
-
-def test_generation_needs_the_output_projection(load, device):
-    model = load(lm_head=False, device=device)
-    with pytest.raises(ValueError, match="lm_head"):
-        model.generate(None, ["a"])
 
 
 def test_generation_leaves_the_model_as_it_was(load, device):

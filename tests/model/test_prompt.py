@@ -16,24 +16,8 @@ from tests.support import assert_equal_to, own_tokens, photos, relative_error
 SETTINGS = settings(max_examples=20, deadline=None)
 TEMPLATES = ["chat", "plain", "{images}{text}", "Q:{text}\n{images}A:", "<|im_start|>user\n {text}{images}<|im_end|>"]
 SEAMS = [
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    " \n",
-    "\t",
-    "a",
-    "a ",
-    " a",
-    "\na\n",
-    " \n a\n\n ",
-    "'s",
-    "s",
-    "!\n",
-    ".",
-    "\u0301",
-    "1",
+    *("", " ", "  ", "\n", "\n\n", " \n", "\t", "a", "a ", " a", "\na\n", " \n a\n\n "),
+    *("'s", "s", "!\n", ".", "\u0301", "1"),
 ]
 ADVERSARIAL = [
     "<|im_end|>",
@@ -122,19 +106,19 @@ def test_trap18_pieces_would_merge_differently_at_the_seams(processor, reference
 
 @pytest.mark.parametrize("cameras", [1, 2])
 @pytest.mark.parametrize("template", ["chat", "{images}<|im_start|>{text}<|im_end|>"])
-@pytest.mark.parametrize("text", [*ADDED_TOKENS, *ADVERSARIAL])
-def test_trap18_control_tokens_inside_a_text_stay_text(processor, reference, added_ids, text, template, cameras):
+def test_trap18_control_tokens_inside_a_text_stay_text(processor, reference, added_ids, template, cameras):
     # Between control tokens on either side, a text merges with nothing: the rest of the prompt is that of no text.
     marker = "a"
     around = their_ids(reference, marker, template, cameras)
     before = around.index(reference.tokenizer(marker)["input_ids"][0], around.index(processor.prompts.image_token_id))
     after = len(around) - before - 1
-    ids = our_ids(processor, text, template, cameras)
-    assert ids[:before] == around[:before]
-    assert ids[len(ids) - after :] == around[before + 1 :]
-    own = ids[before : len(ids) - after]
-    assert not added_ids & set(own)
-    assert reference.tokenizer.decode(own, clean_up_tokenization_spaces=False) == text
+    for text in (*ADDED_TOKENS, *ADVERSARIAL):
+        ids = our_ids(processor, text, template, cameras)
+        assert ids[:before] == around[:before]
+        assert ids[len(ids) - after :] == around[before + 1 :]
+        own = ids[before : len(ids) - after]
+        assert not added_ids & set(own)
+        assert reference.tokenizer.decode(own, clean_up_tokenization_spaces=False) == text
 
 
 @given(text=st.lists(st.one_of(st.sampled_from([*ADDED_TOKENS, *ADVERSARIAL]), st.text(max_size=5)), max_size=6))
@@ -194,31 +178,6 @@ def test_placeholders_inside_a_text_stay_text(processor, reference, template, te
     assert ids.count(processor.prompts.image_token_id) == 2
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "",
-        "chats",
-        "{images}",
-        "{text}",
-        "{Images}{text}",
-        "{images}{text}{text}",
-        "{images}{images}{text}",
-        "{images}{text}<|image_pad|>",
-    ],
-)
-def test_a_template_that_does_not_lay_out_images_and_text_is_refused(processor, template):
-    with pytest.raises(ValueError, match="template"):
-        our_ids(processor, "a", template, cameras=1)
-    assert our_ids(processor, "a", cameras=1)
-
-
-@pytest.mark.parametrize("template", [None, 3, ["chat"], b"chat"])
-def test_a_template_that_is_no_string_is_refused(processor, template):
-    with pytest.raises(TypeError, match="template"):
-        our_ids(processor, "a", template, cameras=1)
-
-
 def test_braces_of_a_template_other_than_the_placeholders_stay_text(processor, reference):
     template = '{"task": "{text}", "n": {0}, {{}}} {images}'
     assert our_ids(processor, "a", template, 1) == their_ids(reference, "a", template, 1)
@@ -266,15 +225,6 @@ def test_writing_into_an_output_does_not_change_the_next_one(model):
     assert torch.equal(again.input_ids, kept.input_ids)
 
 
-def test_the_text_cache_is_bounded_and_distinguishes_text_template_and_cameras(processor, reference):
-    for text in ("a", "b"):
-        for template in TEMPLATES:
-            for cameras in (0, 1, 2):
-                for _ in range(2):
-                    ids = our_ids(processor, text, template, cameras)
-                    assert ids == their_ids(reference, text, template, cameras)
-
-
 # --- trap 15 ---
 
 
@@ -292,7 +242,7 @@ def test_trap15_other_transformers_are_a_reference(version):
     check_reference_version(version)
 
 
-@pytest.mark.parametrize("tokens_per_second", [1, 2, 4, 25])
+@pytest.mark.parametrize("tokens_per_second", [1, 25])
 def test_trap15_the_temporal_position_of_a_still_image_is_constant(tmp_path, tokens_per_second):
     folder = write_checkpoint(tmp_path / "checkpoint", vision={"tokens_per_second": tokens_per_second})
     processor = QwenBatchedVL.from_pretrained(folder, device="cpu").processor
@@ -310,6 +260,7 @@ def test_trap15_the_temporal_position_of_a_still_image_is_constant(tmp_path, tok
 LONG_TEXT = "pick up the red block. 把" * 330
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_trap16_a_cast_model_equals_one_loaded_in_that_dtype(load, device, dtype):
     images, texts = photos(2, 1, 140, 196).to(device), [LONG_TEXT[: len(LONG_TEXT) // 5], "a"]
@@ -354,6 +305,7 @@ def test_trap16_rope_tables_are_precise_at_thousands_of_tokens(load, device, dty
     assert (sin.double() - angles.sin()).abs().max() <= bound
 
 
+@pytest.mark.slow
 def test_trap16_a_long_bfloat16_prompt_is_as_precise_as_transformers(load, checkpoint, device):
     model = load(device=device).requires_grad_(False).to(torch.bfloat16)
     rounded = TransformersReference.from_pretrained(checkpoint, torch.bfloat16, device)

@@ -81,12 +81,12 @@ BOMBS = {
 
 
 # The longest to be refused; all others end the same way with a sixteenth of the budget, sooner.
-LONGEST = ("calls", "comparing", "lazy filters", "the join method")
+LONGEST = "calls"
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LONGEST)) for x in BOMBS])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == LONGEST)) for x in BOMBS])
 def test_a_template_that_takes_too_much_is_refused_at_loading(name, checkpoint_copy, monkeypatch):
-    if name not in LONGEST:
+    if name != LONGEST:
         monkeypatch.setattr(template_budget, "MAX_STEPS", template_budget.MAX_STEPS // 16)
         monkeypatch.setattr(template_budget, "MAX_BYTES", template_budget.MAX_BYTES // 16)
     (checkpoint_copy / "chat_template.jinja").write_text(BOMBS[name], encoding="utf-8")

@@ -104,6 +104,7 @@ def test_decode_attention_is_right_however_the_context_is_split(parts, where, mo
     check_decoding(*decode_case([0, 70, 299], 300, 4, 2, 16, where))
 
 
+@pytest.mark.slow
 def test_decode_attention_does_not_read_past_a_samples_tokens(where):
     qkv, cos, sin, keys, values, lengths = decode_case([2, 70], 90, 4, 2, 16, where)
     clean, dirty = [(keys.clone(), values.clone()) for _ in range(2)]
@@ -119,6 +120,7 @@ def test_decode_attention_is_right_where_one_score_towers_over_all_others(where)
     check_decoding(*decode_case([5, 130], 200, 4, 2, 16, where, scale=50.0))
 
 
+@pytest.mark.slow
 def test_one_sample_decodes_as_it_does_among_others(where):
     qkv, cos, sin, keys, values, lengths = decode_case([7, 100, 20], 128, 4, 2, 16, where)
     tickets = torch.zeros(6, dtype=torch.int32, device=where[0])

@@ -57,12 +57,8 @@ SHARE_APART, FEW_APART = 1e-4, 4
 
 # (height, width) before and after: up, down, both, one axis alone, from next to nothing. Few rows: each is a program.
 RESIZES = [
-    ((5, 7), (14, 28)),
-    ((11, 27), (14, 42)),
-    ((33, 13), (14, 28)),
-    ((14, 20), (14, 42)),
-    ((20, 14), (42, 14)),
-    ((1, 5), (14, 14)),
+    *(((5, 7), (14, 28)), ((11, 27), (14, 42)), ((33, 13), (14, 28)), ((14, 20), (14, 42))),
+    *(((20, 14), (42, 14)), ((1, 5), (14, 14))),
 ]
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.3, 0.2, 0.1]).view(3, 1, 1)
 
@@ -112,6 +108,7 @@ def test_frames_to_patches_with_resize_equals_the_reference(before, after, frame
     assert_same_patches(*patches_of(frames, after, where[1], patch_size=7), frames, resized=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame_dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
     if where[0] == "cpu" and frame_dtype == torch.bfloat16:
@@ -122,9 +119,13 @@ def test_frames_to_patches_takes_half_precision_frames(frame_dtype, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("frame_dtype", "limit"), [(torch.uint8, 0), (torch.uint8, 1000), (torch.float32, None)], ids=str
+    ("before", "after", "frame_dtype", "limit"),
+    [
+        *(((34, 3), (2, 4), torch.uint8, 0), ((34, 3), (2, 4), torch.float32, None)),
+        *(((6, 34), (8, 2), torch.uint8, 0), ((6, 34), (8, 2), torch.uint8, 1000)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("before", "after"), [((34, 3), (2, 4)), ((6, 34), (8, 2))], ids=str)
 def test_many_taps_are_right_in_a_loop_and_unrolled(before, after, frame_dtype, limit, where, monkeypatch):
     """A side of 34 shrunk to 2 takes 34 taps, more than are unrolled; the other side takes few."""
     few, many = sorted(resize_axis(*side, torch.device("cpu"))[1].shape[0] for side in zip(before, after, strict=True))
@@ -170,8 +171,8 @@ def test_trap06_frames_to_patches_equals_the_reference_at_other_patch_sizes(
     assert_same_patches(*patches_of(frames, after, where[1], patch_size, merge, repeat), frames, resized)
 
 
-@pytest.mark.parametrize("after", [(2, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("frame_dtype", [torch.uint8, torch.float32])
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "frame_dtype"), [((2, 4), torch.uint8), ((4, 2), torch.float32)], ids=str)
 def test_frames_to_patches_takes_frames_of_any_strides(after, frame_dtype, where):
     frames = frames_of((8, 2), frame_dtype, where[0], images=1)
     for view in (
@@ -192,6 +193,7 @@ def test_frames_to_patches_of_no_frames_is_empty(after, frame_dtype, where):
     assert ours.shape == expected.shape == (0, after[0] * after[1] // 196, 1176)
 
 
+@pytest.mark.slow
 def test_trap10_only_uint8_frames_are_rounded_and_clamped(where):
     """Bicubic overshoots at a hard edge; floating frames keep that."""
     edge = torch.zeros(1, 3, 14, 14, dtype=torch.uint8)

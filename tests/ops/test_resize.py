@@ -34,18 +34,9 @@ def resize_formula(pixels, height, width):
 
 
 RESIZES = [
-    ((28, 28), (56, 56)),
-    ((37, 53), (28, 84)),
-    ((90, 31), (28, 56)),
-    ((64, 64), (28, 28)),
-    ((50, 40), (51, 41)),
-    ((50, 40), (51, 60)),
-    ((64, 50), (31, 50)),
-    ((64, 50), (31, 40)),
-    ((64, 50), (54, 45)),
-    ((1, 5), (3, 2)),
-    ((30, 40), (30, 80)),
-    ((40, 30), (80, 30)),
+    *(((28, 28), (56, 56)), ((37, 53), (28, 84)), ((90, 31), (28, 56)), ((64, 64), (28, 28)), ((50, 40), (51, 41))),
+    *(((50, 40), (51, 60)), ((64, 50), (31, 50)), ((64, 50), (31, 40)), ((64, 50), (54, 45)), ((1, 5), (3, 2))),
+    *(((30, 40), (30, 80)), ((40, 30), (80, 30))),
 ]
 
 
@@ -115,8 +106,7 @@ def test_resize_of_uint8_frames_on_a_gpu_rounds_once(before, after, library):
 def test_resize_to_the_same_size_changes_nothing(dtype):
     frames = noise(1, 2, 28, 56)[0].to(dtype)
     assert torch.equal(
-        resize(frames, 28, 56, ops.PILLOW),
-        frames.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        resize(frames, 28, 56, ops.PILLOW), frames.to(torch.float64 if dtype == torch.float64 else torch.float32)
     )
 
 

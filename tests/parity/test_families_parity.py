@@ -124,6 +124,7 @@ def test_layers_and_deep_features_are_not_asked_for_at_once(family):
         family.models["left"].encode_images(family.photos(1, 1, 2, 2), layers=[0], deepstack=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "all"])
 def test_lora_goes_from_transformers_to_ours_and_back(family, tmp_path, kind):
     peft = pytest.importorskip("peft")

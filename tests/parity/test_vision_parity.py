@@ -99,6 +99,7 @@ def test_every_camera_of_every_sample_equals_transformers(model, reference, batc
     assert_vision_equals_transformers(model, reference, FRAMES[content](batch, cameras, 140, 252))
 
 
+@pytest.mark.slow
 @contents
 def test_cameras_of_other_sizes_equal_transformers(model, reference, content):
     sizes = [(252, 308), (140, 140), (28, 56), (252, 308), (308, 252)]
@@ -225,6 +226,7 @@ class Allocations(TorchDispatchMode):
         return max(torch.Size(shape).numel() for shape in self.shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, LAYERS], ids=["features", "blocks"])
 def test_memory_grows_linearly_with_images_and_no_tensor_is_tokens_by_tokens(model, layers):
     largest = {}
@@ -339,25 +341,6 @@ def test_trap06_the_rope_theta_of_the_vision_tower_is_read_as_by_transformers(ch
     assert_vision_equals_transformers(model, reference, frames)
     plain = QwenBatchedVL.from_pretrained(checkpoint, device="cpu").requires_grad_(False).encode_images(frames)
     assert relative_error(model.encode_images(frames), plain) > NOTICEABLE
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"hidden_act": "gelu"},
-        {"in_channels": 4},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
-        {"window_size": 27},
-        {"num_heads": 7},
-        {"fullatt_block_indexes": "all"},
-        {"patch_size": [14, 14]},
-        {"spatial_merge_size": 0},
-    ],
-    ids=str,
-)
-def test_trap06_vision_configurations_that_are_not_implemented_raise(checkpoint, tmp_path, fields):
-    with pytest.raises(ValueError):
-        QwenBatchedVL.from_pretrained(with_vision_fields(checkpoint, tmp_path, fields), device="cpu")
 
 
 @pytest.mark.parametrize("width", [1, 7, 91, 427])

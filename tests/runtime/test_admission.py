@@ -43,6 +43,7 @@ def test_shapes_beyond_the_places_in_random_order_do_not_thrash(play):
     assert replayed >= 0.95 * 2000 * PLACES / 60
 
 
+@pytest.mark.slow
 def test_captures_stay_rare_in_the_long_run(play):
     play(at_random(2000, 60))
     captured, replayed = play(at_random(8000, 60, seed=1))
@@ -57,6 +58,7 @@ def test_shapes_in_a_cycle_never_displace_each_other(play, shapes):
     assert replayed == 19 * PLACES
 
 
+@pytest.mark.slow
 def test_common_shapes_get_the_places(play):
     generator = random.Random(0)
     shapes = range(200)
@@ -76,6 +78,7 @@ def test_a_new_set_of_shapes_gets_in_after_a_bounded_number_of_calls(play):
     assert (captured, replayed) == (0, 3 * PLACES)
 
 
+@pytest.mark.slow
 def test_a_set_of_too_many_new_shapes_gets_the_places_of_the_old(play):
     """None of them is used often, but the old ones never."""
     play(at_random(5000, PLACES))

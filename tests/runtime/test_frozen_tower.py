@@ -136,14 +136,6 @@ def test_generation_takes_its_features_from_a_graph(frozen, fake):
         assert len(frozen._calls.tower) == min(count, 1) == fake.captured
 
 
-def test_a_processor_with_a_method_of_its_own_makes_no_graph(load):
-    """It may train something, say."""
-    calls, processor, gpu = Calls(), load().processor, torch.device("cuda")
-    assert calls._may_use_graphs(processor, gpu, True)
-    processor.batch = processor.batch
-    assert not calls._may_use_graphs(processor, gpu, True)
-
-
 def test_what_a_hidden_wrapper_trains_is_never_captured(frozen, fake, monkeypatch):
     gain = torch.ones(1, requires_grad=True)
     embed = type(frozen.visual.patch_embed).forward

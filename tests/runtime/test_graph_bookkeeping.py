@@ -457,15 +457,6 @@ def test_nothing_forgotten_is_kept_alive(fake, linear, way):
     assert [reference() for reference in alive] == [None] * 3
 
 
-def test_clear_drops_everything(fake, linear):
-    graphs, x = CudaGraphs(), torch.randn(2, 3)
-    for _ in range(3):
-        run(graphs, linear, "key", linear, x)
-    graphs.clear()
-    assert len(graphs) == 0
-    assert torch.equal(run(graphs, linear, "key", linear, x), linear(x))
-
-
 def test_a_model_on_the_cpu_makes_no_graph(load):
     model = load()
     with torch.no_grad():

@@ -84,6 +84,7 @@ def test_the_second_call_is_captured_and_later_ones_replay(own, fake, name):
         assert_equal(ours, call(own, *arguments, cuda_graph=False, **options))
 
 
+@pytest.mark.slow
 def test_trap26_all_calls_in_turn_give_what_each_gives_alone(own, fake):
     for seed in range(4):
         for make in CALLS.values():
@@ -137,6 +138,7 @@ def test_trap26_answers_of_one_length_share_a_graph_and_others_do_not(own, fake)
             assert_equal(call(own, None, ["ab", "a"], targets=targets), theirs)
 
 
+@pytest.mark.slow
 def test_trap26_weights_in_the_decoder_and_the_head(own, fake):
     def check():
         for _ in range(3):
@@ -212,12 +214,9 @@ def test_bad_input_is_refused_on_a_captured_shape_too(own):
     for _ in range(3):
         call(own, frames(), TEXTS)
     for arguments, options in [
-        ((frames(), ["one"]), {}),
-        ((frames(), TEXTS, MASK[:1]), {}),
-        ((frames(), TEXTS), {"layers": (99,)}),
+        *(((frames(), ["one"]), {}), ((frames(), TEXTS, MASK[:1]), {}), ((frames(), TEXTS), {"layers": (99,)})),
         ((frames(), TEXTS), {"resize": (56, 83)}),
-        ((frames(), TEXTS), {"targets": ["one"]}),
-        ((frames().int(), TEXTS), {}),
+        *(((frames(), TEXTS), {"targets": ["one"]}), ((frames().int(), TEXTS), {})),
     ]:
         with pytest.raises((ValueError, TypeError)):
             call(own, *arguments, **options)
@@ -231,11 +230,14 @@ def test_a_batch_made_elsewhere_and_gradients_make_no_graph(own, fake):
     assert fake.captured == 0
 
 
-def test_a_processor_of_another_class_makes_no_graph(load):
-    """It may draw at random, say: a graph would always give what came when it was captured."""
+def test_a_processor_of_another_class_or_with_a_method_of_its_own_makes_no_graph(load):
+    """It may draw at random, say, or train something: a graph would always give what came when it was captured."""
     calls, processor, gpu = Calls(), load().processor, torch.device("cuda")
     assert calls._may_use_graphs(processor, gpu, True)
     assert not calls._may_use_graphs(processor, torch.device("cpu"), True)
+    processor.batch = processor.batch
+    assert not calls._may_use_graphs(processor, gpu, True)
+    del processor.batch
     processor.__class__ = type("Augmenting", (type(processor),), {})
     assert not calls._may_use_graphs(processor, gpu, True)
 
@@ -328,6 +330,7 @@ def test_hooks_see_every_step(own, fake):
     assert fake.captured == 0
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_and_weights_changed_between_calls(tmp_path, fake, monkeypatch):
     monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
     folder = write_checkpoint(tmp_path / "checkpoint", tied=False, image={"min_pixels": 28 * 28})

@@ -47,6 +47,7 @@ def train(accelerator, model, optimizer, loader, epochs=1):
     return losses
 
 
+@pytest.mark.slow
 def test_a_prepared_model_trains(accelerator, load):
     losses = train(accelerator, *prepare(accelerator, load()), epochs=4)
     assert sum(losses[-2:]) < sum(losses[:2])
@@ -71,6 +72,7 @@ def test_a_prepared_model_takes_the_steps_of_a_plain_one(accelerator, load):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 def test_training_resumes_from_a_saved_state(accelerator, load, tmp_path):
     prepared = prepare(accelerator, load())
     train(accelerator, *prepared)

@@ -49,6 +49,7 @@ def their_results(reference, frames):
     return {"hidden states": torch.cat(states), "logits": torch.cat([output.logits[0] for output in outputs])}, found
 
 
+@pytest.mark.slow
 def test_results_and_gradients_are_as_near_to_float32_as_those_of_transformers(ours, reference, device):
     frames = photos_as_floats(FRAMES.to(device))
     exact, exact_gradients = their_results(reference, frames)

@@ -12,10 +12,7 @@ from tests.training.two_processes import ANSWERS, RATE, WHOLE, gradients_of, loa
 # The same float32 sums, half of them made elsewhere.
 TOLERANCE = 1e-5
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.slow,
-]
+pytestmark = [pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

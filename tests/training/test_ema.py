@@ -61,6 +61,7 @@ def test_pytorchs_averaged_model_equals_an_average_by_hand(model, load):
     assert list(average.module.state_dict()) == list(model.state_dict())
 
 
+@pytest.mark.slow
 def test_an_average_is_saved_with_torch_save_and_taken_up_again(model, tmp_path):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     for _ in range(2):

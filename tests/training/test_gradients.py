@@ -71,6 +71,7 @@ def test_trap27_gradients_equal_transformers_at_every_size(models, reference, si
     assert_equal_to_transformers([models["left"]], reference, photos(1, 1, *size), TEXTS[:1])
 
 
+@pytest.mark.slow
 def test_trap27_gradients_equal_transformers_for_several_cameras_and_padding(models, reference):
     assert_equal_to_transformers(models.values(), reference, photos(3, 2, 84, 140), TEXTS)
 
@@ -79,6 +80,7 @@ def test_trap27_gradients_equal_transformers_on_noise_with_partial_windows(model
     assert_equal_to_transformers(models.values(), reference, noise(2, 1, 140, 252), TEXTS[:2])
 
 
+@pytest.mark.slow
 def test_trap27_gradients_equal_transformers_for_cameras_of_mixed_sizes(models, reference):
     sizes = [(140, 196), (84, 84), (28, 56), (84, 84)]
     images = [photos(2, 1, *size, seed=camera)[:, 0] for camera, size in enumerate(sizes)]
@@ -101,6 +103,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True], ids=["one size", "mixed sizes"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_trap20_gradients_equal_transformers_with_cameras_missing(models, reference, mask, mixed):
@@ -156,6 +159,7 @@ def test_trap27_gradients_equal_transformers_after_graphs_were_captured_and_weig
 # --- the way to the pixels ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(240, 320), (256, 256), (61, 90)])
 def test_gradients_go_through_the_resize(models, reference, size):
     frames = photos_as_floats(photos(1, 2, *size).to(reference.device))
@@ -214,6 +218,7 @@ def outputs_of(model, frames):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["frames", "the first parameter"])
 def test_no_output_is_detached_from_what_wants_a_gradient(load, device, what):
     """Called before without gradients, so that whatever is cached or captured then must not serve now."""

@@ -82,6 +82,7 @@ def their_hidden_states(reference):
     return torch.cat([reference.run(**sample).hidden_states[-1][0] for sample in inputs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_trained_in_transformers_gives_the_same_hidden_states(theirs, fresh, device, tmp_path, kind):
     without = their_hidden_states(theirs)
@@ -110,12 +111,14 @@ def test_an_adapter_by_the_names_before_transformers_4_52_gives_the_same_hidden_
     assert_equal_to(hidden_states(load_adapter(fresh, tmp_path), device), their_hidden_states(theirs))
 
 
+@pytest.mark.slow
 def test_peft_itself_loads_an_adapter_whose_settings_name_no_paths(theirs, fresh, device, tmp_path):
     adapt(theirs.model, target_modules=DECODER + VISION).save_pretrained(tmp_path)
     adapted = peft.PeftModel.from_pretrained(fresh, tmp_path, torch_device=device)
     assert_equal_to(hidden_states(adapted, device), their_hidden_states(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decoder", "vision", "all"])
 def test_trap27_gradients_of_an_adapter_equal_those_in_transformers(theirs, fresh, device, tmp_path, kind):
     trained = adapt(theirs.model, **ADAPTERS[kind])
@@ -140,6 +143,7 @@ def gradients_by_layer(loss, adapted):
     return dict(zip(names, found, strict=True))
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_here_acts_the_same_in_transformers_and_loaded_again(theirs, load, device, tmp_path):
     torch.manual_seed(0)
     adapted = peft.get_peft_model(load(device=device), peft.LoraConfig(r=2, target_modules=DECODER + VISION))
@@ -205,6 +209,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NESTED, reason="save_adapter writes the names of transformers 4.52 and later")
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_adapter_of_a_policy_is_saved_as_that_of_its_model(theirs, load, device, tmp_path, kind):
@@ -241,6 +246,7 @@ def test_what_an_adapter_of_the_model_cannot_hold_is_refused_by_name(load, tmp_p
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_two_adapters_are_loaded_and_chosen_by_name(fresh, load, device, tmp_path):
     expected = {}
     for name, layer in (("one", "q_proj"), ("two", "down_proj")):
@@ -329,6 +335,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(theirs, load, tmp_path, 
     assert torch.equal(hidden_states(model, "cpu"), expected)
 
 
+@pytest.mark.slow
 def test_damaged_adapters_are_refused_and_leave_the_model_as_it_was():
     from tests.fuzz.damaged_adapters import faults
 

@@ -25,18 +25,8 @@ from tests.training.gradients import (
 TEXTS = ["Pick up the red block.", "", "Open the top drawer, then close the bottom drawer.\n"]
 TARGETS = ["move left 0.25", "", "先打开上面的抽屉。🦾 Then close the other."]
 ANSWERS = [
-    "left",
-    "",
-    " left ",
-    "\n",
-    "\n\nleft\n",
-    " \n x",
-    "\r\n",
-    "把杯子放在桌子上。",
-    "🤖👩‍🔬",
-    "e\u0301",
-    "\u0301e",
-    "a" * 300,
+    *("left", "", " left ", "\n", "\n\nleft\n", " \n x", "\r\n"),
+    *("把杯子放在桌子上。", "🤖👩‍🔬", "e\u0301", "\u0301e", "a" * 300),
 ]
 MASK = torch.tensor([[True, False], [True, True], [False, False]])
 END = "<|im_end|>"
@@ -178,6 +168,7 @@ def assert_loss_equals_transformers(models, reference, images, texts, targets, c
         assert_gradients_equal(gradients(out.loss, model.named_parameters(), frames), expected)
 
 
+@pytest.mark.slow
 def test_the_loss_equals_transformers_with_labels_masked(models, reference):
     images = photos(3, 2, 84, 140).to(reference.device)
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS)
@@ -188,6 +179,7 @@ def test_the_loss_equals_transformers_with_cameras_missing(models, reference):
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS, MASK)
 
 
+@pytest.mark.slow
 def test_the_loss_equals_transformers_for_cameras_of_mixed_sizes(models, reference):
     images = [photos(3, 1, *size)[:, 0].to(reference.device) for size in ((84, 140), (140, 140))]
     assert_loss_equals_transformers(models.values(), reference, images, TEXTS, TARGETS)

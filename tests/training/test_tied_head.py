@@ -102,14 +102,15 @@ def gradients(outputs, model):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_trap34_an_adapter_of_transformers_acts_the_same_loaded_here(theirs, load, inputs, device, tmp_path, kind):
+def test_trap34_an_adapter_of_transformers_acts_the_same_loaded_here_and_merged(
+    theirs, load, inputs, device, tmp_path, kind
+):
     base = inputs.theirs(theirs)
     trained = adapt(theirs, ADAPTERS[kind])
     expected = inputs.theirs(trained)
     assert min(relative_error(x, y) for x, y in zip(expected, base, strict=True)) > 0.001
-    trained.save_pretrained(tmp_path)
-    model = load(device=device)
-    adapted = load_adapter(model, tmp_path, is_trainable=True)
+    trained.save_pretrained(tmp_path / "adapter")
+    adapted = load_adapter(load(device=device), tmp_path / "adapter", is_trainable=True)
     assert_same(inputs.ours(adapted), expected)
     wanted = gradients(inputs.theirs(trained), trained)
     found = gradients(inputs.ours(adapted), adapted)
@@ -120,19 +121,10 @@ def test_trap34_an_adapter_of_transformers_acts_the_same_loaded_here(theirs, loa
             assert relative_error(found[name], gradient) < 1e-4, name
     with adapted.disable_adapter(), trained.disable_adapter():
         assert_same(inputs.ours(adapted), inputs.theirs(trained))
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_trap34_a_merged_adapter_acts_as_in_transformers(theirs, load, inputs, device, tmp_path, kind):
-    trained = adapt(theirs, ADAPTERS[kind])
-    trained.save_pretrained(tmp_path / "adapter")
-    adapted = load_adapter(load(device=device), tmp_path / "adapter")
-    for each in (trained, adapted):
-        each.merge_adapter()
-    assert_same(inputs.ours(adapted), inputs.theirs(trained))
-    for each in (trained, adapted):
-        each.unmerge_adapter()
-    assert_same(inputs.ours(adapted), inputs.theirs(trained))
+    for change in ("merge_adapter", "unmerge_adapter"):
+        for each in (trained, adapted):
+            getattr(each, change)()
+        assert_same(inputs.ours(adapted), inputs.theirs(trained))
     merged, expected = adapted.merge_and_unload(), trained.merge_and_unload()
     assert merged.has_tied_head == (expected.lm_head.weight is expected.get_input_embeddings().weight)
     assert_same(inputs.ours(merged), inputs.theirs(expected))
@@ -208,13 +200,8 @@ def loaded(assign):
 @pytest.mark.parametrize(
     "change",
     [
-        copy.deepcopy,
-        pickled,
-        emptied,
-        swapped,
-        lambda model: copy.deepcopy(model).double(),
-        loaded(False),
-        loaded(True),
+        *(copy.deepcopy, pickled, emptied, swapped, lambda model: copy.deepcopy(model).double()),
+        *(loaded(False), loaded(True)),
     ],
     ids=["deepcopy", "pickle", "to_empty", "swap", "double", "load_state_dict", "load_state_dict(assign)"],
 )

@@ -29,10 +29,7 @@ ANSWERS = ["yes", "no", "yes", "no"]  # of as many tokens, so that the mean over
 MASK = torch.tensor([[True, True], [True, True], [False, False], [False, False]])
 WHOLE = {"images": IMAGES, "texts": TEXTS, "camera_mask": MASK}
 HALVES = {
-    "text only": [
-        {"images": IMAGES[:2], "texts": TEXTS[:2]},
-        {"images": None, "texts": TEXTS[2:]},
-    ],
+    "text only": [{"images": IMAGES[:2], "texts": TEXTS[:2]}, {"images": None, "texts": TEXTS[2:]}],
     "cameras missing": [
         {"images": IMAGES[:2], "texts": TEXTS[:2], "camera_mask": MASK[:2]},
         {"images": IMAGES[2:], "texts": TEXTS[2:], "camera_mask": MASK[2:]},
@@ -206,22 +203,9 @@ def fsdp_save(checkpoint, halves):
 
 
 SCENARIOS = (
-    ddp_text_only,
-    ddp_cameras_missing,
-    ddp_answers,
-    ddp_lora,
-    ddp_frozen_tower,
-    accelerate_ddp,
-    fsdp_text_only,
-    fsdp_cameras_missing,
-    fsdp_answers,
-    fsdp_checkpointing,
-    fsdp_frozen_tower,
-    fsdp_whole_model_at_once,
-    fsdp_groups_of_blocks,
-    fsdp_mixed_precision,
-    fsdp_training_and_inference,
-    fsdp_save,
+    *(ddp_text_only, ddp_cameras_missing, ddp_answers, ddp_lora, ddp_frozen_tower, accelerate_ddp, fsdp_text_only),
+    *(fsdp_cameras_missing, fsdp_answers, fsdp_checkpointing, fsdp_frozen_tower, fsdp_whole_model_at_once),
+    *(fsdp_groups_of_blocks, fsdp_mixed_precision, fsdp_training_and_inference, fsdp_save),
 )
 # Packages that a test may do without.
 NEEDS = {ddp_lora: "peft", accelerate_ddp: "accelerate"}
