@@ -176,6 +176,7 @@ def launch_real_shapes(dtype):
     launch_swiglu(768, 3456, dtype, with_bias=True)
     launch_swiglu(512, 11008, dtype, with_bias=False)
     launch_one_row(2048, 2560, dtype, with_bias=True, gated=False)
+    launch_one_row(4096, 2560, dtype, with_bias=False, gated=False)
     launch_one_row(11008, 2048, dtype, with_bias=False, gated=False)
     launch_one_row(2048, 11008, dtype, with_bias=False, gated=True)
     launch_low_rank(2784, 11008, 16, dtype, transposed=True)
