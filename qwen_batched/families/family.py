@@ -55,13 +55,19 @@ class Family:
                 raise ValueError(f"{name} must be {value}, got {shown(text[name])}")
         return config
 
-    def build_vision(self, config: QwenVLConfig) -> nn.Module:
-        """The vision transformer with fresh weights."""
-        return self._modeling().BatchedVisionTransformer(config.vision)
+    def build_vision(self, config: QwenVLConfig, kind: type[nn.Module] | None = None) -> nn.Module:
+        """The vision transformer with fresh weights; a `kind` of a user's own in place of the family's class."""
+        return self._class("BatchedVisionTransformer", kind)(config.vision)
 
-    def build_decoder(self, config: QwenVLConfig) -> nn.Module:
-        """The decoder with fresh weights."""
-        return self._modeling().BatchedDecoder(config.text)
+    def build_decoder(self, config: QwenVLConfig, kind: type[nn.Module] | None = None) -> nn.Module:
+        """The decoder with fresh weights, likewise."""
+        return self._class("BatchedDecoder", kind)(config.text)
+
+    def _class(self, name: str, kind: type[nn.Module] | None) -> type[nn.Module]:
+        """A class of this package stands for that of the checkpoint's family."""
+        if kind is None or kind.__module__.startswith("qwen_batched.model."):
+            return getattr(self._modeling(), name)
+        return kind
 
     def _modeling(self) -> Any:
         # By name: the networks are built from parts that know of families.

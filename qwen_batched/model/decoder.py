@@ -71,19 +71,20 @@ class Decoder(GradientCheckpointing):
         num_layers: int | None = None,
         **options: Any,
     ) -> Decoder:
-        """The decoder of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        """The decoder of a checkpoint of any family; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
         stored = read_config(checkpoint)
         config = stored if num_layers is None else stored.truncated(num_layers)
-        model = build_on_meta(lambda: cls(config.text), checkpoint.folder / CONFIG_FILE)
+        family = family_of(config.model_type)
+        model = build_on_meta(lambda: family.build_decoder(config, cls), checkpoint.folder / CONFIG_FILE)
         names = [TEXT_PREFIX + name for name, _ in model.named_parameters()]
         unread = unread_layers(names, config.text.num_hidden_layers, stored.text.num_hidden_layers)
         load_weights(
             model,
             checkpoint,
-            family_of(config.model_type).keys,
+            family.keys,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=TEXT_PREFIX,

@@ -71,15 +71,16 @@ class VisionTransformer(GradientCheckpointing):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | str = "auto", device: Device = None, **options: Any
     ) -> VisionTransformer:
-        """The vision transformer of a checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        """The vision transformer of any family's checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
         config = read_config(checkpoint)
+        family = family_of(config.model_type)
         model = load_weights(
-            build_on_meta(lambda: cls(config.vision), checkpoint.folder / CONFIG_FILE),
+            build_on_meta(lambda: family.build_vision(config, cls), checkpoint.folder / CONFIG_FILE),
             checkpoint,
-            family_of(config.model_type).keys,
+            family.keys,
             dtype=config.dtype if dtype == "auto" else dtype,
             device=device,
             prefix=VISION_PREFIX,

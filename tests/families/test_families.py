@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen_batched import BatchedDecoder, BatchedVisionTransformer, BatchedVL, QwenBatchedVL
 from qwen_batched.checkpoint.keys import KeyLayout
@@ -84,3 +85,15 @@ def test_a_config_that_is_not_implemented_is_refused(preset, section, field, val
     raw[section][field] = value
     with pytest.raises(ValueError, match=message):
         family_of(raw["model_type"]).read_config(raw)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_the_networks_of_any_family_load_alone(preset, tmp_path):
+    whole = BatchedVL.from_pretrained(write_checkpoint(tmp_path, preset), device="cpu")
+    for kind, part in {BatchedVisionTransformer: whole.visual, BatchedDecoder: whole.model}.items():
+        own = type("Own", (type(part),), {})  # a user's class stays what it is
+        for asked, expected in ((kind, type(part)), (own, own)):
+            found = asked.from_pretrained(tmp_path, device="cpu")
+            stored, alone = part.state_dict(), found.state_dict()
+            assert type(found) is expected
+            assert stored.keys() == alone.keys() and all(torch.equal(alone[name], stored[name]) for name in stored)
