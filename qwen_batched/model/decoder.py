@@ -71,7 +71,7 @@ class Decoder(GradientCheckpointing):
         num_layers: int | None = None,
         **options: Any,
     ) -> Decoder:
-        """The decoder of a checkpoint of any family; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        """That of any family's checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
