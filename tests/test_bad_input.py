@@ -208,9 +208,9 @@ def test_bad_resizes_are_refused_before_any_work(refuses, name):
 
 
 def test_resize_none_refuses_sizes_that_the_model_does_not_take(refuses):
-    for images in (photos(2, 2, 57, 84), [MIXED[0], photos(2, 1, 56, 85)[:, 0]]):
-        refuses(lambda model, images=images: model(images, TEXTS, resize=None), "28", "resize")
-        refuses(lambda model, images=images: model.encode_images(images, resize=None), "28", "resize")
+    for images, size in ((photos(2, 2, 57, 84), "57 x 84"), ([MIXED[0], photos(2, 1, 56, 85)[:, 0]], "56 x 85")):
+        refuses(lambda model, images=images: model(images, TEXTS, resize=None), "28", "resize", size)
+        refuses(lambda model, images=images: model.encode_images(images, resize=None), "28", "resize", size)
 
 
 @pytest.mark.parametrize("resize", ["hf", (56, 56), [28, 5600]])
@@ -230,6 +230,7 @@ BAD_OUTPUTS = {
     "a text layer": ({"layers": ("-1",)}, "layers", "'-1'"),
     "layers as text": ({"layers": "all"}, "layers", "'all'"),
     "layers None": ({"layers": None}, "layers", "None"),
+    "a None layer": ({"layers": (None,)}, "layers", "None"),
     "norm": ({"norm": "none"}, "'post'", "'none'"),
     "norm None": ({"norm": None}, "'post'", "None"),
     "logits": ({"logits": "first"}, "'last'", "'first'"),
@@ -241,6 +242,8 @@ BAD_OUTPUTS = {
     "template with two texts": ({"template": "{images}{text}{text}"}, "{text}", "2 times"),
     "template with two image places": ({"template": "{images}{images}{text}"}, "{images}", "2 times"),
     "template empty": ({"template": ""}, "template"),
+    "template of an unknown name": ({"template": "chats"}, "template", "chats"),
+    "template with a capital": ({"template": "{Images}{text}"}, "{images}", "{Images}"),
     "template None": ({"template": None}, "template", "NoneType"),
     "template as bytes": ({"template": b"chat"}, "template", "bytes"),
     "template with a third image": ({"template": "<|image_pad|>{images}{text}"}, "2 images", "3"),
