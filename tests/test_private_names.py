@@ -38,6 +38,7 @@ NAMES = {
     "torch._C.DisableTorchFunction": "makes a cached table where it belongs, whatever the default device",
     "torch._subclasses.fake_tensor.FakeTensor": "inputs without values are refused, unless something is being traced",
     "torch.ops.aten._scaled_dot_product_cudnn_attention": "cuDNN's attention for the shapes where it is the fastest",
+    "torch._addmm_activation": "a product, its bias and a tanh GELU in one kernel of cuBLAS",
     "triton.compiler.CompiledKernel": "a compiled kernel is kept, and launched without Triton's search for it",
     "triton.runtime.jit.KernelInterface": "the type of what is launched",
     "triton.language.extra.cuda.gdc_wait": "programmatic dependent launch: a kernel starts before its forerunner ends",
