@@ -85,6 +85,7 @@ def varlen_attention(q, k, v, bounds, *_, scale):
     return torch.cat(outs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
 @pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
 @torch.no_grad()
@@ -104,6 +105,7 @@ def test_the_varlen_tower_and_its_geometry_are_transformers(sisters, device, pre
             assert_equal_to(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__).release < (5,), reason="geometry is an argument since 5")
 @pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
 @torch.no_grad()

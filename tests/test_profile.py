@@ -163,6 +163,7 @@ def test_the_command_prints_what_it_writes(checkpoint, tmp_path, capsys):
     assert "not available" in printed
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_preset_of_any_family(capsys):
     assert tool.main([*QUICK, "--preset", "qwen3-vl-tiny", "--cameras", "1", "--text-tokens", "5"]) == 0
     assert "preset qwen3-vl-tiny, random weights" in capsys.readouterr().out

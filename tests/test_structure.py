@@ -131,6 +131,7 @@ def names_and_strings(tree):
             node.body[0].value.value = None
 
 
+@pytest.mark.slow
 def test_no_module_of_all_families_names_one():
     for name, path in SOURCES.items():
         if name.split(".")[0] in MAY_NAME_FAMILIES or name.startswith("model.modeling_"):

@@ -266,6 +266,7 @@ def test_trained_like_streams_have_a_few_massive_channels(activations, part):
         assert over_median(stream)[0] < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["visual", "decoder"])
 def test_trained_like_attention_is_peaked(activations, part):
     flat, peaked = ([flatness(p) for p in activations[kind].attention[part]] for kind in ("random", "trained-like"))

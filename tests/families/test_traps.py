@@ -318,6 +318,7 @@ def test_trap_all_adapters_named_by_another_layout(any_family, tmp_path):
     assert relative_error(found[0], plain) > NOTICEABLE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_trap_all_families_in_one_process_share_no_graph_plan_or_cache(tmp_path):
     """Called in turns with frames of one size, each gives what it gives when called alone."""

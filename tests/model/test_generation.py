@@ -192,6 +192,7 @@ def test_each_end_token_alone_stops(tmp_path, device, expected):
             assert reason == ("eos" if end in full else "length")
 
 
+@pytest.mark.slow
 def test_generation_stops_early_once_every_sample_has_ended(tmp_path, device, expected):
     first = sorted({ids[0] for ids in expected[True]})
     model = QwenBatchedVL.from_pretrained(write(tmp_path, {"eos_token_id": first}), device=device)
