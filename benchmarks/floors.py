@@ -17,7 +17,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +36,7 @@ import whole_peers
 from measure import INSTRUCTION, Work, captured, note
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from training import step, without_gradients
 
 from qwen_batched.checkpoint.config import VisionConfig
 
@@ -133,29 +134,20 @@ def measure_training(run: runs.Run, towers: dict, reference: object) -> None:
     pixels = peers.random_inputs(run.model.config.vision, work, run.like, 1)[0].pixels
     prompts = whole_peers.Prompts.of(prepared, run.model.config.vision)
 
-    def step(module: torch.nn.Module, forward: Callable[[], Tensor]) -> None:
-        with torch.enable_grad():
-            forward().float().square().mean().backward()
-        for parameter in module.parameters():
-            parameter.grad = None
+    def stepped(module: torch.nn.Module, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return without_gradients(partial(step, forward), module.requires_grad_(True).parameters())
 
-    run.model.requires_grad_(True)
-    calls = {"ours": partial(step, run.model, lambda: run.model(frames, texts, resize=None).last_hidden_state)}
+    calls = {"ours": stepped(run.model, lambda: run.model(frames, texts, resize=None).last_hidden_state)}
     for name, visual in towers.items():
-        model = reference.model.requires_grad_(True)
         visual.requires_grad_(True)
         theirs = whole_peers.whole_model(reference, visual, prompts)
-        calls[f"transformers, {name}"] = partial(step, model, partial(theirs, pixels))
+        calls[f"transformers, {name}"] = stepped(reference.model, partial(theirs, pixels))
     report(run, f"training step, B={batch}, {cameras} x {run.options.size}", calls, measure.single_times)
 
 
 def report(run: runs.Run, title: str, calls: dict[str, Callable[[], object]], take: Callable) -> None:
     note(title)
-    smoke = run.options.smoke
-    spreads = measure.interleaved(
-        calls, run.device, take=take, rounds=1 if smoke else 2, seconds=0.01 if smoke else 0.5, most=100
-    )
-    times = {name: asdict(spread) for name, spread in spreads.items()}
+    times = run.times(calls, seconds=0.5, take=take, most=100)
     runs.print_beside_ours(title, times)
     floors = {name: row["median"] for name, row in times.items() if "alone" in name}
     attention = [ms for name, ms in floors.items() if "attention" in name]
@@ -184,7 +176,7 @@ def run_all(options: Namespace, temporary: str) -> int:
             measure_tower(run, side, towers)
         for batch, cameras in shapes.calls:
             measure_calls(run, batch, cameras, towers, reference)
-        measure_training(run, {name: tower for name, tower in towers.items() if name == "varlen"}, reference)
+    measure_training(run, {name: tower for name, tower in towers.items() if name == "varlen"}, reference)
     return run.finish("floors")
 
 

@@ -71,7 +71,7 @@ class Decoder(GradientCheckpointing):
         num_layers: int | None = None,
         **options: Any,
     ) -> Decoder:
-        """That of any family's checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        """Loads a checkpoint of any family; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)
@@ -233,7 +233,7 @@ class DecoderAttention(nn.Module):
         return apply_linear(self.o_proj, context.attend(self.index, qkv, self.num_kv_heads, qk_norm))
 
     def _normalise(self, qkv: Tensor) -> Tensor:
-        """Calls the norms, which somebody watches or has replaced."""
+        """Calls the norm modules, which have hooks or were replaced."""
         heads, num_kv = qkv.unflatten(-1, (-1, self.head_dim)), self.num_kv_heads
         q, k, v = heads.split([heads.shape[-2] - 2 * num_kv, num_kv, num_kv], dim=-2)
         return torch.cat((self.q_norm(q)[0], self.k_norm(k)[0], v), dim=-2).flatten(-2)

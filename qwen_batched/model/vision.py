@@ -71,7 +71,7 @@ class VisionTransformer(GradientCheckpointing):
     def from_pretrained(
         cls, name: str | Path, dtype: torch.dtype | str = "auto", device: Device = None, **options: Any
     ) -> VisionTransformer:
-        """That of any family's checkpoint; reads no other tensors. Arguments as in `QwenBatchedVL`."""
+        """Loads a checkpoint of any family; reads no other tensors. Arguments as in `QwenBatchedVL`."""
         chosen = read_options(ModelOptions, options)
         dtype, device = chosen.placement(dtype, device)
         checkpoint = Checkpoint.open(name, hub=chosen)

@@ -85,6 +85,13 @@ def causal_attention_formula(q, k, v, visible=None):
     return out
 
 
+def plain_norm(x, weight, bias, eps):
+    """RMSNorm, or LayerNorm with a bias, in the dtype of `x` throughout."""
+    x = x if bias is None else x - x.mean(-1, keepdim=True)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return normed if bias is None else normed + bias
+
+
 def plain_rotation(x, cos, sin):
     """In the dtype of `x`, operation by operation."""
     first, second = x.chunk(2, dim=-1)

@@ -13,6 +13,7 @@ from tests.ops.support import (
     exact_normal,
     kernels_of,
     normal,
+    plain_norm,
     precision,
 )
 from tests.support import assert_equal_to
@@ -29,13 +30,6 @@ def norm_formula(x, weight, bias, eps):
         out.append(row / math.sqrt(sum(value**2 for value in row.tolist()) / len(row) + eps))
     normed = torch.stack(out).view(x.shape) * weight.double()
     return normed if bias is None else normed + bias.double()
-
-
-def plain_norm(x, weight, bias, eps):
-    """In the dtype of `x` throughout."""
-    x = x if bias is None else x - x.mean(-1, keepdim=True)
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    return normed if bias is None else normed + bias
 
 
 @precision

@@ -10,6 +10,7 @@ from tests.ops.support import (
     exact_normal,
     kernels_of,
     normal,
+    plain_norm,
     plain_rotation,
     precision,
     rope_tables,
@@ -57,10 +58,7 @@ def plain_decoding(qkv, cos, sin, keys, values, lengths, q_norm=None, k_norm=Non
     heads = qkv.unflatten(-1, (-1, size))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
-        q, k = (
-            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-            for x, weight in ((q, q_norm), (k, k_norm))
-        )
+        q, k = plain_norm(q, q_norm, None, eps), plain_norm(k, k_norm, None, eps)
     samples = torch.arange(batch, device=qkv.device)
     keys[samples, lengths], values[samples, lengths] = plain_rotation(k, cos, sin), v
     q = plain_rotation(q, cos, sin)

@@ -11,6 +11,7 @@ from tests.ops.support import (
     exact_normal,
     kernels_of,
     normal,
+    plain_norm,
     plain_rotation,
     precision,
     rope_tables,
@@ -107,10 +108,7 @@ def plain_mrope(qkv, cos, sin, kv_heads, slots, rows, q_norm, k_norm, eps):
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
-        q, k = (
-            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-            for x, weight in ((q, q_norm), (k, k_norm))
-        )
+        q, k = plain_norm(q, q_norm, None, eps), plain_norm(k, k_norm, None, eps)
     plain = torch.cat([plain_rotation(torch.cat((q, k), dim=1), cos, sin), v], dim=1).flatten(1)
     return plain if slots is None else plain.new_zeros(rows, plain.shape[1]).index_copy(0, slots, plain)
 

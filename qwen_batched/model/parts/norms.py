@@ -15,7 +15,7 @@ from qwen_batched.runtime.fast_path import can_fuse
 # its start; returns the normalised stream and the stream, both (..., D).
 AddNorm = Callable[..., tuple[Tensor, Tensor]]
 
-# Weights (E,) of the norms of a query's and of a key's head, and their eps; () where there are none.
+# Weights (E,) of the query and key norms, and their eps; () without them.
 QKNorm = tuple[Tensor, Tensor, float] | tuple[()]
 
 
