@@ -22,12 +22,12 @@ from qwen_batched.linear.fused import FusedLinear, pack, pack_again
 from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
 from qwen_batched.model.geometry import decoder_frequencies
 from qwen_batched.model.parts.norms import AddNorm, resolve_qk_norm, stream_of
-from qwen_batched.model.parts.ropes import RopeRule
+from qwen_batched.model.parts.ropes import RopeRule, sectioned
 from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
 
-MAX_DEVICES = 8
+MAX_TABLES = 16
 
 
 class Decoder(GradientCheckpointing):
@@ -45,12 +45,12 @@ class Decoder(GradientCheckpointing):
         mlp: Callable[[], nn.Module],
         qkv_bias: bool,
         qk_norm: Callable[[int], AddNorm] | None = None,
-        rope: RopeRule = ops.mrope_tables,
+        rope: RopeRule = sectioned,
     ) -> None:
         """Builds the modules with fresh weights.
 
         `norm` makes a block's norms and the final one, of so many channels, `mlp` a block's MLP, `qk_norm` the norms of
-        a query's and a key's head, before they are rotated by `rope`.
+        a query's and a key's head, before they are rotated; `rope` says by which positions.
         """
         super().__init__()
         self.config = config
@@ -60,7 +60,7 @@ class Decoder(GradientCheckpointing):
             DecoderBlock(config, index, norm, mlp, qkv_bias, qk_norm) for index in range(config.num_hidden_layers)
         )
         self.norm = norm(config.hidden_size)
-        self._inv_freq = LRUCache(MAX_DEVICES)
+        self._tables = LRUCache(MAX_TABLES)
 
     @classmethod
     def from_pretrained(
@@ -145,16 +145,19 @@ class Decoder(GradientCheckpointing):
         return hidden_states[0]
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config
-        cos, sin = self.rope(position_ids, self._inverse_frequencies(position_ids.device), config.mrope_section)
-        if config.yarn is None:
-            return cos, sin
-        return cos * config.yarn.attention_factor, sin * config.yarn.attention_factor
+        device, yarn = position_ids.device, self.config.yarn
+        cos, sin = ops.mrope_tables(position_ids, self._inverse_frequencies(device), self._rope_axes(device))
+        return (cos, sin) if yarn is None else (cos * yarn.attention_factor, sin * yarn.attention_factor)
 
     @torch.compiler.assume_constant_result
     def _inverse_frequencies(self, device: torch.device) -> Tensor:
         config = self.config
-        return self._inv_freq.get((config, device), lambda: decoder_frequencies(config).to(device))
+        return self._tables.get((config, device), lambda: decoder_frequencies(config).to(device))
+
+    @torch.compiler.assume_constant_result
+    def _rope_axes(self, device: torch.device) -> Tensor:
+        axes = tuple(self.rope(self.config.mrope_section))
+        return self._tables.get((axes, device), lambda: torch.tensor(axes, device="cpu").to(device))
 
     def _run_blocks(
         self, x_TD: Tensor, context: Context, wanted: list[int], norm: str, deep_features: Sequence[Tensor] = ()

@@ -9,7 +9,7 @@ from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.parts.mlps import MLP, SwiGLU
 from qwen_batched.model.parts.norms import AddLayerNorm, AddRMSNorm
 from qwen_batched.model.parts.patches import FlatPatchMerger
-from qwen_batched.model.parts.ropes import interleaved_mrope_tables
+from qwen_batched.model.parts.ropes import interleaved
 from qwen_batched.model.vision import VisionTransformer
 
 __all__ = ["BatchedDecoder", "BatchedVisionTransformer"]
@@ -46,5 +46,5 @@ class BatchedDecoder(Decoder):
             mlp=lambda: SwiGLU(config.hidden_size, config.intermediate_size, bias=False),
             qkv_bias=False,
             qk_norm=norm,
-            rope=interleaved_mrope_tables,
+            rope=interleaved,
         )

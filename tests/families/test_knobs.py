@@ -17,7 +17,7 @@ from qwen_batched.model.geometry import IMAGE, make_vision_plan
 from qwen_batched.model.parts.mlps import MLP, SwiGLU
 from qwen_batched.model.parts.norms import AddLayerNorm, AddRMSNorm
 from qwen_batched.model.parts.patches import PatchMerger
-from qwen_batched.model.parts.ropes import interleaved_mrope_tables
+from qwen_batched.model.parts.ropes import interleaved
 from qwen_batched.model.vision import VisionTransformer
 from tests.support import assert_equal_to
 
@@ -154,8 +154,8 @@ def plain_sectioned(positions, inv_freq, sections):
 KINDS = {
     "head norms": ({}, plain_sectioned),
     "biases": ({"qkv_bias": True, "qk_norm": None}, plain_sectioned),
-    "neither, interleaved": ({"qk_norm": None, "rope": interleaved_mrope_tables}, plain_interleaved),
-    "all": ({"qkv_bias": True, "rope": interleaved_mrope_tables}, plain_interleaved),
+    "neither, interleaved": ({"qk_norm": None, "rope": interleaved}, plain_interleaved),
+    "all": ({"qkv_bias": True, "rope": interleaved}, plain_interleaved),
 }
 
 

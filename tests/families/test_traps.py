@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen_batched import QwenBatchedVL, ops
+from qwen_batched import QwenBatchedVL
 from qwen_batched.families import FAMILIES, family_of
 from qwen_batched.linear.fused import pack
 from qwen_batched.lora import load_adapter
+from qwen_batched.model.parts.ropes import sectioned
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.parity.test_whole_model_parity import reference_run, to
@@ -172,10 +173,10 @@ def test_trap_qwen3_rope_is_interleaved_and_an_image_that_is_no_square_tells(qwe
     rows, columns = (found.position_ids[axis][found.image_mask] for axis in (1, 2))
     assert len(rows.unique()) == 2 and len(columns.unique()) == 5
     with monkeypatch.context() as patch:
-        patch.setattr(model.model, "rope", ops.mrope_tables)
-        sectioned, of_text_alone = model(image, [text]), model(None, [text])
+        patch.setattr(model.model, "rope", sectioned)
+        by_sections, of_text_alone = model(image, [text]), model(None, [text])
     assert_equal_to(of_text_alone.last_hidden_state, of_text.last_hidden_state)
-    assert relative_error(sectioned.last_hidden_state, expected) > NOTICEABLE
+    assert relative_error(by_sections.last_hidden_state, expected) > NOTICEABLE
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL, ops
+from qwen_batched.model.parts import ropes
 from qwen_batched.testing import ADDED_TOKENS, write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference, check_reference_version
 from tests.support import assert_equal_to, own_tokens, photos, relative_error
@@ -330,22 +331,13 @@ def test_trap16_the_vision_tables_do_not_follow_the_dtype(load, device):
 # --- trap 17 ---
 
 
-def interleaved_tables(position_ids, inv_freq, sections):
-    """As Qwen3-VL has it: height and width take every third frequency, as far as their sections reach."""
-    axis = torch.zeros(len(inv_freq), dtype=torch.int64)
-    for index in (1, 2):
-        axis[index : 3 * sections[index] : 3] = index
-    angles = position_ids.float()[axis].movedim(0, -1) * inv_freq
-    return angles.cos(), angles.sin()
-
-
 def test_trap17_rope_is_sectioned_and_an_image_tells(model, reference, monkeypatch):
     image, text = photos(1, 1, 140, 196), "Pick up the red block."
     expected = reference.run(**reference.processor_inputs([image[0, 0]], text)).hidden_states[-1]
     sectioned, sectioned_text = model(image.to(model.device), [text]), model(None, [text])
     assert_equal_to(sectioned.last_hidden_state, expected)
     with monkeypatch.context() as patch:
-        patch.setattr(model.model, "rope", interleaved_tables)
+        patch.setattr(model.model, "rope", ropes.interleaved)
         interleaved, interleaved_text = model(image.to(model.device), [text]), model(None, [text])
     # The two agree on pure text: a test without images would let the wrong one pass.
     assert_equal_to(interleaved_text.last_hidden_state, sectioned_text.last_hidden_state)
@@ -356,9 +348,18 @@ def test_trap17_rope_is_sectioned_and_an_image_tells(model, reference, monkeypat
 def test_trap17_each_section_turns_with_its_axis():
     sections, inv_freq = (2, 3, 4), torch.rand(9, generator=torch.Generator().manual_seed(0))
     position_ids = torch.randint(0, 50, (3, 2, 5), generator=torch.Generator().manual_seed(1))
-    cos, sin = ops.mrope_tables(position_ids, inv_freq, sections)
     axis_of = [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert ropes.sectioned(sections) == axis_of
+    cos, sin = ops.mrope_tables(position_ids, inv_freq, torch.tensor(axis_of))
     for frequency, axis in enumerate(axis_of):
         angles = position_ids[axis] * inv_freq[frequency]
         assert torch.equal(cos[..., frequency], angles.cos())
         assert torch.equal(sin[..., frequency], angles.sin())
+
+
+@pytest.mark.parametrize("sections", [(24, 20, 20), (6, 3, 3), (5, 0, 2), (1, 1, 1)])
+def test_height_and_width_have_every_third_frequency_as_far_as_their_sections_reach(sections):
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
+    assert ropes.interleaved(sections) == axes

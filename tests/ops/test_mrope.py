@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwen_batched import ops
+from qwen_batched.model.parts.ropes import sectioned
 from qwen_batched.ops import reference
 from tests.ops.support import (
     assert_kernel_is_right,
@@ -33,9 +34,9 @@ def test_mrope_tables_equal_their_formula(sections, batch, length, dtype, tolera
     generator = torch.Generator().manual_seed(0)
     position_ids = torch.randint(0, limit, (3, batch, length), generator=generator)
     inv_freq = torch.rand(sum(sections), dtype=torch.float64, generator=generator).to(dtype)
-    cos, sin = ops.mrope_tables(position_ids, inv_freq, sections)
+    axis_of = sectioned(sections)
+    cos, sin = ops.mrope_tables(position_ids, inv_freq, torch.tensor(axis_of))
     assert cos.dtype == sin.dtype == dtype
-    axis_of = [axis for axis, count in enumerate(sections) for _ in range(count)]
     angles = torch.stack(
         [position_ids[axis].double() * inv_freq[index].double() for index, axis in enumerate(axis_of)], dim=-1
     )

@@ -95,14 +95,14 @@ def _head_weights(x: Tensor, num_kv_heads: int, q_norm: Tensor, k_norm: Tensor) 
     return torch.cat((q_norm.expand(queries, -1), k_norm.expand(num_kv_heads, -1))).to(x.dtype)
 
 
-def mrope_tables(position_ids: Tensor, inv_freq: Tensor, sections: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of multimodal rope (Qwen2-VL, arXiv:2409.12191, section 2.1), sectioned layout.
+def mrope_tables(position_ids: Tensor, inv_freq: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of multimodal rope (Qwen2-VL, arXiv:2409.12191, section 2.1).
 
-    Of the frequencies `inv_freq` (E / 2,) float32, the first `sections[0]` turn with the temporal position, the next
-    with the height, the last with the width: `position_ids` (3, ...), integers. Returns each (..., E / 2) float32.
+    Of the frequencies `inv_freq` (E / 2,) float32, each turns with the position that `axes`, int64 (E / 2,), names:
+    those in time, height and width are `position_ids` (3, ...), integers. Returns each (..., E / 2) float32.
     """
-    axes = zip(position_ids.to(inv_freq.dtype), inv_freq.split(sections), strict=True)
-    angles = torch.cat([positions[..., None] * freqs for positions, freqs in axes], dim=-1)
+    positions = position_ids.to(inv_freq.dtype).movedim(0, -1)
+    angles = positions.index_select(-1, axes) * inv_freq
     return angles.cos(), angles.sin()
 
 
