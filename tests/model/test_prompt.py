@@ -286,14 +286,13 @@ def test_trap16_a_cast_model_equals_one_loaded_in_that_dtype(load, device, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_trap16_rope_tables_are_precise_at_thousands_of_tokens(load, device, dtype, monkeypatch):
     model = load(device=device).requires_grad_(False).to(dtype)
-    seen = []
-    tables = model.model.rope
+    seen, tables = [], ops.mrope_tables
 
-    def spy(position_ids, inv_freq, sections):
-        seen.append((position_ids, *tables(position_ids, inv_freq, sections)))
+    def spy(position_ids, inv_freq, axes):
+        seen.append((position_ids, *tables(position_ids, inv_freq, axes)))
         return seen[-1][1:]
 
-    monkeypatch.setattr(model.model, "rope", spy)
+    monkeypatch.setattr(ops, "mrope_tables", spy)
     model(None, [LONG_TEXT])
     position_ids, cos, sin = seen[0]
     assert position_ids.max() > 3000
