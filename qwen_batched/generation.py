@@ -113,7 +113,8 @@ class Decoding:
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
         self._token_B = torch.zeros(samples, dtype=torch.int64, device=device)
         self._invalid = torch.full((), INVALID, device=device)
-        positions, options = batch.rope_positions.transpose(0, 1), {"tokens": batch.tokens, "deep_features": deep}
+        positions = batch.rope_positions.transpose(0, 1)
+        options = {"tokens": batch.tokens, "deep_features": deep, "is_padded": batch.is_padded}
         hidden_BSD = self._decoder(inputs_embeds, positions, mask, cache=self._cache, **options)[0]
         logits_BW = self._logits(last_tokens(hidden_BSD, mask))
         self._seen_BW: Tensor | None = None

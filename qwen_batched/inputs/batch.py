@@ -47,10 +47,11 @@ class Batch:
     grids: tuple[Grid, ...] = ()  # of each camera's image, where there are pixels
     as_list: bool = False  # whether image features are a list, of one tensor for each camera
     tokens: int | None = None  # how many tokens are not padding; None where only the device knows
+    is_padded: bool = True  # False where the host knows that no token is padding
     answer_tokens: int | None = None  # how many labels there are, or the most there can be where only the device knows
 
 
-HOST_FIELDS = ("grids", "as_list", "tokens", "answer_tokens")
+HOST_FIELDS = ("grids", "as_list", "tokens", "is_padded", "answer_tokens")
 TENSOR_FIELDS = tuple(name for name in Batch.__dataclass_fields__ if name not in HOST_FIELDS)
 
 

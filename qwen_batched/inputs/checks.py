@@ -259,7 +259,12 @@ def check_given(name: str, value: object, kind: str) -> None:
 
 
 def check_decoder_inputs(
-    inputs_embeds: Tensor, position_ids: Tensor, attention_mask: Tensor, tokens: int | None, like: Tensor
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor,
+    tokens: int | None,
+    like: Tensor,
+    is_padded: bool = True,
 ) -> None:
     """Raises `TypeError` or `ValueError` where the decoder's inputs do not fit together, or its embedding `like`."""
     named = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "attention_mask": attention_mask}
@@ -287,6 +292,8 @@ def check_decoder_inputs(
         tokens = as_int("tokens", tokens, 1, batch * length)
         if can_read(attention_mask) and attention_mask.sum() > tokens:
             raise ValueError(f"tokens must count all of attention_mask, got {tokens} for {attention_mask.sum()}")
+    if not is_padded and can_read(attention_mask) and not attention_mask.all():
+        raise ValueError("attention_mask must be True everywhere with is_padded=False, got False in it")
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:

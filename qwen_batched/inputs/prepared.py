@@ -163,6 +163,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
         pixels = [part.to(device, non_blocking=True) for part in pixels]
     fields = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
     fields |= {"pixel_values": pixels, "valid": valid, "labels_valid": labels_valid}
+    fields["is_padded"] = not (can_read(mask) and tokens == mask.numel())
     return Batch(**fields, grids=tuple(grids), as_list=as_list, tokens=tokens, answer_tokens=answers)
 
 

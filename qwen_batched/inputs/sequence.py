@@ -56,8 +56,10 @@ def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
 
 def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:
     """Token embeddings with each image token's feature, of (B, V, h, w, D) or V tensors (B, h, w, D), in its place."""
-    by_camera = [features.flatten(1, 3)] if isinstance(features, Tensor) else [x.flatten(1, 2) for x in features]
-    features_BMD = torch.cat(by_camera, dim=1)
+    if isinstance(features, Tensor):
+        features_BMD = features.flatten(1, 3)
+    else:
+        features_BMD = torch.cat([camera.flatten(1, 2) for camera in features], dim=1)
     index_BS1 = feature_index[..., None]
     placed_BSD = features_BMD.gather(1, index_BS1.clamp(min=0).expand(-1, -1, features_BMD.shape[-1]))
     return torch.where(index_BS1 >= 0, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)

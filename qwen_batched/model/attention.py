@@ -20,17 +20,20 @@ class PromptContext:
 
     cos: Tensor  # (T, E / 2), the rotation of each token, with `sin`
     sin: Tensor
-    places: Tensor  # int64 (T,), the place b * S + s of each token
+    places: Tensor | None  # int64 (T,), the place b * S + s of each token; None where no place is padding
     rows: AttentionRows  # where attention wants the tokens
     cache: KVCache | None = None  # takes the keys and values; None where nothing is decoded afterwards
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """The tokens of (B, S, D), back to back, (T, D)."""
-        return x_BSD.flatten(0, 1).index_select(0, self.places)
+        x_TD = x_BSD.flatten(0, 1)
+        return x_TD if self.places is None else x_TD.index_select(0, self.places)
 
     def place(self, x_TD: Tensor) -> Tensor:
         """Tokens back to back as (B, S, D), with zeros for padding."""
         shape = (self.rows.batch, self.rows.length, x_TD.shape[-1])
+        if self.places is None:  # a copy where autograd keeps the tokens: callers may write to what they get
+            return (x_TD.clone() if x_TD.requires_grad else x_TD).view(shape)
         return x_TD.new_zeros(shape).flatten(0, 1).index_copy(0, self.places, x_TD).view(shape)
 
     def attend(self, layer: int, qkv: Tensor, num_kv_heads: int, qk_norm: QKNorm) -> Tensor:

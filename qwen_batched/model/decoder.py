@@ -19,7 +19,7 @@ from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs.checks import check_choice, check_decoder_inputs, resolve_layers
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
-from qwen_batched.model.attention import Context, KVCache, NextTokenContext, PromptContext, unpad
+from qwen_batched.model.attention import AttentionRows, Context, KVCache, NextTokenContext, PromptContext, unpad
 from qwen_batched.model.geometry import decoder_frequencies
 from qwen_batched.model.parts.norms import AddNorm, resolve_qk_norm, stream_of
 from qwen_batched.model.parts.ropes import RopeRule, sectioned
@@ -103,6 +103,7 @@ class Decoder(GradientCheckpointing):
         cache: KVCache | None = None,
         tokens: int | None = None,
         deep_features: Sequence[Tensor] = (),
+        is_padded: bool = True,
     ) -> list[Tensor]:
         """Hidden states of the `layers` asked for; blocks above the highest are not run.
 
@@ -117,6 +118,7 @@ class Decoder(GradientCheckpointing):
                 is left out without reading the mask back. None computes padding too.
             deep_features: Each (B, S, D), zero on tokens of text. The first is added to the output of the first block,
                 and so on; a layer's hidden states are those before that, as in transformers.
+            is_padded: False where `attention_mask` is True everywhere: tokens then stand where they are.
 
         Returns:
             One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.
@@ -127,10 +129,14 @@ class Decoder(GradientCheckpointing):
         wanted = resolve_layers(layers, self.config.num_hidden_layers + 1)
         check_choice("norm", norm, "post", "pre")
         check_has_values(self.norm)
-        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight)
-        tokens = attention_mask.numel() if tokens is None else tokens
-        places_T, rows = unpad(attention_mask, tokens)
-        rope = self._rope(position_ids.flatten(1).index_select(1, places_T))
+        check_decoder_inputs(inputs_embeds, position_ids, attention_mask, tokens, self.embed_tokens.weight, is_padded)
+        positions, places_T = position_ids.flatten(1), None
+        if is_padded:
+            places_T, rows = unpad(attention_mask, attention_mask.numel() if tokens is None else tokens)
+            positions = positions.index_select(1, places_T)
+        else:
+            rows = AttentionRows(*attention_mask.shape)
+        rope = self._rope(positions)
         context = PromptContext(*rope, places_T, rows, cache)
         hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm, deep_features)
         if cache is not None:

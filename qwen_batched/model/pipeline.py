@@ -44,9 +44,8 @@ def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
     mask, position_ids = batch.attention_mask, batch.rope_positions.transpose(0, 1)
     needs_last = wanted.logits is not None or batch.labels is not None
     layers = [*wanted.layers, decoder.config.num_hidden_layers] if needs_last else wanted.layers
-    hidden_states = decoder(
-        inputs_embeds, position_ids, mask, layers, wanted.norm, tokens=batch.tokens, deep_features=deep
-    )
+    options = {"tokens": batch.tokens, "deep_features": deep, "is_padded": batch.is_padded}
+    hidden_states = decoder(inputs_embeds, position_ids, mask, layers, wanted.norm, **options)
     logits = loss = None
     if needs_last:
         last = hidden_states.pop()

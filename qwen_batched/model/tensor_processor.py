@@ -214,6 +214,7 @@ class TensorProcessor:
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
             fields |= vars(sequences) | {"tokens": prompts.tokens}
+            fields["is_padded"] = prompts.tokens != sequences.input_ids.numel()
             fields["rope_positions"] = fields.pop("position_ids").transpose(0, 1)
             if prompts.answers is not None:
                 fields["labels"] = label_answers(sequences, prompts.answers)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_batched.model.attention import AttentionRows, unpad
 from tests.support import assert_equal_to, photos
@@ -104,3 +105,68 @@ def test_a_count_of_tokens_that_does_not_fit_is_refused(model, tokens):
     embeds = model.model.embed_tokens(batch["input_ids"])
     with pytest.raises((TypeError, ValueError), match="tokens"):
         model.model(embeds, batch["rope_positions"].transpose(0, 1), batch["attention_mask"], tokens=tokens)
+
+
+class Sorts(TorchDispatchMode):
+    """Counts what finds the padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "sort" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("way", ["call", "processor", "generate"])
+@pytest.mark.parametrize(("texts", "is_padded"), [(["pick it up", "pick it up"], False), (["pick it up", "go"], True)])
+def test_where_the_host_knows_that_nothing_is_padding_none_is_looked_for(model, texts, is_padded, way):
+    images = photos(2, 1, 56, 84).to(model.device)
+    batch = model.processor(images, texts, device=model.device)
+    with torch.no_grad(), Sorts() as sorts:
+        if way == "generate":
+            model.generate(images, texts, max_new_tokens=1, cuda_graph=False)
+        else:
+            model(**batch) if way == "processor" else model(images, texts, cuda_graph=False)
+    # A batch that is on the device already may have been changed there.
+    assert bool(sorts.count) == (is_padded or (way == "processor" and model.device.type == "cuda"))
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_the_decoder_gives_the_same_to_the_last_bit_where_padding_is_not_looked_for(model, with_gradients):
+    batch = model.processor(None, ["pick it up", "pick it up"], device=model.device)
+    embeds = model.model.embed_tokens(batch["input_ids"]).detach()
+    arguments = batch["rope_positions"].transpose(0, 1), batch["attention_mask"], (0, 1, -1)
+    found = []
+    with torch.set_grad_enabled(with_gradients):
+        for is_padded in (False, True):
+            leaf = embeds.clone().requires_grad_(with_gradients)
+            out = model.model(leaf, *arguments, is_padded=is_padded)
+            found.append(
+                [*out, *(torch.autograd.grad(sum(x.square().sum() for x in out), leaf) if leaf.requires_grad else ())]
+            )
+    assert all(map(torch.equal, *found))
+
+
+def test_what_the_decoder_returns_is_the_callers_to_write_to(model):
+    """Though nothing was padding, and the tokens stand where they stood."""
+    batch = model.processor(None, ["pick it up"], device=model.device)
+    leaf = model.model.embed_tokens(batch["input_ids"]).detach().requires_grad_()
+    arguments = batch["rope_positions"].transpose(0, 1), batch["attention_mask"], (0, 1, 2, -1), "pre"
+    grads = []
+    for writes in (False, True):
+        out = model.model(leaf, *arguments, is_padded=False)
+        if writes:
+            with torch.no_grad():
+                _ = [each.zero_() for each in out[:-1]]
+        grads.append(torch.autograd.grad(out[-1].square().sum(), leaf)[0])
+    assert torch.equal(*grads)
+
+
+def test_padding_that_is_said_not_to_be_there_is_refused(load):
+    model = load(device="cpu")
+    batch = model.processor(None, TEXTS)
+    embeds, positions = model.model.embed_tokens(batch["input_ids"]), batch["rope_positions"].transpose(0, 1)
+    with pytest.raises(ValueError, match="attention_mask must be True everywhere"):
+        model.model(embeds, positions, batch["attention_mask"], is_padded=False)
