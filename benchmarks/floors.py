@@ -2,10 +2,10 @@
 
     python benchmarks/floors.py [--preset qwen3-vl-2b] [--num-layers 16] [--size 256] [--model FOLDER] [--commit HASH]
 
-bfloat16, random weights unless --model names a checkpoint; frames are uint8 on the GPU, of a size that the model takes
-as it is. The floor is what any implementation must do in the same precision: the matrix products alone, in one CUDA
-graph, and the tower's attention by PyTorch's fastest kernel alone. transformers is given pixels ready made and prompts
-laid out beforehand, in its default configuration and with torch's variable-length attention in the tower.
+bfloat16, random weights unless --model names a checkpoint; frames are uint8 on the GPU, of the nearest size that the
+model takes as it is. The floor is what any implementation must do in the same precision: the matrix products alone, in
+one CUDA graph, and the tower's attention by PyTorch's fastest kernel alone. transformers is given pixels ready made and
+prompts laid out beforehand, in its default configuration and with torch's variable-length attention in the tower.
 
 Whole calls are timed one by one from an idle GPU to an idle GPU, as a control loop waits for them, and so are their
 products; the last line is JSON.
@@ -47,7 +47,7 @@ ATTENTION = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTE
 class Shapes:
     """`sides`: of square frames for the tower; `images`: how many; `batches` and `cameras`: of whole calls."""
 
-    fitted: ClassVar = ()
+    fitted: ClassVar = ("sides",)
     preset: str
     sides: tuple[int, ...]
     images: int
@@ -102,7 +102,9 @@ def measure_tower(run: runs.Run, side: int, towers: dict[str, torch.nn.Module]) 
 
 def measure_calls(run: runs.Run, batch: int, cameras: int, towers: dict, reference: object) -> None:
     """Whole calls, before the final norm; the products are those of the tower and of the decoder's tokens."""
-    work, config = Work(batch, cameras, (run.options.size,) * 2), run.model.config
+    config = run.model.config
+    size = runs.fit((run.options.size,) * 2, config.vision.cell_size)
+    work = Work(batch, cameras, size)
     texts, frames = [INSTRUCTION] * batch, measure.random_frames(work, 3, run.device)
     prepared = run.model.processor(frames[0], texts, resize=None, device=run.device, dtype=run.model.dtype)
     tower = peers.products(config.vision, peers.passes_of(config.vision, work), run.like)
@@ -121,13 +123,14 @@ def measure_calls(run: runs.Run, batch: int, cameras: int, towers: dict, referen
     pixels = peers.random_inputs(config.vision, work, run.like, 1)[0].pixels
     for name, visual in towers.items():
         calls[f"transformers, {name}"] = partial(whole_peers.whole_model(reference, visual, prompts), pixels)
-    title = f"B={batch}, {cameras} x {run.options.size}, {config.text.num_hidden_layers} blocks, S = "
+    title = f"B={batch}, {cameras} x {size[0]}, {config.text.num_hidden_layers} blocks, S = "
     report(run, title + str(prepared["input_ids"].shape[1]), calls, measure.single_times)
 
 
 def measure_training(run: runs.Run, towers: dict, reference: object) -> None:
     """Forward and backward of all parameters."""
-    (batch, cameras), size = run.shapes.training, (run.options.size,) * 2
+    (batch, cameras), cell = run.shapes.training, run.model.config.vision.cell_size
+    size = runs.fit((run.options.size,) * 2, cell)
     work, texts = Work(batch, cameras, size), [INSTRUCTION] * batch
     frames = measure.random_frames(work, 1, run.device)[0]
     prepared = run.model.processor(frames, texts, resize=None, device=run.device, dtype=run.model.dtype)
@@ -142,7 +145,7 @@ def measure_training(run: runs.Run, towers: dict, reference: object) -> None:
         visual.requires_grad_(True)
         theirs = whole_peers.whole_model(reference, visual, prompts)
         calls[f"transformers, {name}"] = stepped(reference.model, partial(theirs, pixels))
-    report(run, f"training step, B={batch}, {cameras} x {run.options.size}", calls, measure.single_times)
+    report(run, f"training step, B={batch}, {cameras} x {size[0]}", calls, measure.single_times)
 
 
 def report(run: runs.Run, title: str, calls: dict[str, Callable[[], object]], take: Callable) -> None:
