@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from qwen_batched.generation import Decoding
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
+from qwen_batched.inputs.prepared import check_on_device
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import TransformersBatch
 from qwen_batched.linear.fused import pack
@@ -192,4 +193,4 @@ def _settings(processor: TensorProcessor, dtype: torch.dtype) -> tuple[Hashable,
 def _batch_of(call: Call, processor: TensorProcessor, dtype: torch.dtype) -> Batch:
     if isinstance(call, Request):
         return processor.batch(call, dtype)
-    return call if isinstance(call, Batch) else processor.arrange(call)
+    return check_on_device(call, processor.config) if isinstance(call, Batch) else processor.arrange(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -58,6 +58,7 @@ class GenerationConfig:
     repetition_penalty: float = 1.0  # as in transformers; 1 for none
     # Settings, with their values, that would change transformers' tokens and are not implemented.
     refused: tuple[tuple[str, str], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all that the checkpoint says
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any] | None, config: Mapping[str, Any]) -> GenerationConfig:
@@ -81,7 +82,7 @@ class GenerationConfig:
             for name, value in settings.items()
             if not _changes_nothing(name, value, draws) and not _same(value, defaults.get(name))
         ]
-        return cls(eos, float(penalty), tuple(refused))
+        return cls(eos, float(penalty), tuple(refused), settings)
 
     def check(self) -> None:
         """Raises `ValueError` where the checkpoint has settings that `generate` would have to ignore."""

@@ -51,6 +51,7 @@ class Batch:
     labels_valid: Tensor | None = None  # bool (B,), the same of what the loss needs
     grids: tuple[Grid, ...] = ()  # of each camera's image, or each tensor of pixels, where there are any
     images: tuple[tuple[int, int], ...] | None = None  # the tensor and the row of each of the batch's own images
+    is_checked: bool = True  # whether its values are known to fit together; only then may anything be computed
     as_list: bool = False  # whether image features are a list, of one tensor for each camera
     tokens: int | None = None  # how many tokens are not padding; None where only the device knows
     is_padded: bool = True  # False where the host knows that no token is padding
@@ -64,7 +65,7 @@ class Batch:
         return (self.input_ids if first is None else first).device
 
 
-HOST_FIELDS = ("grids", "images", "as_list", "tokens", "is_padded", "answer_tokens")
+HOST_FIELDS = ("grids", "images", "is_checked", "as_list", "tokens", "is_padded", "answer_tokens")
 TENSOR_FIELDS = tuple(name for name in Batch.__dataclass_fields__ if name not in HOST_FIELDS)
 
 

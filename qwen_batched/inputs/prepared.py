@@ -7,6 +7,7 @@ break one. What only the host knows travels beside them, as numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,38 +102,22 @@ def check_prepared(batch: Collection[str]) -> None:
 def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:
     """What the model runs on, on `device`; from pinned memory without a wait.
 
-    Facts of tensors on the host are checked there. What only the device knows is clamped to what is safe there, and
-    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and loss
-    shall be NaN then. Raises `TypeError` or `ValueError`, before any work, where the batch is not what a processor
-    returned for frames and texts of this model.
+    Facts of tensors on the host are checked here, those of others by `check_on_device`. Raises `TypeError` or
+    `ValueError`, before any work, where the batch is not what a processor returned for frames and texts of this model.
     """
     grids = _check_fields(batch, config, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
     facts: HostFacts = batch[MARKER]
     tokens = _count(mask, facts.tokens, input_ids.numel())
     answers = None if labels is None else _count(labels != NO_LABEL, facts.answer_tokens, labels.numel())
-    names = (*TEXT_NAMES, *(name for name in ("labels", "camera_present") if name in batch))
-    on_host = can_read(*(batch[name] for name in names))
-
-    where = torch.device("cpu") if on_host else device
-    layout = {name: batch[name].to(where, non_blocking=True) for name in names}
-    faults = _faults(layout, grids, config, tokens)
-    label_faults = {} if labels is None else _label_faults(layout, config, answers)
-    valid = labels_valid = None
-    if on_host:
-        for what, bad_B in (faults | label_faults).items():
+    layout = {name: batch[name] for name in (*TEXT_NAMES, "labels", "camera_present") if name in batch}
+    is_checked = can_read(*layout.values())
+    if is_checked:
+        found = _faults(layout, grids, config, tokens) | _label_faults(layout, config, answers)
+        for what, bad_B in found.items():
             if bad_B.any():
                 sample = int(bad_B.int().argmax())
                 raise ValueError(f"a prepared batch must hold {what}, got others for sample {sample}")
-    else:
-        valid = ~torch.stack(list(faults.values())).any(dim=0)
-        labels_valid = ~torch.stack([~valid, *label_faults.values()]).any(dim=0)
-        rows, cells = config.text.vocab_size, sum(h * w for h, w in grids)
-        layout["input_ids"] = layout["input_ids"].clamp(0, rows - 1)
-        layout["feature_index"] = layout["feature_index"].clamp(-1, cells - 1)
-        if labels is not None:
-            is_label = layout["labels"] != NO_LABEL
-            layout["labels"] = layout["labels"].clamp(0, rows - 1).where(is_label, NO_LABEL)
 
     pixels = batch.get("pixel_values")
     as_list = isinstance(pixels, (list, tuple))
@@ -142,10 +127,40 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
         pixels = pixels.to(device, non_blocking=True)
     elif pixels is not None:
         pixels = [part.to(device, non_blocking=True) for part in pixels]
-    fields = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
-    fields |= {"pixel_values": pixels, "valid": valid, "labels_valid": labels_valid}
-    fields["is_padded"] = not (can_read(mask) and tokens == mask.numel())
-    return Batch(**fields, grids=tuple(grids), as_list=as_list, tokens=tokens, answer_tokens=answers)
+    return Batch(
+        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
+        pixel_values=pixels,
+        grids=tuple(grids),
+        as_list=as_list,
+        is_checked=is_checked,
+        tokens=tokens,
+        is_padded=not (can_read(mask) and tokens == mask.numel()),
+        answer_tokens=answers,
+    )
+
+
+def check_on_device(batch: Batch, config: QwenVLConfig) -> Batch:
+    """A batch that `restore` could not read, clamped to what is safe.
+
+    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and loss
+    shall be NaN then.
+    """
+    if batch.is_checked:
+        return batch
+    layout = {name: getattr(batch, name) for name in (*TEXT_NAMES, "labels", "camera_present")}
+    layout = {name: value for name, value in layout.items() if value is not None}
+    valid = ~torch.stack(list(_faults(layout, batch.grids, config, batch.tokens).values())).any(dim=0)
+    label_faults = _label_faults(layout, config, batch.answer_tokens)
+    rows, cells, labels = config.text.vocab_size, sum(h * w for h, w in batch.grids), batch.labels
+    return replace(
+        batch,
+        input_ids=batch.input_ids.clamp(0, rows - 1),
+        feature_index=batch.feature_index.clamp(-1, cells - 1),
+        labels=None if labels is None else labels.clamp(0, rows - 1).where(labels != NO_LABEL, NO_LABEL),
+        valid=valid,
+        labels_valid=~torch.stack([~valid, *label_faults.values()]).any(dim=0),
+        is_checked=True,
+    )
 
 
 def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
@@ -237,8 +252,10 @@ def _faults(
     }
 
 
-def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: int) -> dict[str, Tensor]:
-    """The same of labels."""
+def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: int | None) -> dict[str, Tensor]:
+    """The same of labels, where there are any."""
+    if "labels" not in layout:
+        return {}
     labels_BS, rows = layout["labels"], config.text.vocab_size
     is_label_BS = labels_BS != NO_LABEL
     outside_BS = is_label_BS & ((labels_BS < 0) | (labels_BS >= rows))
