@@ -31,6 +31,7 @@ from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.fast_path import check_placement
+from qwen_batched.runtime.idle_autocast import without_idle_autocast
 from qwen_batched.training.api import Trainable
 from qwen_batched.training.tied_head import embedding_weight
 
@@ -185,6 +186,7 @@ class QwenBatchedVL(Trainable):
         """The parameters' dtype."""
         return embedding_weight(self.model.embed_tokens).dtype
 
+    @without_idle_autocast
     def forward(
         self,
         images: Tensor | Sequence[Tensor] | None = None,
@@ -287,6 +289,7 @@ class QwenBatchedVL(Trainable):
             out.hidden_states = tuple(out.hidden_states)
         return out.to_tuple() if return_dict is False else out
 
+    @without_idle_autocast
     def encode_images(
         self,
         images: Tensor | Sequence[Tensor],
@@ -368,6 +371,7 @@ class QwenBatchedVL(Trainable):
         checks.check_hidden_states(hidden_states, self.model.embed_tokens.weight)
         return apply_linear(self.lm_head, hidden_states)
 
+    @without_idle_autocast
     def generate(
         self,
         images: Tensor | Sequence[Tensor] | None,

@@ -79,3 +79,34 @@ def test_the_loss_of_answers_has_gradients_under_autocast(ours, device, checkpoi
     assert value.dtype == torch.float32
     found = errors(gradients(value, ours.named_parameters()), exact)
     assert max(found.values()) < 0.1  # of bfloat16's three digits, two and a half are left
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_autocast_that_casts_nothing_changes_nothing(load, device, wants_gradient):
+    model = load(device=device, dtype=torch.bfloat16)
+    frames = FRAMES.to(device)
+    with torch.set_grad_enabled(wants_gradient):
+        plain = model(frames, TEXTS, targets=["a", "b"], logits="all")
+        with torch.autocast(device, torch.bfloat16):
+            found = model(frames, TEXTS, targets=["a", "b"], logits="all")
+            features = model.encode_images(frames)
+    assert torch.equal(found.logits, plain.logits) and torch.equal(found.loss, plain.loss)
+    assert torch.equal(features, plain.image_features)
+    assert found.loss.dtype == plain.loss.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_autocast_that_casts_nothing_keeps_graphs(load):
+    model = load(device="cuda", dtype=torch.bfloat16)
+    frames = FRAMES.cuda()
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        outs = [model(frames, TEXTS).last_hidden_state for _ in range(3)]
+    assert len(model._calls.whole) == 1
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_autocast_casts_where_one_parameter_has_another_dtype(load, device):
+    model = load(device=device, dtype=torch.bfloat16)
+    model.lm_head.float()
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        assert model(FRAMES.to(device), TEXTS, logits="last").logits.dtype == torch.bfloat16
