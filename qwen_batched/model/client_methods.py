@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from qwen_batched.arguments import shown
 from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import describe_tensor
+from qwen_batched.model.shared_weights import share_weights
 from qwen_batched.training.api import Trainable
 
 # Since 5, `get_rope_index` takes the tokens' types second, and counts tokens without padding; image features come in an
@@ -39,6 +42,34 @@ class ImageFeatures(ModelOutput):
 
 class ClientMethods(Trainable):
     """A model's methods by transformers' names that are not about training."""
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: nn.Module,
+        processor: ProcessorMixin | str | Path,
+        padding_side: str = "left",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resample_backend: str | None = None,
+        added_tokens: Sequence[str] | None = None,
+    ) -> ClientMethods:
+        """A model that shares the parameters of one that transformers or peft has loaded; nothing is copied.
+
+        The two have the same `nn.Parameter`s, so that a step of either's optimizer, a freeze and `.to()` are seen by
+        both. Layers that peft has wrapped are shared whole, with their adapters.
+
+        Args:
+            model: transformers' model of one of the families, or peft's of one.
+            processor: Its processor, or the folder or hub id to read the tokenizer and the image settings from.
+            padding_side, min_pixels, max_pixels, resample_backend, added_tokens: As for `from_pretrained`.
+
+        Raises:
+            TypeError: `model` or `processor` is none of these.
+            ValueError: The model is not implemented here, quantised, sharded, or changed beyond what can be shared.
+        """
+        options = {"min_pixels": min_pixels, "max_pixels": max_pixels, "resample_backend": resample_backend}
+        return share_weights(cls, model, processor, padding_side=padding_side, added_tokens=added_tokens, **options)
 
     @property
     def language_model(self) -> nn.Module:
