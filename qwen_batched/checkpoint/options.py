@@ -46,7 +46,7 @@ class ModelOptions(ProcessorOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attn_implementation is not None:
-            _log_attention(shown(self.attn_implementation))
+            log_attention(shown(self.attn_implementation))
 
     def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
         """`dtype` and `device`, by whichever names. Raises `ValueError` where two differ, or for several devices."""
@@ -103,7 +103,8 @@ def _one_device(device_map: Device | Mapping[str, Device]) -> Device:
 
 
 @functools.cache
-def _log_attention(value: str) -> None:
+def log_attention(value: str) -> None:
+    """Says, once for each value, that an attention implementation that was asked for has no effect."""
     logging.getLogger(__name__).warning(
         "attn_implementation=%s has no effect: attention has one implementation here", value
     )

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME
+from qwen_batched.checkpoint.options import log_attention
 from qwen_batched.families import Family, family_of
 from qwen_batched.training import tied_head
 from qwen_batched.training.checkpointing import GradientCheckpointing
@@ -57,6 +59,14 @@ class Trainable(GradientCheckpointing, PreTrainedModel):
     def _tied_weights_keys(self) -> dict[str, str]:
         """What peft and transformers ask which parameters the config ties to which."""
         return {} if self.lm_head is None else {HEAD_NAME: EMBEDDING_NAME}
+
+    def set_attn_implementation(self, attn_implementation: Any) -> None:
+        """Has no effect: attention has one implementation here. Logged once for each value."""
+        log_attention(shown(attn_implementation))
+
+    def init_weights(self) -> NoReturn:
+        """Refuses to put random values in place of those that were loaded."""
+        raise ValueError("init_weights: a model is loaded with its weights, and not initialised here")
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings."""

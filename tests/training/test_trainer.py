@@ -1,6 +1,7 @@
 """HF Trainer trains, evaluates, saves and resumes the model as it does one of transformers'."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ def trainer(model, folder, collate=ours, evaluates=False, **options):
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
+    if "labels" not in inspect.signature(QwenBatchedVL.forward).parameters:
+        defaults["label_names"] = ["labels"]  # until `forward` names it, which is where Trainer looks
     if evaluates:
         defaults |= {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4}
     arguments = TrainingArguments(str(folder), **defaults | options)
@@ -120,7 +123,7 @@ def test_a_checkpoint_of_trainer_loads_here_and_in_transformers(uninterrupted):
     loaded = QwenBatchedVL.from_pretrained(folder, device="cpu")
     for (name, found), expected in zip(loaded.named_parameters(), uninterrupted.model.parameters(), strict=True):
         assert torch.equal(found, expected), name
-    assert not loaded.config.use_cache  # which Trainer assigns
+    assert loaded.config.use_cache == uninterrupted.model.config.use_cache  # which newer Trainers assign
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert torch.equal(theirs.get_input_embeddings().weight, uninterrupted.model.model.embed_tokens.weight)
 
@@ -156,6 +159,20 @@ def test_gradient_checkpointing_changes_no_loss(load, tmp_path):
         trained.train()
         curves.append(list(losses(trained).values()))
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_loaded_at_the_end(load, tmp_path):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 3}
+    model = load().train()
+    # Steps that climb: the first checkpoint is the best.
+    trained = trainer(model, tmp_path, learning_rate=0.3, load_best_model_at_end=True, **options)
+    trained.train()
+    evaluated = losses(trained, "eval_loss")
+    best = min(evaluated, key=evaluated.get)
+    assert trained.state.best_model_checkpoint.endswith(f"checkpoint-{best}") and best != 3
+    saved = QwenBatchedVL.from_pretrained(trained.state.best_model_checkpoint, device="cpu")
+    assert all(map(torch.equal, model.parameters(), saved.parameters()))
 
 
 def test_evaluation_gathers_the_logits_and_nothing_else(load, tmp_path):
