@@ -20,13 +20,12 @@ from qwen_batched.checkpoint.folder import DTYPE_NAMES, Checkpoint
 from qwen_batched.families import family_of, read_config
 
 # What config.json may leave out and code for transformers' models reads all the same.
-TOP_DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     **{name: False for name in ("output_attentions", "output_hidden_states", "is_encoder_decoder", "torchscript")},
     **{name: True for name in ("return_dict", "use_return_dict", "use_cache")},
     **{name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id", "problem_type", "architectures")},
     **{"_attn_implementation": "sdpa", "_experts_implementation": None, "transformers_version": None},
 }
-TEXT_DEFAULTS = {name: TOP_DEFAULTS[name] for name in ("use_cache", "pad_token_id", "bos_token_id", "eos_token_id")}
 # Fields that shape a decoder's computation besides those of `TextConfig`.
 TEXT_FIXED = (
     *("head_dim", "rope_scaling", "rope_parameters", "mrope_section", "layer_types", "attention_dropout"),
@@ -130,14 +129,14 @@ class ModelConfig(Fields):
         fixed = {"model_type": shape.model_type, "image_token_id": shape.image_token_id}
         rest = _without({**token_ids, **raw}, (*fixed, *DTYPE_NAMES))
         rest |= {"tie_word_embeddings": shape.tie_word_embeddings, "dtype": shape.dtype, "_name_or_path": name_or_path}
-        super().__init__(rest, fixed, TOP_DEFAULTS)
+        super().__init__(rest, fixed, DEFAULTS)
         given = {name: text[name] for name in TEXT_FIXED if name in text}
         vars(self).update(
             _text=shape.text,
             _vision=shape.vision,
             keys_to_ignore_at_inference=list(NOT_GATHERED),
-            text_config=Fields(text, {**given, **_text_fields(shape.text)}, TEXT_DEFAULTS),
-            vision_config=Fields({}, {**_without(vision, DTYPE_NAMES), **family.vision_names(shape.vision)}, {}),
+            text_config=Fields(text, {**given, **_text_fields(shape.text)}, DEFAULTS),
+            vision_config=Fields({}, {**_without(vision, DTYPE_NAMES), **family.vision_names(shape.vision)}, DEFAULTS),
         )
 
     @classmethod
@@ -215,13 +214,14 @@ class ModelConfig(Fields):
         for name, value in fields.items():
             setattr(self, name, value)
 
-    def changes(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was assigned and is to be saved, at the top of config.json and of the text's section.
+    def changes(self) -> tuple[dict[str, Any], ...]:
+        """What was assigned and is to be saved: at the top of config.json, of the text's and of the vision's section.
 
         Raises `ValueError` where that cannot be written as JSON.
         """
-        changes = _without(self.assigned(), _NOT_SAVED), self.text_config.assigned()
-        for name, value in {**changes[0], **changes[1]}.items():
+        sections = (self, self.text_config, self.vision_config)
+        changes = tuple(_without(section.assigned(), _NOT_SAVED) for section in sections)
+        for name, value in (pair for fields in changes for pair in fields.items()):
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:

@@ -82,10 +82,12 @@ def test_other_fields_can_be_assigned_and_are_saved(loaded, tmp_path):
     model.config.my_field = {"scale": [1, 2]}
     model.config.update({"action_dim": 7})
     model.config.text_config.mine = "text"
+    model.config.vision_config.mine = "vision"
     model.save_pretrained(tmp_path)
     for saved in (QwenBatchedVL.from_pretrained(tmp_path, device="cpu").config, loaded.reference and model.config):
         assert (saved.use_cache, saved.pad_token_id, saved.action_dim) == (False, 5, 7)
         assert saved.my_field == {"scale": [1, 2]} and saved.text_config.mine == "text"
+        assert saved.vision_config.mine == "vision"
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.my_field == {"scale": [1, 2]} and theirs.action_dim == 7
     assert theirs.get_text_config().vocab_size == model.config.vocab_size

@@ -12,12 +12,20 @@ from transformers import Trainer, TrainingArguments
 from qwen_batched import QwenBatchedVL
 from tests.support import photos
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 FRAMES = photos(8, 1, 56, 84)
 TEXTS = ["Pick up the red block.", "", "Go on.", "Open the top drawer.", "Stop.", "Wait for me.", "Left.", "Now right."]
 ANSWERS = ["yes", "to the left", "no", "done", "stopped", "waiting", "left", "right"]
 STEPS, ACCUMULATION = 30, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def accelerates_state():
+    """Is of the whole process, which other tests fork, and is put back."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Samples(Dataset):
