@@ -1,7 +1,6 @@
 """HF Trainer trains, evaluates, saves and resumes the model as it does one of transformers'."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -62,8 +61,6 @@ def trainer(model, folder, collate=ours, evaluates=False, **options):
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
-    if "labels" not in inspect.signature(QwenBatchedVL.forward).parameters:
-        defaults["label_names"] = ["labels"]  # until `forward` names it, which is where Trainer looks
     if evaluates:
         defaults |= {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4}
     arguments = TrainingArguments(str(folder), **defaults | options)
