@@ -43,6 +43,7 @@ class Family:
     vision_fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict  # a vision config by `VisionConfig`'s names
     vision_names: Callable[[VisionConfig], Mapping[str, Any]] = vision_names  # and back, for who reads `model.config`
     token_ids: Mapping[str, int] = field(default_factory=dict)  # of further tokens, which config.json may leave out
+    accepts_loss_kwargs: bool = False  # whether Trainer passes `num_items_in_batch` to transformers' class
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of the text config that have one value here
 
     @property

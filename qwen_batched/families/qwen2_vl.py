@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
 from qwen_batched.families.family import Family
 from qwen_batched.families.qwen import CLIP_IMAGE, NAMED_AS_MODULES, SPECIAL_TOKENS, TEXT, TOKEN_IDS, prompt_style
@@ -54,4 +57,6 @@ FAMILY = Family(
     prompt=prompt_style(SPECIAL_TOKENS),
     vision_fields=vision_fields,
     vision_names=vision_names,
+    # Unlike the others' classes it does not say no, and Trainer takes a `forward` of any keywords for a yes.
+    accepts_loss_kwargs=Version(transformers.__version__) >= Version("4.53"),
 )

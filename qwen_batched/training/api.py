@@ -27,7 +27,6 @@ class Trainable(GradientCheckpointing, PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # as in transformers' classes: Trainer divides the loss by the accumulation steps
     loss_type = "ForConditionalGeneration"
     _keys_to_ignore_on_save = None
 
@@ -40,6 +39,14 @@ class Trainable(GradientCheckpointing, PreTrainedModel):
     def family(self) -> Family:
         """What tells models of its `model_type` from others."""
         return family_of(self.config.model_type)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer passes `num_items_in_batch`, and so weighs accumulated batches by their labels.
+
+        As with transformers' class of the family; where it does not, batches count equally.
+        """
+        return self.family.accepts_loss_kwargs
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:

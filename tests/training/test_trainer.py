@@ -1,18 +1,22 @@
 """HF Trainer trains, evaluates, saves and resumes the model as it does one of transformers'."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from qwen_batched import QwenBatchedVL
+from tests.conversations import transformers_batch
 from tests.support import photos
 
 accelerate = pytest.importorskip("accelerate")
 
+IS_5 = Version(transformers.__version__).release >= (5,)
 FRAMES = photos(8, 1, 56, 84)
 TEXTS = ["Pick up the red block.", "", "Go on.", "Open the top drawer.", "Stop.", "Wait for me.", "Left.", "Now right."]
 ANSWERS = ["yes", "to the left", "no", "done", "stopped", "waiting", "left", "right"]
@@ -63,6 +67,7 @@ def trainer(model, folder, collate=ours, evaluates=False, **options):
     }
     if evaluates:
         defaults |= {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4}
+        defaults |= {"prediction_loss_only": True}
     arguments = TrainingArguments(str(folder), **defaults | options)
     data = Samples()
     return Trainer(model, arguments, data_collator=collate(model), train_dataset=data, eval_dataset=data)
@@ -109,6 +114,49 @@ def test_the_loss_curve_is_that_of_a_plain_loop_over_the_same_batches(load, tmp_
         optimizer.zero_grad()
         expected.append(total)
     assert list(losses(trained).values()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_the_loss_curve_is_that_of_transformers_class_on_its_own_batches(sisters, preset, tmp_path):
+    """With accumulation, evaluation, and a stop and a resumption in the middle of ours."""
+    loaded = sisters(preset)
+
+    make = functools.partial(transformers_batch, loaded.reference, loaded.factor, [1, 1], labels=True, turns=1)
+    batches = [make(seed=index) for index in range(len(TEXTS))]  # of two samples each
+    if not IS_5:
+        batches = [{name: x for name, x in batch.items() if name != "mm_token_type_ids"} for batch in batches]
+
+    def of_transformers(model):
+        return lambda rows: batches[rows[0]["index"]]
+
+    def run(model, folder, **options):
+        sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "learning_rate": 1e-4}
+        model = model.train().requires_grad_(True)
+        return trainer(model, folder, of_transformers, evaluates=True, **sizes, **options)
+
+    theirs = run(copy.deepcopy(loaded.reference.model), tmp_path / "theirs")
+    theirs.train()
+    first = run(loaded.load(), tmp_path / "ours", save_strategy="steps", save_steps=15)
+    first.add_callback(StopAt(15))
+    first.train()
+    ours = run(loaded.load(), tmp_path / "ours")
+    ours.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-15"))
+    for key in ("loss", "eval_loss"):
+        expected, found = losses(theirs, key), losses(ours, key)
+        assert list(found) == list(expected)
+        assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    assert losses(ours)[STEPS] < losses(ours)[1]
+
+
+class StopAt(transformers.TrainerCallback):
+    """Ends a run at a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, arguments, state, control, **others):
+        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.mark.slow
@@ -206,7 +254,8 @@ def test_data_parallel_is_refused(model):
 def test_trainer_takes_it_for_a_model_of_transformers(load, tmp_path):
     made = trainer(load(), tmp_path)
     assert isinstance(made.model, transformers.PreTrainedModel)
-    assert not made.model_accepts_loss_kwargs and made.label_names == ["labels"]
+    assert not made.model_accepts_loss_kwargs  # as with its class in transformers
+    assert made.label_names == ["labels"]
     tokens = made.data_collator([{"index": 0}])
     assert made.floating_point_ops(tokens) == 6 * tokens["input_ids"].numel() * made.model.num_parameters(
         exclude_embeddings=True
