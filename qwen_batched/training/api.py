@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME
 from qwen_batched.families import Family, family_of
 from qwen_batched.training import tied_head
+from qwen_batched.training.adapter_names import AdapterNames
 from qwen_batched.training.checkpointing import GradientCheckpointing
 
 
-class Trainable(GradientCheckpointing):
+class Trainable(AdapterNames, GradientCheckpointing):
     """A model of a vision transformer `visual`, a decoder `model` and an `lm_head` that `config` may tie, or None."""
 
     @property
@@ -24,8 +25,10 @@ class Trainable(GradientCheckpointing):
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """Where peft looks for what transformers has renamed, when it loads an adapter."""
-        return {f"^{re.escape(stored)}": name for stored, name in self.family.keys.adapters}
+        """Where peft looks for what transformers has renamed, when it loads an adapter: to the names as of now."""
+        adapters = self.family.keys.adapters
+        others = "|".join(re.escape(stored) for stored, _ in adapters)
+        return {f"^(?!{others}){re.escape(name)}": stored for stored, name in adapters}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -39,7 +42,10 @@ class Trainable(GradientCheckpointing):
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
         """What peft and transformers ask which parameters the config ties to which."""
-        return {} if self.lm_head is None else {HEAD_NAME: EMBEDDING_NAME}
+        if self.lm_head is None:
+            return {}
+        keys = self.family.keys
+        return {HEAD_NAME: keys.adapter_name(EMBEDDING_NAME) if self._has_nested_names else EMBEDDING_NAME}
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings."""
@@ -53,6 +59,10 @@ class Trainable(GradientCheckpointing):
         """Makes the embedding's parameter the head's, where the config ties them."""
         if self.lm_head is not None and self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
+        """The arguments of a call that continues a prompt. peft asks for this method; `generate` does without."""
+        return {"input_ids": input_ids, **inputs}
 
     @property
     def has_tied_head(self) -> bool:
@@ -70,6 +80,7 @@ class Trainable(GradientCheckpointing):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *arguments: Any
     ) -> None:
+        self._to_module_names(state_dict, prefix)
         tied_head.add_head(self, state_dict, prefix, assign=local_metadata.get("assign_to_params_buffers", False))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
