@@ -20,6 +20,7 @@ from torch.utils import _pytree
 from qwen_batched.generation import Decoding
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
 from qwen_batched.inputs.request import Request
+from qwen_batched.inputs.transformers_batch import TransformersBatch
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
 from qwen_batched.model.embedding import block_outputs, image_features
@@ -38,6 +39,11 @@ class Caller(NamedTuple):
     graph: bool  # the user's leave to use graphs
 
 
+# What a user gives: frames and texts, a batch that the processor prepared, or one of transformers'.
+Call = Request | Batch | TransformersBatch
+IMAGE_FIELDS = ("pixel_values", "camera_present", "grids", "images", "as_list")
+
+
 class Calls:
     """Runs the calls of one model, and keeps their graphs."""
 
@@ -46,34 +52,43 @@ class Calls:
         self.tower = CudaGraphs(prepare=pack)  # of image features, which stay true whatever happens to the decoder
         self.steps = CudaGraphs(max_graphs=1)  # of a step of generation, while there is one
 
-    def forward(self, caller: Caller, request: Request, wanted: Wanted) -> VLOutput:
-        """The result of a request with texts."""
+    def forward(self, caller: Caller, call: Call, wanted: Wanted) -> VLOutput:
+        """The result of a call with texts."""
         network, processor, dtype, graph = caller
-        may_use_graphs = self._may_use_graphs(processor, request.device, graph)
+        may_use_graphs = self._may_use_graphs(processor, call.device, graph)
         if torch.is_grad_enabled():
             if may_use_graphs and not network.decoder.training and any(map(_is_trained, network)):
                 _log_advice()
-            return pipeline.run(network, self.batch(caller, request), wanted)
+            return pipeline.run(network, self.batch(caller, call), wanted)
 
-        def run(request: Request) -> VLOutput:
-            return pipeline.run(network, processor.batch(request, dtype), wanted)
+        def run(call: Call) -> VLOutput:
+            return pipeline.run(network, _batch_of(call, processor, dtype), wanted)
 
         if not may_use_graphs:
-            return run(request)
+            return run(call)
         modules = [module for module in network if module is not None]
-        return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, request)
+        return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, call)
 
-    def batch(self, caller: Caller, request: Request) -> Batch:
-        """The processor's batch; on a GPU with `features` in place of pixels.
+    def batch(self, caller: Caller, call: Call) -> Batch:
+        """The batch of a call; on a GPU with `features` in place of pixels.
 
         Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
         as the GPU, and the decoder waits for both.
         """
-        _, processor, dtype, graph = caller
-        if not request.frames or not self._may_use_graphs(processor, request.device, graph):
-            return processor.batch(request, dtype)
-        features = self.encode(caller, replace(request, prompts=None))
-        return replace(processor.batch(replace(request, frames=()), dtype), features=features)
+        visual, processor, dtype, graph = caller.network.visual, *caller[1:]
+        may_use_graphs = self._may_use_graphs(processor, call.device, graph)
+        if isinstance(call, Request):
+            if not call.frames or not may_use_graphs:
+                return processor.batch(call, dtype)
+            features = self.encode(caller, replace(call, prompts=None))
+            return replace(processor.batch(replace(call, frames=()), dtype), features=features)
+        batch = _batch_of(call, processor, dtype)
+        if batch.pixel_values is None or not may_use_graphs:
+            return batch
+        images = Batch(**{name: getattr(batch, name) for name in IMAGE_FIELDS})
+        key, run = ("batch", *_settings(processor, dtype)), functools.partial(image_features, visual)
+        features = self._by_graph(self.tower, [visual], key, run, images)
+        return replace(batch, pixel_values=None, features=features)
 
     def encode(
         self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None
@@ -126,15 +141,15 @@ class Calls:
         graphs: CudaGraphs,
         modules: Sequence[nn.Module],
         key: tuple[Hashable, ...],
-        run: Callable[[Request], object],
-        request: Request,
+        run: Callable[[Call], object],
+        call: Call,
     ) -> object:
-        tensors, spec = _pytree.tree_flatten(request)
+        tensors, spec = _pytree.tree_flatten(call)
 
         def on_tensors(*tensors: Tensor) -> object:
             return run(_pytree.tree_unflatten(tensors, spec))
 
-        return graphs.run(modules, (*key, spec.context), on_tensors, *tensors, device=request.device)
+        return graphs.run(modules, (*key, type(call), spec.context), on_tensors, *tensors, device=call.device)
 
 
 def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:
@@ -172,3 +187,9 @@ def _settings(processor: TensorProcessor, dtype: torch.dtype) -> tuple[Hashable,
     """What shapes a call besides its arguments and tensors."""
     tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
     return dtype, processor, processor.image, *tokens
+
+
+def _batch_of(call: Call, processor: TensorProcessor, dtype: torch.dtype) -> Batch:
+    if isinstance(call, Request):
+        return processor.batch(call, dtype)
+    return call if isinstance(call, Batch) else processor.arrange(call)

@@ -1,18 +1,23 @@
-"""What the model returns: frozen dataclasses with the same fields at every call; what was not asked for is None."""
+"""What the model returns: dataclasses with the same fields at every call; what was not asked for is None."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 
-@dataclass(frozen=True, eq=False)
-class VLOutput:
+@dataclass(eq=False)
+class VLOutput(ModelOutput):
     """Result of `QwenBatchedVL.forward` for B samples padded to S tokens, D wide, with V cameras.
 
+    Like every output of transformers it can be read by name, `out["loss"]`, and as a tuple of what is not None,
+    `out[0]`: tools written for its models do.
+
     Attributes:
+        loss: Float32 scalar, the mean cross entropy of all tokens of the batch's answers; None without targets.
+        logits: None, (B, vocabulary) for `logits="last"`, (B, S, vocabulary) for `logits="all"`.
         hidden_states: One (B, S, D) for each of the `layers` asked for, in that order. Values on padding are finite
             and mean nothing.
         attention_mask: Bool (B, S), False on padding.
@@ -22,19 +27,17 @@ class VLOutput:
         input_ids: Int64 (B, S).
         image_features: (B, V, h, w, D) in row-major order, a list of V tensors (B, h, w, D) when the cameras'
             feature grids differ, None without images.
-        logits: None, (B, vocabulary) for `logits="last"`, (B, S, vocabulary) for `logits="all"`.
-        loss: Float32 scalar, the mean cross entropy of all tokens of the batch's answers; None without targets.
     """
 
-    hidden_states: list[Tensor]
-    attention_mask: Tensor
-    image_mask: Tensor
-    camera_ids: Tensor
-    position_ids: Tensor
-    input_ids: Tensor
-    image_features: Tensor | list[Tensor] | None
-    logits: Tensor | None
-    loss: Tensor | None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: list[Tensor] | None = None
+    attention_mask: Tensor | None = None
+    image_mask: Tensor | None = None
+    camera_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    input_ids: Tensor | None = None
+    image_features: Tensor | list[Tensor] | None = None
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -57,7 +60,3 @@ class GenerateOutput:
     texts: list[str]
     token_ids: list[Tensor]
     finish_reasons: list[str]
-
-
-# So that FSDP2, whose older releases look for tensors in known containers alone, finds those that gradients come from.
-torch.export.register_dataclass(VLOutput)

@@ -23,16 +23,21 @@ from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
-from qwen_batched.inputs.prepared import HostFacts, check_prepared_alone, restore
+from qwen_batched.inputs.given import read_batch
+from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
-from qwen_batched.model import pipeline
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.fast_path import check_placement
 from qwen_batched.training.api import Trainable
 from qwen_batched.training.tied_head import embedding_weight
+
+# In the order of `forward`'s arguments.
+BATCH_NAMES = (
+    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
+)
 
 
 class QwenBatchedVL(Trainable):
@@ -193,8 +198,19 @@ class QwenBatchedVL(Trainable):
         cuda_graph: bool = True,
         targets: Sequence[str] | str | None = None,
         system: str | None = None,
-        **batch: Tensor | list[Tensor] | HostFacts,
-    ) -> VLOutput:
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | list[Tensor] | None = None,
+        image_grid_thw: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **batch: Any,
+    ) -> VLOutput | tuple[Any, ...]:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
 
         Gradients reach every parameter and floating frames. A frame that is not finite spoils its own sample, outputs
@@ -225,24 +241,51 @@ class QwenBatchedVL(Trainable):
                 end token of the chat template's turn, in other templates of the tokenizer; `loss` is that of these
                 tokens alone. They are read like `texts`.
             system: Replaces the chat template's system text, and is text like `texts`; None for its own.
-            **batch: In place of images, texts and targets, what `processor(images, texts, ...)` returned, or some rows
-                of it. What is on the host is checked; of what is on the GPU, a sample that does not fit becomes NaN.
+            input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids:
+                In place of images, texts and targets, a batch of transformers' processor, with labels and positions as
+                its models take them: any turns, any number and sizes of images in each sample, padding on either side.
+                Its `image_grid_thw` is read: on a GPU that is one wait, on the host none. The output is transformers':
+                `logits` of all tokens, where there is an output projection, and their `loss` where there are labels. A
+                label is predicted from the token before it; one that has none counts for nothing.
+            logits_to_keep: Logits of so many places at the end; 0 for all. With labels it saves the memory of the rest.
+            output_hidden_states: True for the hidden states of all layers, as a tuple.
+            return_dict: False for a tuple of all that is not None.
+            num_items_in_batch: The loss is the sum over the batch's labels divided by this, in place of their mean, as
+                in transformers: for gradients that are accumulated over several batches.
+            **batch: The rest of what `processor(images, texts, ...)` returned, in place of images, texts and targets,
+                or of some rows of it. What is on the host is checked; of what is on the GPU, a sample that does not fit
+                becomes NaN. And what transformers' models take too, where it changes no result (`use_cache`).
 
         Raises:
             TypeError, ValueError: An argument is not as described, or gradients are wanted while a CUDA graph is
                 captured. Raised before any work.
         """
         device = self.device
+        tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
+        batch |= dict(zip(BATCH_NAMES, tensors, strict=True))
+        batch = {name: value for name, value in batch.items() if value is not None}
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
-        wanted = self._check_wanted(layers, norm, logits, has_targets=targets is not None or "labels" in batch)
+        is_transformers = "input_ids" in batch and MARKER not in batch
+        if output_hidden_states:
+            layers = [*range(self.config.text.num_hidden_layers + 1)]
+        if is_transformers and logits is None and self.has_lm_head:
+            logits = as_int("logits_to_keep", logits_to_keep, 0) or "all"
+        wanted = self._check_wanted(layers, norm, logits, targets is not None or labels is not None)
+        if num_items_in_batch is not None:
+            wanted = replace(wanted, loss="sum")
         if batch:
-            check_prepared_alone(batch.keys(), images, texts, template, resize, camera_mask, targets, system)
-            return pipeline.run(self._network, restore(batch, self.config, device), wanted)
-        check_given("texts", texts, "a list of str")
-        request = self.processor.request(
-            images, texts, camera_mask, targets=targets, template=template, resize=resize, device=device, system=system
-        )
-        return self._calls.forward(self._caller(cuda_graph), request, wanted)
+            shaping = {"camera_mask": camera_mask, "targets": targets, "template": template, "system": system}
+            call = read_batch(batch, self.config, device, images, texts, resize=resize, **shaping)
+        else:
+            check_given("texts", texts, "a list of str")
+            options = {"targets": targets, "template": template, "resize": resize, "system": system}
+            call = self.processor.request(images, texts, camera_mask, device=device, **options)
+        out = self._calls.forward(self._caller(cuda_graph), call, wanted)
+        if num_items_in_batch is not None and out.loss is not None:
+            out.loss = out.loss / num_items_in_batch
+        if output_hidden_states:
+            out.hidden_states = tuple(out.hidden_states)
+        return out.to_tuple() if return_dict is False else out
 
     def encode_images(
         self,
@@ -388,10 +431,11 @@ class QwenBatchedVL(Trainable):
     def _caller(self, cuda_graph: bool) -> Caller:
         return Caller(self._network, self.processor, self.dtype, cuda_graph)
 
-    def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | None, has_targets: bool) -> Wanted:
+    def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | int | None, has_targets: bool) -> Wanted:
         """What a call asks for, where it can be given."""
         checks.check_choice("norm", norm, "post", "pre")
-        checks.check_choice("logits", logits, None, "last", "all")
+        if type(logits) is not int:
+            checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
         return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)

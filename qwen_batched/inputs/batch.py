@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -28,7 +29,11 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first."""
+    """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first.
+
+    Or with N `images` of the batch's own, any number for each sample: then pixels and features are lists of one tensor
+    for each grid, images first, and `feature_index` counts through all of them.
+    """
 
     input_ids: Tensor | None = None  # int64 (B, S); like the other four of `Sequences` None for images without texts
     attention_mask: Tensor | None = None  # bool (B, S), False on padding
@@ -36,22 +41,30 @@ class Batch:
     camera_ids: Tensor | None = None  # int64 (B, S), the camera of an image token, -1 elsewhere
     feature_index: Tensor | None = None  # int64 (B, S), see `Sequences`
     labels: Tensor | None = None  # int64 (B, S), see `label_answers`; None without targets
-    # (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ; None without images, or
-    # with `features`.
+    # (B, V, P, patch_dim) in window order, or V tensors (B, P_v, patch_dim) when sizes differ; with `images` one
+    # (N_g, P_g, patch_dim) for each grid; None without images, or with `features`.
     pixel_values: Tensor | list[Tensor] | None = None
     camera_present: Tensor | None = None  # bool (B, V), False where a camera is absent; None where none is
     features: Features | None = None  # image features in place of pixels
     # Bool (B,), False for samples whose hidden states become NaN; None where the host has checked them.
     valid: Tensor | None = None
     labels_valid: Tensor | None = None  # bool (B,), the same of what the loss needs
-    grids: tuple[Grid, ...] = ()  # of each camera's image, where there are pixels
+    grids: tuple[Grid, ...] = ()  # of each camera's image, or each tensor of pixels, where there are any
+    images: tuple[tuple[int, int], ...] | None = None  # the tensor and the row of each of the batch's own images
     as_list: bool = False  # whether image features are a list, of one tensor for each camera
     tokens: int | None = None  # how many tokens are not padding; None where only the device knows
     is_padded: bool = True  # False where the host knows that no token is padding
     answer_tokens: int | None = None  # how many labels there are, or the most there can be where only the device knows
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of it is."""
+        pixels = self.pixel_values
+        first = pixels[0] if isinstance(pixels, (list, tuple)) else pixels
+        return (self.input_ids if first is None else first).device
 
-HOST_FIELDS = ("grids", "as_list", "tokens", "is_padded", "answer_tokens")
+
+HOST_FIELDS = ("grids", "images", "as_list", "tokens", "is_padded", "answer_tokens")
 TENSOR_FIELDS = tuple(name for name in Batch.__dataclass_fields__ if name not in HOST_FIELDS)
 
 

@@ -326,8 +326,8 @@ def check_pixels(
     """The grid of each camera's image, in merged cells, as shapes say it.
 
     Of `pixel_values` (B, V, P, patch_dim) or V tensors (B, P_v, patch_dim), and `raster_order` (B, h, w) or one for
-    each camera, or the grids themselves, pairs of ints. Raises `ValueError` where they do not fit together, or not to
-    `batch` samples; None for the first tensor's.
+    each camera, or the grids themselves, pairs of ints; of a list the tensors may then differ in how many images they
+    hold. Raises `ValueError` where they do not fit together, or not to `batch` samples; None for the first tensor's.
     """
     uniform = isinstance(pixel_values, Tensor)
     if not uniform and not isinstance(pixel_values, (list, tuple)):
@@ -341,7 +341,7 @@ def check_pixels(
         raise ValueError(f"pixel_values must be (B, V, P, patch_dim), got {describe_tensor(pixel_values)}")
     cameras = pixel_values.shape[1:2] if uniform else ()
     if type(raster_order) is tuple and raster_order and type(raster_order[0]) is tuple:
-        grids, batch = raster_order, pixels[0].shape[0] if pixels and batch is None else batch
+        grids, counts = raster_order, [part.shape[0] if batch is None and part.ndim else batch for part in pixels]
         if len(grids) != (cameras or (len(pixels),))[0] or (uniform and len(set(grids)) > 1):
             raise ValueError(f"expected a grid per camera, one for all of a tensor, got {shown(grids)}")
     else:
@@ -351,8 +351,11 @@ def check_pixels(
             if order.shape[0] != batch:
                 raise ValueError(f"raster_order must be of {batch} samples, got {describe_tensor(order)}")
         grids = [(order.shape[1], order.shape[2]) for order in orders] * (cameras or (1,))[0]
-    for part, (h, w) in zip(pixels, grids, strict=False):  # of a tensor, the first grid is every camera's
-        shape, floating = (batch, *cameras, h * w * cell_patches, patch_dim), part.dtype.is_floating_point
+        counts = [batch] * len(pixels)
+    for part, count, (h, w) in zip(
+        pixels, counts, grids, strict=False
+    ):  # of a tensor, the first grid is every camera's
+        shape, floating = (count, *cameras, h * w * cell_patches, patch_dim), part.dtype.is_floating_point
         if tuple(part.shape) != shape or part.numel() == 0 or not (floating and part.dtype.itemsize > 1):
             raise ValueError(f"pixel_values must be floating {shape} to fit raster_order, got {describe_tensor(part)}")
     return grids

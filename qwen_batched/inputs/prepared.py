@@ -15,17 +15,13 @@ from torch import Tensor
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
-from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, Resize, can_read
+from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, can_read
 from qwen_batched.inputs.sequence import NO_LABEL
 
 MARKER = "prepared"
 NAMES = {*TEXT_NAMES, *IMAGE_NAMES, "camera_present", "labels", MARKER}
-# Of batches that earlier releases made, and of transformers' own: told apart from ours by the missing marker.
+# Of batches that earlier releases made: told apart from transformers' by these.
 EARLIER_NAMES = {"token_index", "answer_index", "raster_order", "feature_index", "camera_ids", "camera_present"}
-TRANSFORMERS_NAMES = {
-    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw"),
-    *("mm_token_type_ids", "position_ids", "labels", "inputs_embeds"),
-}
 
 
 class HostFacts(dict):
@@ -89,32 +85,17 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
     return prepared
 
 
-def check_prepared_alone(
-    batch: Collection[str], images: object, texts: object, template: str, resize: Resize, *others: object
-) -> None:
-    """Raises `TypeError` or `ValueError` where `batch` is not ours, or comes with what shapes one when it is made."""
-    unknown = sorted(batch - NAMES - EARLIER_NAMES - TRANSFORMERS_NAMES)
-    if unknown:
-        raise TypeError(f"forward() got unexpected arguments {unknown}")
+def check_prepared(batch: Collection[str]) -> None:
+    """Raises `TypeError` or `ValueError` where `batch` holds not all of a prepared one, or more."""
     if MARKER not in batch:
         if "raster_order" in batch and "input_ids" not in batch:
             raise ValueError(f"a prepared batch must hold texts, got {sorted(batch)}: give them to the processor")
-        if EARLIER_NAMES & batch:
-            raise ValueError(
-                f"a prepared batch must hold {MARKER!r}, got one without: keep every entry of the processor's batch, "
-                "not only tensors, or prepare it again if an earlier release made it"
-            )
         raise ValueError(
-            f"a batch must be prepared by this model's processor(images, texts), got {sorted(batch)}, which looks like "
-            "a batch of transformers' processor"
+            f"a prepared batch must hold {MARKER!r}, got one without: keep every entry of the processor's batch, "
+            "not only tensors, or prepare it again if an earlier release made it"
         )
     if unknown := sorted(batch - NAMES):
         raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
-    if images is not None or texts is not None:
-        raise ValueError("give either images and texts or a prepared batch, got both")
-    if template != "chat" or resize != "hf" or any(value is not None for value in others):
-        names = "camera_mask, targets, template, system and resize"
-        raise ValueError(f"{names} shape a batch when the processor makes it, not later")
 
 
 def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:

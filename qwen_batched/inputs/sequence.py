@@ -7,6 +7,7 @@ token goes is arithmetic on tensors, the same for every batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,12 +55,32 @@ def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
     return sequences.input_ids.masked_fill(~is_answer_BS, NO_LABEL)
 
 
-def place_features(embeds_BSD: Tensor, features: Tensor | list[Tensor], feature_index: Tensor) -> Tensor:
-    """Token embeddings with each image token's feature, of (B, V, h, w, D) or V tensors (B, h, w, D), in its place."""
+class Places(NamedTuple):
+    """Which tokens get features, and which rows of the features these are."""
+
+    rows: Tensor  # int64 (B * S,), 0 where a token gets none
+    is_image: Tensor  # bool (B, S, 1)
+
+
+def find_places(feature_index: Tensor, rows_per_sample: int | None) -> Places:
+    """Of `feature_index` (B, S), -1 where a token gets no feature; it counts anew in each sample, or, None, goes on."""
+    rows_BS = feature_index.clamp(min=0)
+    if rows_per_sample is not None and len(feature_index) > 1:
+        samples = torch.arange(len(feature_index), device=feature_index.device)
+        rows_BS = rows_BS + samples[:, None] * rows_per_sample
+    return Places(rows_BS.flatten(), (feature_index >= 0)[..., None])
+
+
+def feature_rows(features: Tensor | list[Tensor], by_sample: bool) -> Tensor:
+    """Features (B, V, h, w, D), or V tensors (B, h, w, D), as rows: sample by sample, or tensor by tensor."""
     if isinstance(features, Tensor):
-        features_BMD = features.flatten(1, 3)
-    else:
-        features_BMD = torch.cat([camera.flatten(1, 2) for camera in features], dim=1)
-    index_BS1 = feature_index[..., None]
-    placed_BSD = features_BMD.gather(1, index_BS1.clamp(min=0).expand(-1, -1, features_BMD.shape[-1]))
-    return torch.where(index_BS1 >= 0, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)
+        return features.flatten(0, 3)
+    if not by_sample:
+        return torch.cat([part.flatten(0, 2) for part in features])
+    return torch.cat([camera.flatten(1, 2) for camera in features], dim=1).flatten(0, 1)
+
+
+def place_features(embeds_BSD: Tensor, rows_MD: Tensor, places: Places) -> Tensor:
+    """Token embeddings with each image token's feature in its place."""
+    placed_BSD = rows_MD.index_select(0, places.rows).view(embeds_BSD.shape)
+    return torch.where(places.is_image, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
-from qwen_batched.inputs.sequence import place_features
+from qwen_batched.inputs.sequence import feature_rows, find_places, place_features
 from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.vision import VisionTransformer
 from qwen_batched.training.process_groups import needs_collective_participation
@@ -34,9 +34,12 @@ def embed(visual: VisionTransformer, decoder: Decoder, batch: Batch) -> Embedded
         placed = _blank_features(visual, batch.input_ids)
     deep = []
     if placed is not None:
-        blank = torch.zeros_like(embeds_BSD) if placed.deep else None
-        deep = [place_features(blank, maps, batch.feature_index) for maps in placed.deep]
-        embeds_BSD = place_features(embeds_BSD, placed.main, batch.feature_index)
+        by_sample = batch.images is None
+        main_MD, *deep_MD = (feature_rows(maps, by_sample) for maps in (placed.main, *placed.deep))
+        places = find_places(batch.feature_index, len(main_MD) // len(embeds_BSD) if by_sample else None)
+        blank = torch.zeros_like(embeds_BSD) if deep_MD else None
+        deep = [place_features(blank, rows_MD, places) for rows_MD in deep_MD]
+        embeds_BSD = place_features(embeds_BSD, main_MD, places)
     if batch.valid is not None:
         embeds_BSD = embeds_BSD.masked_fill(~batch.valid[:, None, None], torch.nan)
     return Embedded(embeds_BSD, deep, features)
@@ -59,6 +62,11 @@ def block_outputs(
     """The outputs of blocks for a batch's pixels, in the form in which cameras were given."""
     outputs = visual(batch.pixel_values, batch.grids, batch.camera_present, layers=layers, chunk_size=chunk_size)
     return [_as_given(maps, batch) for maps in outputs]
+
+
+def features_of_images(maps: FeatureMaps, batch: Batch) -> FeatureMaps:
+    """What callers get: as cameras were given, or one (h, w, D) for each of the batch's own images."""
+    return maps if batch.images is None else [maps[group][row] for group, row in batch.images]
 
 
 def _as_given(maps: FeatureMaps, batch: Batch) -> FeatureMaps:

@@ -28,8 +28,9 @@ def answer_loss(
     labels_BS: Tensor,
     answer_tokens: int,
     logits: Callable[[Tensor], Tensor],
+    reduction: str = "mean",
 ) -> Tensor:
-    """Mean cross entropy, in float32, of all labels of the batch, each predicted from the token before it.
+    """Mean (or "sum") of the cross entropy, in float32, of a batch's labels, each predicted from the token before it.
 
     Logits are made a chunk of tokens at a time, by `logits`, (T, D) to (T, vocabulary), and made again in the backward
     pass. `labels_BS` are `NO_LABEL` where there is nothing to learn; `answer_tokens`, A, is no fewer than there are
@@ -49,4 +50,5 @@ def answer_loss(
 
     chunks = zip(hidden_AD.split(TOKENS_PER_CHUNK), labels_A.split(TOKENS_PER_CHUNK), strict=True)
     losses = [recompute(loss_of_chunk, *chunk) for chunk in chunks]
-    return torch.stack(losses).sum() / (labels_A != NO_LABEL).sum().clamp(min=1)
+    total = torch.stack(losses).sum()
+    return total if reduction == "sum" else total / (labels_A != NO_LABEL).sum().clamp(min=1)

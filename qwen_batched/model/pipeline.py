@@ -6,15 +6,16 @@ No class around it: this is what a CUDA graph captures, what torch.compile sees 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen_batched.inputs.batch import Batch
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.decoder import Decoder
-from qwen_batched.model.embedding import embed
+from qwen_batched.model.embedding import embed, features_of_images
 from qwen_batched.model.head import answer_loss, last_tokens
 from qwen_batched.model.vision import VisionTransformer
 from qwen_batched.outputs import VLOutput
@@ -34,7 +35,8 @@ class Wanted:
 
     layers: tuple[int, ...]  # indices of hidden states, 0 for the input embeddings
     norm: str  # "post" or "pre", see `Decoder.forward`
-    logits: str | None  # None, "last" or "all"
+    logits: str | int | None  # None, "last", "all", or of so many places at the end
+    loss: str = "mean"  # or "sum", of the batch's labels
 
 
 def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
@@ -50,10 +52,14 @@ def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
     if needs_last:
         last = hidden_states.pop()
         last = last if wanted.norm == "post" else decoder.norm(last)[0]
-    if wanted.logits is not None:
+    if isinstance(wanted.logits, int):
+        logits = apply_linear(head, last[:, -wanted.logits :])
+    elif wanted.logits is not None:
         logits = apply_linear(head, last_tokens(last, mask) if wanted.logits == "last" else last)
     if batch.labels is not None:
-        loss = answer_loss(last, mask, batch.labels, batch.answer_tokens, lambda x: apply_linear(head, x))
+        # The logits of all tokens, where there are any, are not computed twice.
+        rows, of_rows = (logits, _same) if wanted.logits == "all" else (last, partial(apply_linear, head))
+        loss = answer_loss(rows, mask, batch.labels, batch.answer_tokens, of_rows, wanted.loss)
         if batch.labels_valid is not None:
             loss = loss.masked_fill(~batch.labels_valid.all(), torch.nan)
     return VLOutput(
@@ -63,7 +69,11 @@ def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
         camera_ids=batch.camera_ids,
         position_ids=position_ids,
         input_ids=batch.input_ids,
-        image_features=None if features is None else features.main,
+        image_features=None if features is None else features_of_images(features.main, batch),
         logits=logits,
         loss=loss,
     )
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from qwen_batched import ops
 from qwen_batched.arguments import as_int, shown
@@ -29,7 +30,15 @@ from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.resample_backend import resolve_resample_backend
-from qwen_batched.inputs.sequence import Sequences, expand_prompts, label_answers
+from qwen_batched.inputs.sequence import NO_LABEL, Sequences, expand_prompts, label_answers
+from qwen_batched.inputs.transformers_batch import (
+    TransformersBatch,
+    faults,
+    group_by_grid,
+    image_table,
+    label_faults,
+    lay_out,
+)
 from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smart_resize, vision_plan
 from qwen_batched.runtime.host_copies import cached_h2d, h2d
 from qwen_batched.runtime.lru_cache import LRUCache
@@ -220,6 +229,71 @@ class TensorProcessor:
                 fields["labels"] = label_answers(sequences, prompts.answers)
                 fields["answer_tokens"] = prompts.answer_tokens
         return Batch(camera_present=request.camera_mask, as_list=request.as_list, **fields)
+
+    @torch.compiler.disable
+    def arrange(self, given: TransformersBatch) -> Batch:
+        """The batch of one of transformers', computed on its device without a look at any value.
+
+        What the host has not checked is clamped to what is safe, and `valid` is False for samples that needed it,
+        `labels_valid` where these or labels did.
+        """
+        given = _pytree.tree_map_only(Tensor, lambda x: x.to(given.device, non_blocking=True), given)
+        key = "images", given.grids, given.device
+        table = self._tables.get(key, lambda: image_table(given.grids, given.device))
+        layout = lay_out(given, table, self.config.image_token_id)
+        ids, labels, feature_index, valid, labels_valid = (
+            given.input_ids,
+            given.labels,
+            layout.feature_index,
+            None,
+            None,
+        )
+        if not given.is_checked:
+            rows = self.config.text.vocab_size
+            valid = ~torch.stack([*faults(given, layout, self.config).values()]).any(dim=0)
+            ids = ids.clamp(0, rows - 1)
+            feature_index = feature_index.clamp(max=sum(h * w for h, w in given.grids) - 1)
+            if labels is not None:
+                labels_valid = ~torch.stack([~valid, *label_faults(given, layout, self.config).values()]).any(dim=0)
+                labels = labels.clamp(0, rows - 1).where(labels != NO_LABEL, NO_LABEL)
+        fields: dict[str, Any] = {}
+        if given.grids:
+            groups = group_by_grid(given.grids)
+            places = {
+                image: (group, row) for group, each in enumerate(groups.values()) for row, image in enumerate(each)
+            }
+            fields = {"pixel_values": self._window_order(given, groups), "grids": tuple(groups)}
+            fields["images"] = tuple(places[image] for image in range(len(given.grids)))
+        return Batch(
+            input_ids=ids,
+            attention_mask=layout.mask,
+            rope_positions=layout.rope_positions,
+            camera_ids=layout.camera_ids,
+            feature_index=feature_index,
+            labels=labels,
+            valid=valid,
+            labels_valid=labels_valid,
+            tokens=given.tokens,
+            is_padded=given.tokens != ids.numel(),
+            answer_tokens=given.answer_tokens,
+            **fields,
+        )
+
+    def _window_order(self, given: TransformersBatch, groups: dict[Grid, list[int]]) -> list[Tensor]:
+        """Patches in transformers' order to one (N_g, P_g, patch_dim) for each grid, in window order."""
+        cell = self.config.vision.cell_patches
+        images = given.pixel_values.split([h * w * cell for h, w in given.grids])
+        pixels = []
+        for grid, each in groups.items():
+            if len(groups) == 1:
+                patches = given.pixel_values.unflatten(0, (len(each), -1))
+            else:
+                patches = torch.stack([images[image] for image in each])
+            if self.config.vision.window_size is not None:
+                cells = patches.unflatten(1, (-1, cell))
+                patches = cells.index_select(1, self._plan(grid, given.device).window_order).flatten(1, 2)
+            pixels.append(patches)
+        return pixels
 
     def prepared(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor] | HostFacts]:
         """The same for loaders, see `__call__`."""

@@ -261,4 +261,15 @@ def test_an_output_is_a_container_to_pytorch(model, images):
     assert any(leaf is out.last_hidden_state for leaf in leaves)
     again = tree_unflatten(leaves, structure)
     assert type(again) is VLOutput
-    assert all(getattr(again, field.name) is getattr(out, field.name) for field in dataclasses.fields(out)[1:])
+    assert again.hidden_states[0] is out.last_hidden_state
+    tensors = [field.name for field in dataclasses.fields(out) if field.name != "hidden_states"]
+    assert all(getattr(again, name) is getattr(out, name) for name in tensors)
+
+
+def test_an_output_reads_like_transformers_own(model, images):
+    out = model(images, TEXTS, logits="last")
+    assert out["logits"] is out.logits is out[0]
+    assert "loss" not in out and out.loss is None
+    trained = model(images, TEXTS, targets=["one", "two"])
+    assert trained["loss"] is trained.loss is trained[0]
+    assert list(trained.keys())[:2] == ["loss", "hidden_states"]

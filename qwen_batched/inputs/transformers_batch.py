@@ -1,0 +1,290 @@
+"""A batch of transformers' processor, as the host knows it, and where its tokens and images stand.
+
+Its images are the batch's, back to back in the order of their tokens, any number of any size for each sample. Which
+image a token belongs to follows from how many image tokens stand before it: nothing here reads a value from a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from qwen_batched.arguments import shown
+from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.inputs import checks
+from qwen_batched.inputs.batch import Grid
+from qwen_batched.inputs.checks import can_read, describe_tensor
+from qwen_batched.inputs.sequence import NO_LABEL
+
+NAMES = {
+    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
+}
+# What transformers' models take too, with the values that change no result of this package.
+INERT = {
+    "use_cache": (True, False),
+    "output_attentions": (False,),
+    "cache_position": (),
+    **dict.fromkeys(("past_key_values", "inputs_embeds", "head_mask", "rope_deltas")),
+    **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")),
+}
+IMAGE_TYPE = 1  # of a token in `mm_token_type_ids`
+
+
+@dataclass(frozen=True, eq=False)
+class TransformersBatch:
+    """A checked batch of B samples padded to S tokens, with N images.
+
+    To PyTorch's pytrees its tensors are children, all else is the structure, hashable. Tensors are on the host or on
+    `device`.
+    """
+
+    input_ids: Tensor  # int64 (B, S)
+    attention_mask: Tensor | None  # (B, S), 0 on padding; None where there is none
+    pixel_values: Tensor | None  # (patches, patch_dim), image by image; None without images
+    labels: Tensor | None  # int64 (B, S)
+    position_ids: Tensor | None  # int64 (B, S), (3, B, S) or (4, B, S)
+    mm_token_type_ids: Tensor | None  # (B, S), 1 on image tokens; looked at where the host has not checked it
+    grids: tuple[Grid, ...]  # of each image
+    device: torch.device  # where the batch goes
+    is_checked: bool  # whether the host has seen all values
+    tokens: int | None  # how many tokens are not padding; None where only the device knows
+    answer_tokens: int  # how many labels there are, or the most there can be
+
+
+TENSORS = ("input_ids", "attention_mask", "pixel_values", "labels", "position_ids", "mm_token_type_ids")
+FACTS = ("grids", "device", "is_checked", "tokens", "answer_tokens")
+
+
+def _flatten(batch: TransformersBatch) -> tuple[list[Tensor], Hashable]:
+    given = tuple(name for name in TENSORS if getattr(batch, name) is not None)
+    return [getattr(batch, name) for name in given], (given, *(getattr(batch, name) for name in FACTS))
+
+
+def _unflatten(tensors: Sequence[Tensor], context: tuple) -> TransformersBatch:
+    given, *facts = context
+    values = dict.fromkeys(TENSORS) | dict(zip(given, tensors, strict=True))
+    return TransformersBatch(**values, **dict(zip(FACTS, facts, strict=True)))
+
+
+_pytree.register_pytree_node(TransformersBatch, _flatten, _unflatten)
+
+
+def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> TransformersBatch:
+    """The batch that transformers' processor made, and the caller's labels and positions.
+
+    The grids are read: at no cost on the host, at that of one wait on a GPU. Everything else is checked here where it
+    is on the host. Raises `TypeError` or `ValueError`, before any work, where it is not a batch of this model.
+    """
+    for name in given.keys() - NAMES:
+        if name not in INERT:
+            raise TypeError(f"forward() got an unexpected argument {name!r}")
+        if given[name] not in (INERT[name] or ()):
+            raise ValueError(f"{name} is not supported: it must be None, got {describe_tensor(given[name])}")
+    for name in NAMES & given.keys():
+        if not isinstance(given[name], Tensor):
+            raise TypeError(f"{name} must be a tensor, got {shown(given[name])}")
+        checks.check_plain(name, given[name])
+        checks.check_device(name, given[name], device)
+    values = {name: given.get(name) for name in TENSORS}
+    ids, mask, labels = values["input_ids"], values["attention_mask"], values["labels"]
+    if ids is None or ids.ndim != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 (B, S), got {describe_tensor(ids)}")
+    values["input_ids"] = ids.long()
+    _check_shapes(values)
+    grids = _grids(given.get("image_grid_thw"), values["pixel_values"], config)
+    rows = [value for name, value in values.items() if value is not None and name != "pixel_values"]
+    size = ids.numel()
+    batch = TransformersBatch(
+        **values,
+        grids=grids,
+        device=device,
+        is_checked=can_read(*rows),
+        tokens=size if mask is None else int((mask != 0).sum()) if can_read(mask) else None,
+        answer_tokens=0 if labels is None else int((labels != NO_LABEL).sum()) if can_read(labels) else size,
+    )
+    if batch.is_checked:
+        layout = lay_out(batch, image_table(grids, torch.device("cpu")), config.image_token_id)
+        found = faults(batch, layout, config)
+        if labels is not None:
+            found |= label_faults(batch, layout, config)
+        for what, bad_B in found.items():
+            if bad_B.any():
+                raise ValueError(f"a batch must hold {what}, got others for sample {int(bad_B.int().argmax())}")
+    return batch
+
+
+def _check_shapes(values: Mapping[str, Tensor | None]) -> None:
+    ids = values["input_ids"]
+    batch, length = ids.shape
+    allowed = {
+        "attention_mask": [(batch, length)],
+        "labels": [(batch, length)],
+        "mm_token_type_ids": [(batch, length)],
+        "position_ids": [(batch, length), (3, batch, length), (4, batch, length)],
+    }
+    for name, shapes in allowed.items():
+        value = values[name]
+        if value is not None and tuple(value.shape) not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} must be {expected} to fit input_ids, got {describe_tensor(value)}")
+        is_mask = name in ("attention_mask", "mm_token_type_ids")
+        if value is not None and not is_mask and value.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {describe_tensor(value)}")
+        if value is not None and is_mask and (value.dtype.is_floating_point or value.dtype.is_complex):
+            raise ValueError(f"{name} must be bool or of integers, got {describe_tensor(value)}")
+
+
+def _grids(thw: Tensor | None, pixels: Tensor | None, config: QwenVLConfig) -> tuple[Grid, ...]:
+    """The grid of each image in merged cells, read from `image_grid_thw` (N, 3), in patches."""
+    if (thw is None) != (pixels is None):
+        raise ValueError("pixel_values and image_grid_thw must come together, got one of them")
+    if thw is None:
+        return ()
+    if thw.ndim != 2 or thw.shape[1] != 3 or len(thw) == 0 or thw.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"image_grid_thw must be int64 (N, 3), got {describe_tensor(thw)}")
+    patch_dim, merge = config.vision.patch_dim, config.vision.spatial_merge_size
+    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
+    if pixels.ndim != 2 or pixels.shape[1] != patch_dim or not floating:
+        raise ValueError(f"pixel_values must be floating (patches, {patch_dim}), got {describe_tensor(pixels)}")
+    sizes = thw.tolist()
+    for t, h, w in sizes:
+        if t != 1 or h < merge or w < merge or h % merge or w % merge:
+            raise ValueError(
+                f"image_grid_thw must hold 1, height and width in patches, multiples of {merge}, got {(t, h, w)}"
+            )
+    patches = sum(h * w for _, h, w in sizes)
+    if patches != len(pixels):
+        raise ValueError(f"pixel_values must hold the {patches} patches of image_grid_thw, got {len(pixels)}")
+    return tuple((h // merge, w // merge) for _, h, w in sizes)
+
+
+class Layout(NamedTuple):
+    """Where tokens and images stand; each tensor (B, S) but the positions."""
+
+    mask: Tensor  # bool, False on padding
+    rope_positions: Tensor  # int64 (B, 3, S), 0 on padding
+    camera_ids: Tensor  # int64, which of its sample's images a token belongs to, -1 elsewhere
+    # Int64, which of all features, grid by grid, an image token stands for, -1 elsewhere.
+    feature_index: Tensor
+    is_image: Tensor  # bool, whether the id is that of an image token
+    rank: Tensor  # int64, how many image tokens of the batch stand before one
+    cell: Tensor  # int64, which of its image's cells an image token stands for
+    is_last: Tensor  # bool, whether it stands for the last one
+
+
+class ImageTable(NamedTuple):
+    """Of each image, (N,) int64."""
+
+    ends: Tensor  # the cells of it and of all images before it
+    cells: Tensor
+    widths: Tensor
+    advances: Tensor  # how far the text behind it moves on
+    features: Tensor  # the first of its features, grid by grid
+
+
+def group_by_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:
+    """The images of each grid, grids in the order of their first images."""
+    groups: dict[Grid, list[int]] = {}
+    for image, grid in enumerate(grids):
+        groups.setdefault(grid, []).append(image)
+    return groups
+
+
+def image_table(grids: Sequence[Grid], device: torch.device) -> ImageTable:
+    """What `lay_out` looks up of each image."""
+    cells = [h * w for h, w in grids]
+    features, begin = [0] * len(grids), 0
+    for images in group_by_grid(grids).values():
+        for image in images:
+            features[image] = begin
+            begin += cells[image]
+    ends = [sum(cells[: image + 1]) for image in range(len(cells))]
+    columns = ends, cells, [w for _, w in grids], [max(grid) for grid in grids], features
+    return ImageTable(*torch.tensor(columns, dtype=torch.int64, device="cpu").to(device))
+
+
+def lay_out(batch: TransformersBatch, table: ImageTable, image_token_id: int) -> Layout:
+    """Where the tokens and images of a batch stand.
+
+    Rope positions are those of transformers' `get_rope_index` for still images, see `reference.expand_prompts`, or the
+    batch's own.
+    """
+    ids = batch.input_ids
+    mask = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
+    is_image = ids == image_token_id
+    rank = is_image.flatten().long().cumsum(0).view(ids.shape) - 1
+    none = torch.full_like(ids, -1)
+    if not batch.grids:
+        first = mask.long().cumsum(1) - 1
+        positions = first[:, None].expand(-1, 3, -1)
+        cell, is_last, camera, feature = none, torch.zeros_like(mask), none, none
+    else:
+        image = torch.searchsorted(table.ends, rank.clamp(min=0), right=True).clamp_(max=len(batch.grids) - 1)
+        cells = table.cells[image]
+        cell = rank - table.ends[image] + cells
+        is_last = is_image & (cell == cells - 1)
+        advance = torch.where(is_image, table.advances[image] * is_last, 1) * mask
+        first = advance.cumsum(1) - advance
+        width = table.widths[image]
+        row, column = (torch.where(is_image, place, 0) for place in (cell // width, cell % width))
+        positions = torch.stack((first, first + row, first + column), dim=1)
+        inside = is_image & (cell < cells)
+        camera = torch.where(inside, (inside & (cell == 0)).long().cumsum(1) - 1, none)
+        feature = torch.where(inside, table.features[image] + cell, none)
+    if batch.position_ids is not None:
+        given = batch.position_ids
+        positions = given[:, None].expand(-1, 3, -1) if given.ndim == 2 else given[-3:].transpose(0, 1)
+    return Layout(mask, positions.masked_fill(~mask[:, None], 0), camera, feature, is_image, rank, cell, is_last)
+
+
+def faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> dict[str, Tensor]:
+    """What each sample (B,) does wrong, by what would be right."""
+    ids, rows = batch.input_ids, config.text.vocab_size
+    mask, is_image, cell = layout.mask, layout.is_image, layout.cell
+    total = sum(h * w for h, w in batch.grids)
+    is_later = is_image & (cell > 0)
+    goes_on = torch.zeros_like(mask)  # the token before is of the same image, and as visible
+    goes_on[:, 1:] = is_image[:, :-1] & (mask[:, 1:] == mask[:, :-1])
+    ends = torch.ones_like(mask)
+    ends[:, :-1] = ~is_image[:, 1:]
+    is_wrong = (is_later & ~goes_on) | (is_image & ends & ~layout.is_last) | (is_image & (layout.rank >= total))
+    found = {
+        "at least one token for each sample": ~mask.any(dim=1),
+        f"input_ids from 0 to {rows - 1}": ((ids < 0) | (ids >= rows)).any(dim=1),
+        "as many image tokens in input_ids as the images of image_grid_thw have cells, each image in one piece": (
+            is_wrong.any(dim=1) | (is_image.sum() != total)
+        ),
+    }
+    if batch.mm_token_type_ids is not None:
+        types = torch.where(is_image, IMAGE_TYPE, 0)
+        found["mm_token_type_ids of 1 on image tokens and 0 elsewhere"] = (batch.mm_token_type_ids != types).any(dim=1)
+    text = _text_positions(batch.position_ids)
+    if text is not None:
+        # Of visible tokens only: what stands on padding counts for the token before.
+        highest = text.masked_fill(~mask, torch.iinfo(text.dtype).min).cummax(dim=1).values
+        found["position_ids that rise along a row, since several sequences in one are not supported"] = (
+            mask & (text < highest)
+        ).any(dim=1)
+    return found
+
+
+def label_faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> dict[str, Tensor]:
+    """The same of labels."""
+    labels, rows = batch.labels, config.text.vocab_size
+    is_label = labels != NO_LABEL
+    return {
+        f"labels of {NO_LABEL} or from 0 to {rows - 1}": (is_label & ((labels < 0) | (labels >= rows))).any(dim=1),
+        f"labels of {NO_LABEL} on padding": (is_label & ~layout.mask).any(dim=1),
+    }
+
+
+def _text_positions(position_ids: Tensor | None) -> Tensor | None:
+    """Those by which transformers tells packed sequences apart, (B, S); None where it does not."""
+    if position_ids is None or (position_ids.ndim == 3 and len(position_ids) == 3):
+        return None
+    return position_ids if position_ids.ndim == 2 else position_ids[0]
