@@ -261,6 +261,10 @@ class QwenBatchedVL(Trainable):
                 captured. Raised before any work.
         """
         device = self.device
+        if isinstance(attention_mask, str | list | tuple):  # by position, peft's classes for tasks call them so
+            images, texts, third = input_ids, attention_mask, batch.pop("inputs_embeds", None)
+            camera_mask = camera_mask if third is None else third
+            input_ids = attention_mask = None
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
         batch |= dict(zip(BATCH_NAMES, tensors, strict=True))
         batch = {name: value for name, value in batch.items() if value is not None}
