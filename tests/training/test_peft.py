@@ -46,7 +46,7 @@ KINDS = {
     },
     "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 300]},
 }
-IN_ALL_FAMILIES = ("all-linear", "DoRA", "whole modules")
+IN_ALL_FAMILIES = ("all-linear", "whole modules")
 # The same in the published names, where it is spelled otherwise.
 PUBLISHED = {
     "a pattern": {"target_modules": r"model\..*\.q_proj"},
