@@ -235,9 +235,11 @@ class QwenBatchedVL(Savable):
                 captured. Raised before any work.
         """
         device = self.device
+        if isinstance(attention_mask, str | list | tuple):  # by position, peft's classes for tasks call them so
+            images, texts, input_ids, attention_mask = input_ids, attention_mask, None, None
+            camera_mask = batch.pop("inputs_embeds", None) if camera_mask is None else camera_mask
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
-        batch |= dict(zip(BATCH_NAMES, tensors, strict=True))
-        batch = {name: value for name, value in batch.items() if value is not None}
+        batch = {k: x for k, x in (*batch.items(), *zip(BATCH_NAMES, tensors, strict=True)) if x is not None}
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
         is_transformers = "input_ids" in batch and MARKER not in batch
         if output_hidden_states:

@@ -14,10 +14,11 @@ from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME
 from qwen_batched.checkpoint.options import log_attention
 from qwen_batched.families import Family, family_of
 from qwen_batched.training import tied_head
+from qwen_batched.training.adapter_names import AdapterNames
 from qwen_batched.training.checkpointing import GradientCheckpointing
 
 
-class Trainable(GradientCheckpointing, PreTrainedModel):
+class Trainable(AdapterNames, GradientCheckpointing, PreTrainedModel):
     """A model of a vision transformer `visual`, a decoder `model` and an `lm_head` that `config` may tie, or None.
 
     It is a `PreTrainedModel` so that tools for transformers' models treat it as one: Trainer calls `save_pretrained`,
@@ -50,8 +51,10 @@ class Trainable(GradientCheckpointing, PreTrainedModel):
 
     @property
     def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """Where peft looks for what transformers has renamed, when it loads an adapter."""
-        return {f"^{re.escape(stored)}": name for stored, name in self.family.keys.adapters}
+        """Where peft looks for what transformers has renamed, when it loads an adapter: to the names as of now."""
+        adapters = self.family.keys.adapters
+        others = "|".join(re.escape(stored) for stored, _ in adapters)
+        return {f"^(?!{others}){re.escape(name)}": stored for stored, name in adapters}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -65,7 +68,10 @@ class Trainable(GradientCheckpointing, PreTrainedModel):
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
         """What peft and transformers ask which parameters the config ties to which."""
-        return {} if self.lm_head is None else {HEAD_NAME: EMBEDDING_NAME}
+        if self.lm_head is None:
+            return {}
+        keys = self.family.keys
+        return {HEAD_NAME: keys.adapter_name(EMBEDDING_NAME) if self._has_nested_names else EMBEDDING_NAME}
 
     def set_attn_implementation(self, attn_implementation: Any) -> None:
         """Has no effect: attention has one implementation here. Logged once for each value."""
