@@ -25,13 +25,12 @@ from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
 from qwen_batched.inputs.given import read_batch
 from qwen_batched.inputs.prepared import MARKER
-from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.model.vocabulary import WithVocabulary
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.fast_path import check_placement
-from qwen_batched.training.api import Trainable
 from qwen_batched.training.tied_head import embedding_weight
 
 # In the order of `forward`'s arguments.
@@ -40,7 +39,7 @@ BATCH_NAMES = (
 )
 
 
-class QwenBatchedVL(Trainable):
+class QwenBatchedVL(WithVocabulary):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -358,16 +357,6 @@ class QwenBatchedVL(Trainable):
         self._calls.clear()
         return super()._apply(*arguments, **keywords)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of hidden states (..., D) after the final norm.
-
-        Raises:
-            TypeError, ValueError: The output projection was left out, or the hidden states are not the model's.
-        """
-        self._check_lm_head()
-        checks.check_hidden_states(hidden_states, self.model.embed_tokens.weight)
-        return apply_linear(self.lm_head, hidden_states)
-
     def generate(
         self,
         images: Tensor | Sequence[Tensor] | None,
@@ -439,10 +428,6 @@ class QwenBatchedVL(Trainable):
         if logits is not None or has_targets:
             self._check_lm_head()
         return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)
-
-    def _check_lm_head(self) -> None:
-        if not self.has_lm_head:
-            raise ValueError("logits, targets and generation need the output projection: load with lm_head=True")
 
 
 BatchedVL = QwenBatchedVL  # `from_pretrained` takes the family from the checkpoint
