@@ -19,7 +19,7 @@ from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME, unread_layer
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
 from qwen_batched.families import read_config
-from qwen_batched.generation import Decoding, Sampling, generate_texts
+from qwen_batched.generation import AllowedTokens, Decoding, Rules, Sampling, generate_texts
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
@@ -373,6 +373,10 @@ class QwenBatchedVL(WithVocabulary):
         progress: bool = False,
         cuda_graph: bool = True,
         system: str | None = None,
+        allowed_tokens: AllowedTokens | None = None,
+        logprobs: bool = False,
+        stop: str | Sequence[str] | None = None,
+        num_return_sequences: int = 1,
     ) -> GenerateOutput:
         """New text for each sample.
 
@@ -391,6 +395,13 @@ class QwenBatchedVL(WithVocabulary):
                 CPU and for every few on a GPU. Joined, a sample's are its text.
             progress: Shows a progress bar on stderr.
             cuda_graph: False runs every step without a CUDA graph.
+            allowed_tokens: The ids that may be chosen, as a list or as bool (vocabulary,); or for each new token such a
+                list, or bool (max_new_tokens, vocabulary). End tokens only where listed. None for all. A tensor on a
+                GPU is read back, once.
+            logprobs: Return each token's log probability: the log softmax of the logits after `allowed_tokens` and the
+                repetition penalty, before temperature, top-k and top-p.
+            stop: A sample ends when its text contains this string, or one of several, before which its text is cut.
+            num_return_sequences: Draw so many results of each prompt, side by side; above 1 only with a temperature.
 
         Raises:
             TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
@@ -399,19 +410,18 @@ class QwenBatchedVL(WithVocabulary):
         self._check_lm_head()
         self.generation_config.check()
         sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
-        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
+        given = (allowed_tokens, logprobs, stop, num_return_sequences)
+        rules = Rules.read(self.config.text.vocab_size, self.generation_config, max_new_tokens, sampling, *given)
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         check_given("texts", texts, "a list of str")
-        options = {"template": template, "resize": resize, "system": system, "max_new_tokens": max_new_tokens}
+        options = {"template": template, "resize": resize, "system": system, "max_new_tokens": rules.max_new_tokens}
         request = self.processor.request(images, texts, camera_mask, device=self.device, **options)
         with torch.no_grad():
             batch = self._calls.batch(self._caller(cuda_graph), request)
-        penalty = self.generation_config.repetition_penalty
-        decoding = Decoding(self._network, batch, max_new_tokens, sampling, penalty)
-        prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
+        decoding = Decoding(self._network, batch, sampling, rules)
         with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
-            return generate_texts(decoding, step, prompts, end_tokens, stream=stream, progress=progress)
+            return generate_texts(decoding, step, self.processor.prompts, rules, stream=stream, progress=progress)
 
     @property
     def _network(self) -> Network:

@@ -208,7 +208,7 @@ ALLOWED_READS = {
     ("inputs.checks", "check_float_range", "float"): "frames that are on the host",
     ("inputs.prepared", "restore", "int"): "a layout that is on the host",
     ("inputs.prepared", "_count", "int"): "a layout that is on the host",
-    ("generation", "rows", "tolist"): "new tokens that have reached the host",
+    ("generation.loop", "rows", "tolist"): "new tokens that have reached the host",
 }
 CASTS = {"int", "float", "bool"}
 
