@@ -164,6 +164,31 @@ def test_padding_and_samples_without_action_tokens_have_no_labels(case):
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
+def test_a_hook_on_the_embedding_puts_queries_in_as_with_transformers(case):
+    batch = case.interface.build_qwenvl_inputs(case.images(1, 2), [f"{text} {ACTIONS[0]}" for text in INSTRUCTIONS[:2]])
+    is_query = batch["input_ids"] == case.interface.action_tokens[0]
+    assert is_query.sum(dim=1).tolist() == [1, 1]
+    mask = batch["attention_mask"].bool()
+
+    def put_queries(module, arguments, out):
+        return torch.where(is_query[..., None], torch.linspace(-1, 1, out.shape[-1]).to(out), out)
+
+    calls = (
+        (case.interface.model, lambda: case.interface(**batch, output_hidden_states=True)),
+        (case.reference.model, lambda: theirs(case, batch, output_hidden_states=True)),
+    )
+    hidden = []
+    for model, call in calls:
+        hook = model.get_input_embeddings().register_forward_hook(put_queries)
+        with torch.no_grad():
+            hidden.append(call().hidden_states[-1][mask])
+        hook.remove()
+    with torch.no_grad():
+        plain = case.interface(**batch, output_hidden_states=True).hidden_states[-1][mask]
+    assert_equal_to(hidden[0], hidden[1])
+    assert relative_error(plain, hidden[1]) > 0.01
+
+
 class Framework(nn.Module):
     """As starVLA's frameworks with an action head: the last layer's last token, then a linear layer."""
 
@@ -232,6 +257,14 @@ def test_the_prompt_of_the_config_is_filled_in(case):
         interface = StarVLAInterface(config, device=case.device)
         assert interface.config is config
         assert torch.equal(interface.build_qwenvl_inputs([[]], ["stop"])["input_ids"], expected)
+
+
+def test_generate_is_the_models(case):
+    images = case.images(1)
+    frames = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images[0]]
+    expected = case.reference.greedy(case.reference.processor_inputs(frames, INSTRUCTIONS[0]), 3)
+    found = case.interface.generate(images=frames[0][None, None], texts=INSTRUCTIONS[:1], max_new_tokens=3)
+    assert torch.equal(found.token_ids[0].cpu(), expected.cpu())
 
 
 def test_action_tokens_may_be_said_and_are_needed_for_solutions(case, checkpoint):
