@@ -65,11 +65,11 @@ def load_adapter(
     keys = model.family.keys
     settings, stored = read_settings(folder), read_tensors(folder, keys)
     layers = _layers(stored)
-    unknown = {keys.module_name(layer) for layer in layers} - {layer for layer, _ in model.named_modules()}
+    unknown = {keys.module_name(layer) for layer in layers} - set(_module_names(model))
     if unknown or not layers:
         got = shown(sorted(unknown)) if unknown else "none"
         raise ValueError(f"adapter {folder} must be for layers of the model, got {got}")
-    weights = {PREFIX + keys.module_name(key): tensor for key, tensor in stored.items()}
+    weights = {PREFIX + keys.adapter_name(key): tensor for key, tensor in stored.items()}
     try:
         config = _config_for(model, settings, stored)
         config.inference_mode = not is_trainable
@@ -87,7 +87,7 @@ def load_adapter(
 def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
     """Writes a LoRA adapter of a `QwenBatchedVL` by the names of transformers 4.52 and later; `load_adapter` reads it.
 
-    peft's own `save_pretrained` keeps this package's names, which are those of earlier releases.
+    So does peft's own `save_pretrained` for an adapter of the model itself; this writes all or nothing.
 
     Args:
         adapted: peft's model of a `QwenBatchedVL`, or of a module that contains one: then the adapter that is written
@@ -119,12 +119,12 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
     config = copy.deepcopy(config)
     keys = model.family.keys
     wrapped = _wrapped_modules(model, adapter_name)
-    layers = {layer: layer.removeprefix(front) for layer in _layers(state)}
+    layers = {layer: keys.module_name(layer.removeprefix(front)) for layer in _layers(state)}
     _name_layers(config, layers)
-    config.modules_to_save = sorted(map(keys.adapter_name, wrapped["modules_to_save"])) or None
+    config.modules_to_save = sorted(map(keys.adapter_path, wrapped["modules_to_save"])) or None
     if isinstance(config.trainable_token_indices, dict):
         config.trainable_token_indices = {
-            keys.adapter_name(name): indices
+            keys.adapter_path(name): indices
             for entry, indices in config.trainable_token_indices.items()
             for name in wrapped["token_adapter"]
             if (front + name).endswith(entry)
@@ -170,7 +170,7 @@ def _without_values(model: QwenBatchedVL) -> QwenBatchedVL:
 
 
 @contextlib.contextmanager
-def _undone_by_errors(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def _undone_by_errors(model: QwenBatchedVL, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts everything back as it was when the body raises: modules, hooks, attributes, flags and values."""
     parts = [vars(module) for module in model.modules()]
     parts += [value for part in parts for value in part.values() if isinstance(value, dict)]
@@ -178,6 +178,7 @@ def _undone_by_errors(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterat
     parameters = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
     named = dict(model.named_parameters())
     names = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in weights}
+    names |= set(map(model.family.keys.module_name, names))
     values = [(named[name], named[name].detach().clone()) for name in names if name in named]
     try:
         yield
@@ -201,7 +202,7 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
 
     keys = model.family.keys
     layers = {layer: keys.module_name(layer) for layer in _layers(stored)}
-    names = [name for name, _ in model.named_modules() if name]
+    names = _module_names(model)
     # The settings name modules as the model did that was trained, and so do the keys.
     theirs = keys.adapter_name if any(keys.module_name(key) != key for key in stored) else str
     config = LoraConfig(**settings)
@@ -232,6 +233,11 @@ def _config_for(model: QwenBatchedVL, settings: dict[str, Any], stored: Mapping[
     if any(index >= rows for ids in lists for index in ids):
         raise ValueError(f"{ADAPTER_FILE}: trainable_token_indices must be below the vocabulary's {rows}")
     return config
+
+
+def _module_names(model: QwenBatchedVL) -> list[str]:
+    """The modules' own names, whether or not there are adapters."""
+    return [name for name, _ in nn.Module.named_modules(model) if name]
 
 
 def _layers(keys: Collection[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
-from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
-from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
-from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME, unread_layers
+from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint
+from qwen_batched.checkpoint.keys import HEAD_NAME, unread_layers
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
-from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
+from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import read_config
 from qwen_batched.generation import Decoding, Sampling, generate_texts
 from qwen_batched.inputs import checks
@@ -28,11 +27,12 @@ from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.pipeline import Network, Wanted
+from qwen_batched.model.saving import Savable
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import GenerateOutput, VLOutput
 from qwen_batched.runtime.fast_path import check_placement
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
-from qwen_batched.training.api import Trainable
+from qwen_batched.training.model_config import ModelConfig
 from qwen_batched.training.tied_head import embedding_weight
 
 # In the order of `forward`'s arguments.
@@ -41,7 +41,7 @@ BATCH_NAMES = (
 )
 
 
-class QwenBatchedVL(Trainable):
+class QwenBatchedVL(Savable):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -53,7 +53,11 @@ class QwenBatchedVL(Trainable):
     """
 
     def __init__(
-        self, config: QwenVLConfig, processor: TensorProcessor, checkpoint: Checkpoint, lm_head: bool = True
+        self,
+        config: QwenVLConfig | ModelConfig,
+        processor: TensorProcessor,
+        checkpoint: Checkpoint,
+        lm_head: bool = True,
     ) -> None:
         """Builds the modules with fresh weights; `from_pretrained` is the usual way.
 
@@ -62,8 +66,10 @@ class QwenBatchedVL(Trainable):
             checkpoint: Where both come from; `save_pretrained` writes its files back.
             lm_head: Whether there is an output projection.
         """
-        super().__init__()
-        self.config, self.processor, self.checkpoint = config, processor, checkpoint
+        super().__init__(name_or_path=str(checkpoint.folder))
+        config = config.shape if isinstance(config, ModelConfig) else config
+        self.config = ModelConfig(config, checkpoint.config, self.name_or_path)
+        self.processor, self.checkpoint = processor, checkpoint
         self.generation_config = checkpoint.generation_config()
         self.visual = self.family.build_vision(config)
         self.visual.plans = processor.plans  # the geometry of a size is built once for both
@@ -134,44 +140,10 @@ class QwenBatchedVL(Trainable):
             tied_head=lm_head and config.tie_word_embeddings,
         )
         model.tie_weights()
+        model.name_or_path = model.config.name_or_path = str(name)
         model.eval()
         pack(model)
         return model
-
-    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Writes a folder that transformers, vLLM and `from_pretrained` load: all of it, or nothing.
-
-        Everything is written beside what the folder holds, then renamed: the disk needs room for both. After a kill
-        `from_pretrained` finds the old checkpoint or the new one. Files of an old checkpoint that are not written are
-        removed; files that are no part of a checkpoint stay.
-
-        Where merging an adapter has parted a tied head from its embedding, an untied checkpoint.
-
-        Args:
-            folder: Is made where there is none. Links in it are replaced; what they lead to stays as it is.
-            state_dict: The whole tensors of a sharded model, as gathered by accelerate or `get_model_state_dict`; None
-                for the model's own.
-
-        Raises:
-            ValueError: The output projection was left out, and transformers would put random weights in its place. Or
-                tensors are missing, unknown, of another shape, or sharded. Or the folder's name is empty or a file's.
-            OSError: The disk is full, or a file cannot be written; it is named. The folder is as before.
-        """
-        if not (self.has_lm_head or self.config.tie_word_embeddings):
-            lost = "its checkpoint would lack lm_head.weight"
-            raise ValueError(f"a model loaded with lm_head=False cannot be saved: {lost}")
-        tied = self.lm_head is None or self.has_tied_head
-        config = replace(self.config, tie_word_embeddings=tied)
-        tensors = whole_tensors(
-            self.state_dict() if state_dict is None else state_dict,
-            lambda: QwenBatchedVL(config, self.processor, self.checkpoint, self.has_lm_head),
-        )
-        image = self.processor.image
-        checkpoint = self.checkpoint.describing(config, tensors[EMBEDDING_NAME].dtype, image)
-        with replacing(folder, stale=is_checkpoint_file, last=CONFIG_FILE) as staged:
-            checkpoint.write(staged)
-            save_weights({self.family.keys.saved_name(name): x for name, x in tensors.items()}, staged)
-        warn_of_adapter(Path(folder))
 
     @property
     def device(self) -> torch.device:
@@ -263,9 +235,11 @@ class QwenBatchedVL(Trainable):
                 captured. Raised before any work.
         """
         device = self.device
+        if isinstance(attention_mask, str | list | tuple):  # by position, peft's classes for tasks call them so
+            images, texts, input_ids, attention_mask = input_ids, attention_mask, None, None
+            camera_mask = batch.pop("inputs_embeds", None) if camera_mask is None else camera_mask
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
-        batch |= dict(zip(BATCH_NAMES, tensors, strict=True))
-        batch = {name: value for name, value in batch.items() if value is not None}
+        batch = {k: x for k, x in (*batch.items(), *zip(BATCH_NAMES, tensors, strict=True)) if x is not None}
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
         is_transformers = "input_ids" in batch and MARKER not in batch
         if output_hidden_states:

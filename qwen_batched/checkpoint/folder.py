@@ -129,11 +129,25 @@ class Checkpoint:
         with naming(self.folder / (CONFIG_FILE if self.generation is None else GENERATION_FILE)):
             return GenerationConfig.from_dict(self.generation, self.config)
 
-    def describing(self, model: QwenVLConfig, dtype: torch.dtype, image: ImageConfig) -> Checkpoint:
-        """The same files, saying of a model loaded from them what has changed since."""
+    def describing(
+        self,
+        model: QwenVLConfig,
+        dtype: torch.dtype,
+        image: ImageConfig,
+        changes: tuple[Mapping[str, Any], ...] = ({}, {}, {}),
+    ) -> Checkpoint:
+        """The same files, saying of a model loaded from them what has changed since.
+
+        `changes` are other fields of config.json: at its top, in the text's section and in the vision's.
+        """
         num_layers, tied = model.text.num_hidden_layers, model.tie_word_embeddings
         config = copy.deepcopy(self.config)
         text = config.get("text_config") or config
+        vision = config.get("vision_config") or {}
+        for section, changed in zip((config, text, vision), changes, strict=True):
+            section.update(changed)
+        if vision:
+            config["vision_config"] = vision
         if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
             config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
         text["num_hidden_layers"] = num_layers

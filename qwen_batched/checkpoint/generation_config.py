@@ -50,15 +50,50 @@ EXACT_CACHES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class GenerationConfig:
-    """`generation_config.json`, as far as greedy decoding and sampling need it."""
+    """`generation_config.json`, as far as greedy decoding and sampling need it.
+
+    Like transformers' it may be assigned to: Trainer does where it is given a tokenizer with other special tokens.
+    """
 
     eos_token_ids: tuple[int, ...] = ()  # any of them ends a sample
     repetition_penalty: float = 1.0  # as in transformers; 1 for none
     # Settings, with their values, that would change transformers' tokens and are not implemented.
     refused: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)  # all that the checkpoint says
+
+    @property
+    def eos_token_id(self) -> list[int] | None:
+        """`eos_token_ids` by the name, and in the form, of the file."""
+        return list(self.eos_token_ids) or None
+
+    @eos_token_id.setter
+    def eos_token_id(self, tokens: int | list[int] | None) -> None:
+        tokens = [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens
+        self.eos_token_ids = tuple(tokens)
+        self._set("eos_token_id", list(tokens))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The file's."""
+        return self.settings.get("bos_token_id")
+
+    @bos_token_id.setter
+    def bos_token_id(self, token: int | None) -> None:
+        self._set("bos_token_id", token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The file's."""
+        return self.settings.get("pad_token_id")
+
+    @pad_token_id.setter
+    def pad_token_id(self, token: int | None) -> None:
+        self._set("pad_token_id", token)
+
+    def _set(self, name: str, value: Any) -> None:
+        self.settings = {**self.settings, name: value}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any] | None, config: Mapping[str, Any]) -> GenerationConfig:

@@ -26,9 +26,17 @@ class KeyLayout:
         """The module's name of a key of any of the layouts."""
         return _replace_prefix(key, (*self.adapters, *self.others))
 
-    def adapter_name(self, name: str) -> str:
-        """The key in an adapter, of a module's name."""
-        return _replace_prefix(name, [(module, stored) for stored, module in self.adapters])
+    def adapter_name(self, key: str) -> str:
+        """The key in an adapter, of a key of any of the layouts."""
+        return _replace_prefix(self.module_name(key), [(module, stored) for stored, module in self.adapters])
+
+    def module_path(self, path: str) -> str:
+        """The same of a module's path, which may be one of the prefixes without its dot."""
+        return self.module_name(f"{path}.").removesuffix(".")
+
+    def adapter_path(self, path: str) -> str:
+        """The same of a module's path."""
+        return self.adapter_name(f"{path}.").removesuffix(".")
 
     def saved_name(self, name: str) -> str:
         """The key in a saved checkpoint, of a module's name."""

@@ -15,7 +15,7 @@ from qwen_batched.checkpoint.device import resolve_device, resolve_dtype
 from qwen_batched.checkpoint.folder import HubOptions
 
 Device = torch.device | str | int | None
-O = TypeVar("O", bound=HubOptions)
+O = TypeVar("O")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelOptions(ProcessorOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attn_implementation is not None:
-            _log_attention(shown(self.attn_implementation))
+            log_attention(shown(self.attn_implementation))
 
     def placement(self, dtype: torch.dtype | str | None, device: Device) -> tuple[torch.dtype | str | None, Device]:
         """`dtype` and `device`, by whichever names. Raises `ValueError` where two differ, or for several devices."""
@@ -65,11 +65,25 @@ class ModelOptions(ProcessorOptions):
         return dtype, mapped
 
 
-def read_options(kind: type[O], given: Mapping[str, Any]) -> O:
-    """The options `given` to a `from_pretrained` as `kind`. Raises `TypeError` for one that is unknown."""
+@dataclass(frozen=True)
+class SaveOptions:
+    """What `save_pretrained` takes, so that calls written for transformers work."""
+
+    is_main_process: bool = True  # False: another process writes, and nothing is done
+    max_shard_size: int | str = "5GB"  # of a safetensors file
+    safe_serialization: Any = True  # only True or None: a pickle is never written
+
+    def __post_init__(self) -> None:
+        if self.safe_serialization is not None and not self.safe_serialization:
+            given = shown(self.safe_serialization)
+            raise ValueError(f"safe_serialization must be True or left out: a pickle is never written, got {given}")
+
+
+def read_options(kind: type[O], given: Mapping[str, Any], where: str = "from_pretrained") -> O:
+    """The options `given` to the method `where` as `kind`. Raises `TypeError` for one that is unknown."""
     known = [field.name for field in fields(kind)]
     if unknown := ", ".join(sorted(given.keys() - set(known))):
-        raise TypeError(f"from_pretrained got unknown arguments: {unknown}; it also takes {', '.join(known)}")
+        raise TypeError(f"{where} got unknown arguments: {unknown}; it also takes {', '.join(known)}")
     return kind(**given)
 
 
@@ -89,7 +103,8 @@ def _one_device(device_map: Device | Mapping[str, Device]) -> Device:
 
 
 @functools.cache
-def _log_attention(value: str) -> None:
+def log_attention(value: str) -> None:
+    """Says, once for each value, that an attention implementation that was asked for has no effect."""
     logging.getLogger(__name__).warning(
         "attn_implementation=%s has no effect: attention has one implementation here", value
     )

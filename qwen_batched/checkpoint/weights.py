@@ -118,9 +118,9 @@ def whole_tensors(state_dict: Mapping[str, Tensor], build: Callable[[], nn.Modul
     return tensors
 
 
-def save_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes tensors under their names into `folder`, in shards of at most 5 GB. An `OSError` names its file."""
-    split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size="5GB")
+def save_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Writes tensors under their names into `folder`, in shards of `max_shard_size`. An `OSError` names its file."""
+    split = huggingface_hub.split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         write_tensors(folder / file, {name: tensors[name] for name in names})
     if split.is_sharded:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qwen_batched.arguments import shown
-from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig
+from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.checkpoint.keys import KeyLayout
 
 
@@ -26,6 +26,11 @@ class PromptStyle:
     control_tokens: tuple[str, ...]
 
 
+def vision_names(config: VisionConfig) -> dict[str, Any]:
+    """A vision config's fields by transformers' names, where these are `VisionConfig`'s."""
+    return {name: value for name, value in vars(config).items() if value is not None and name != "leading_tokens"}
+
+
 @dataclass(frozen=True)
 class Family:
     """The models of one `model_type`."""
@@ -36,6 +41,9 @@ class Family:
     keys: KeyLayout  # the layouts of stored keys
     prompt: PromptStyle  # how prompts are written
     vision_fields: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict  # a vision config by `VisionConfig`'s names
+    vision_names: Callable[[VisionConfig], Mapping[str, Any]] = vision_names  # and back, for who reads `model.config`
+    token_ids: Mapping[str, int] = field(default_factory=dict)  # of further tokens, which config.json may leave out
+    accepts_loss_kwargs: bool = False  # whether Trainer passes `num_items_in_batch` to transformers' class
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of the text config that have one value here
 
     @property

@@ -38,6 +38,7 @@ SPECIAL_TOKENS = (
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>"),
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
+TOKEN_IDS = {"video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
 CODE_TOKENS = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>"),

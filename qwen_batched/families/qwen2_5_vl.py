@@ -2,7 +2,15 @@
 
 from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
 from qwen_batched.families.family import Family
-from qwen_batched.families.qwen import CLIP_IMAGE, CODE_TOKENS, NAMED_AS_MODULES, SPECIAL_TOKENS, TEXT, prompt_style
+from qwen_batched.families.qwen import (
+    CLIP_IMAGE,
+    CODE_TOKENS,
+    NAMED_AS_MODULES,
+    SPECIAL_TOKENS,
+    TEXT,
+    TOKEN_IDS,
+    prompt_style,
+)
 
 VISION = VisionConfig(
     depth=32,
@@ -21,6 +29,7 @@ VISION = VisionConfig(
 )
 FAMILY = Family(
     config=QwenVLConfig(model_type="qwen2_5_vl", vision=VISION, text=TEXT, image_token_id=151655),
+    token_ids=TOKEN_IDS,
     image=CLIP_IMAGE,
     image_processor="Qwen2VLImageProcessor",
     keys=NAMED_AS_MODULES,

@@ -3,7 +3,7 @@
 from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.checkpoint.keys import KeyLayout
 from qwen_batched.families.family import Family
-from qwen_batched.families.qwen import CODE_TOKENS, HEADLESS, NESTED, SPECIAL_TOKENS, prompt_style
+from qwen_batched.families.qwen import CODE_TOKENS, HEADLESS, NESTED, SPECIAL_TOKENS, TOKEN_IDS, prompt_style
 
 THINKING_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 
@@ -38,6 +38,7 @@ TEXT = TextConfig(
 )
 FAMILY = Family(
     config=QwenVLConfig(model_type="qwen3_vl", vision=VISION, text=TEXT, image_token_id=151655),
+    token_ids=TOKEN_IDS,
     image=ImageConfig(
         min_pixels=65536,
         max_pixels=16777216,

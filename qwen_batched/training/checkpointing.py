@@ -98,6 +98,24 @@ class GradientCheckpointing(nn.Module):
         """Whether any block runs again in the backward pass."""
         return any(block.recomputing is not None for block in self._checkpointed_blocks())
 
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its newer name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+
+    def activation_checkpointing_disable(self) -> None:
+        """`gradient_checkpointing_disable` by its newer name."""
+        self.gradient_checkpointing_disable()
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """`is_gradient_checkpointing` by its newer name."""
+        return self.is_gradient_checkpointing
+
     def enable_input_require_grads(self) -> None:
         """Does nothing: reentrant checkpointing alone needs inputs that want a gradient. peft calls it."""
 

@@ -40,6 +40,38 @@ def test_a_hook_on_a_decoder_block_gets_the_blocks_output(either_model, referenc
             assert_equal_to(own_tokens(ours, mask, i), theirs[0])
 
 
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("preset", ["tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_hooks_on_blocks_see_and_steer_as_in_transformers(sisters, preset, steered):
+    """Of every family: what a block takes and gives, and what follows from an output that a hook has replaced."""
+    loaded = sisters(preset)
+    images, text = loaded.photos(1, 2, 2, 3).to(loaded.device), TEXTS[0]
+    inputs = loaded.reference.processor_inputs(list(images[0]), text)
+    calls = (
+        lambda: loaded.model(images, [text], logits="last").logits,
+        lambda: loaded.reference.run(**inputs).logits[:, -1],
+    )
+    for index, pair in enumerate(zip(loaded.model.model.layers, loaded.reference.decoder.layers, strict=True)):
+        results = []
+        for block, run in zip(pair, calls, strict=True):
+            seen = []
+
+            def hook(module, args, kwargs, out, seen=seen):
+                hidden = out[0] if isinstance(out, tuple) else out
+                seen.append((args[0] if args else kwargs["hidden_states"], hidden))
+                return ((hidden * 0.5, *out[1:]) if isinstance(out, tuple) else hidden * 0.5) if steered else None
+
+            handle = block.register_forward_hook(hook, with_kwargs=True)
+            try:
+                logits = run()
+            finally:
+                handle.remove()
+            assert len(seen) == 1, index
+            results.append((*seen[0], logits))
+        for own, other in zip(*results, strict=True):
+            assert_equal_to(own, other)
+
+
 def test_a_hook_on_a_decoder_block_gets_one_token_of_each_sample_in_a_step_of_generation(model):
     outputs = watched(model.model.layers[1], lambda: model.generate(None, TEXTS, max_new_tokens=3))
     assert [tuple(x.shape[:2]) for x in outputs[1:]] == [(3, 1)] * (len(outputs) - 1)
