@@ -192,10 +192,10 @@ def test_a_hook_on_the_embedding_puts_queries_in_as_with_transformers(case):
 class Framework(nn.Module):
     """As starVLA's frameworks with an action head: the last layer's last token, then a linear layer."""
 
-    def __init__(self, interface, width):
+    def __init__(self, interface):
         super().__init__()
         self.qwen_vl_interface = interface
-        self.head = nn.Linear(width, 7)
+        self.head = nn.Linear(interface.model.config.hidden_size, 7)
 
     def forward(self, images, instructions, actions):
         inputs = self.qwen_vl_interface.build_qwenvl_inputs(images=images, instructions=instructions)
@@ -206,7 +206,7 @@ class Framework(nn.Module):
 def test_a_framework_trains_a_step_as_with_transformers(case):
     torch.manual_seed(0)
     interface = case.load(lm_head=False)
-    framework = Framework(interface, interface.model.model.embed_tokens.embedding_dim).to(case.device).train()
+    framework = Framework(interface).to(case.device).train()
     reference = TransformersReference.from_pretrained(case.folder, device=case.device)
     images, actions = case.images(1, 2, 3), torch.randn(3, 7, device=case.device)
 
