@@ -39,7 +39,8 @@ def test_every_block_of_python_runs_offline(page, checkpoint, tmp_path, monkeypa
 # What users may import; the rest of the package may change at any time.
 PUBLIC = (
     *("qwen_batched", "qwen_batched.lora", "qwen_batched.pictures"),
-    *("qwen_batched.adapters.lerobot", "qwen_batched.testing"),
+    *("qwen_batched.adapters.lerobot", "qwen_batched.integrations.starvla"),
+    *("qwen_batched.integrations.still_images", "qwen_batched.testing"),
 )
 
 
