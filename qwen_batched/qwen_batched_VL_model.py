@@ -21,7 +21,7 @@ from qwen_batched.families import read_config
 from qwen_batched.generation.api import Generative
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
-from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
+from qwen_batched.inputs.checks import Resize, check_given, is_text, resolve_layers
 from qwen_batched.inputs.given import read_batch
 from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.linear.fused import pack
@@ -235,7 +235,7 @@ class QwenBatchedVL(Generative, WithVocabulary, Savable):
                 captured. Raised before any work.
         """
         device = self.device
-        if isinstance(attention_mask, str | list | tuple):  # by position, peft's classes for tasks call them so
+        if MARKER not in batch and is_text(attention_mask):  # by position, peft's classes for tasks call them so
             images, texts, input_ids, attention_mask = input_ids, attention_mask, None, None
             camera_mask = batch.pop("inputs_embeds", None) if camera_mask is None else camera_mask
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)

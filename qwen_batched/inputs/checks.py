@@ -93,6 +93,11 @@ def check_targets(targets: Sequence[str] | str, texts: Sequence[str] | None) -> 
     return targets
 
 
+def is_text(value: object) -> bool:
+    """Whether `value` could be meant as texts: a string, or a list of them alone."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value))
+
+
 def check_system(system: str | None, texts: Sequence[str] | None, template: str) -> None:
     """Raises `TypeError` or `ValueError` where `system` is neither None nor a string for the chat template."""
     if system is None:

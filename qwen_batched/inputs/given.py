@@ -34,7 +34,7 @@ def read_batch(
     if is_ours:
         check_prepared(batch.keys())
     if images is not None or texts is not None:
-        raise ValueError("give either images and texts or a batch, got both")
+        raise ValueError(f"give either images and texts or a batch, got both: {sorted(batch)}")
     if any(value != SHAPING[name] for name, value in shaping.items()):
         *others, last = SHAPING
         raise ValueError(f"{', '.join(others)} and {last} shape a batch when the processor makes it, not later")

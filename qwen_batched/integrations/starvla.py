@@ -110,6 +110,10 @@ class StarVLAInterface(nn.Module):
         for chat, solution in zip(chats, solutions or (), strict=False):
             chat.append({"role": "assistant", "content": [{"type": "text", "text": solution}]})
         texts = [self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        token = self.processor.image_token
+        for text, sample in zip(texts, images, strict=True):
+            if text.count(token) != len(sample):
+                raise ValueError(f"instructions and solutions must not hold the image token {token}")
         batch = self.processor(
             text=texts,
             images=[image for sample in images for image in sample] or None,
