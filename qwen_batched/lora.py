@@ -113,7 +113,8 @@ def save_adapter(adapted: PeftModel, folder: str | Path, adapter_name: str = "de
         raise ValueError(f"an adapter to save must be LoRA, got {config.peft_type!s}")
     front, model = _contained_model(adapted.get_base_model())
     state = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
-    state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    # Of an embedding with new rows peft saves a trained copy twice, once by a name that it does not load.
+    state = {key.removeprefix(PREFIX): x for key, x in state.items() if ".modules_to_save." not in key}
     _check_whole(adapted, state, front)
 
     config = copy.deepcopy(config)

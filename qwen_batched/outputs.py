@@ -47,16 +47,21 @@ class VLOutput(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class GenerateOutput:
-    """Result of `QwenBatchedVL.generate` for B samples.
+    """Result of `QwenBatchedVL.generate` for B samples, or B * num_return_sequences, sample by sample.
 
     Attributes:
-        texts: The new text of each sample, special tokens left out.
-        token_ids: The new tokens of each sample, an int64 vector; ends with the end token where one came.
-        finish_reasons: "eos" where an end token came, "length" where `max_new_tokens` was reached, "invalid" where the
-            sample's logits were not finite (a frame that holds a NaN, a half-precision overflow). Such a sample ends
-            there, with the tokens that came before, perhaps none; the others go on as if it were not in the batch.
+        texts: The new text of each sample, special tokens left out, up to where a stop string begins.
+        token_ids: The new tokens of each sample, an int64 vector; ends with the end token where one came, or with the
+            token that completed a stop string.
+        finish_reasons: "eos" where an end token came, "stop" where a stop string did, "length" where `max_new_tokens`
+            was reached, "invalid" where the sample's logits were not finite (a frame that holds a NaN, a half-precision
+            overflow). Such a sample ends there, with the tokens that came before, perhaps none; the others go on as if
+            it were not in the batch.
+        logprobs: For each sample a float32 vector, as long as its tokens: the log probability of each, of the
+            distribution before temperature, top-k and top-p. None where not asked for.
     """
 
     texts: list[str]
     token_ids: list[Tensor]
     finish_reasons: list[str]
+    logprobs: list[Tensor] | None = None

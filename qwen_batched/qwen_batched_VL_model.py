@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_batched.arguments import as_int, integer, shown
+from qwen_batched.arguments import as_int
 from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint
@@ -18,18 +18,18 @@ from qwen_batched.checkpoint.keys import HEAD_NAME, unread_layers
 from qwen_batched.checkpoint.options import Device, ModelOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights
 from qwen_batched.families import read_config
-from qwen_batched.generation import Decoding, Sampling, generate_texts
+from qwen_batched.generation.api import Generative
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, resolve_layers
 from qwen_batched.inputs.given import read_batch
 from qwen_batched.inputs.prepared import MARKER
-from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.saving import Savable
 from qwen_batched.model.tensor_processor import TensorProcessor
-from qwen_batched.outputs import GenerateOutput, VLOutput
+from qwen_batched.model.vocabulary import WithVocabulary
+from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.fast_path import check_placement
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 from qwen_batched.training.model_config import ModelConfig
@@ -41,7 +41,7 @@ BATCH_NAMES = (
 )
 
 
-class QwenBatchedVL(Savable):
+class QwenBatchedVL(Generative, WithVocabulary, Savable):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -335,73 +335,6 @@ class QwenBatchedVL(Savable):
         self._calls.clear()
         return super()._apply(*arguments, **keywords)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of hidden states (..., D) after the final norm.
-
-        Raises:
-            TypeError, ValueError: The output projection was left out, or the hidden states are not the model's.
-        """
-        self._check_lm_head()
-        checks.check_hidden_states(hidden_states, self.model.embed_tokens.weight)
-        return apply_linear(self.lm_head, hidden_states)
-
-    @without_idle_autocast
-    def generate(
-        self,
-        images: Tensor | Sequence[Tensor] | None,
-        texts: Sequence[str],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        camera_mask: Tensor | None = None,
-        template: str = "chat",
-        resize: Resize = "hf",
-        stream: Callable[[list[str]], None] | None = None,
-        progress: bool = False,
-        cuda_graph: bool = True,
-        system: str | None = None,
-    ) -> GenerateOutput:
-        """New text for each sample.
-
-        The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
-        tokens are drawn is said here only. Any other setting there that would change transformers' tokens is refused. A
-        sample whose logits are not finite ends with the finish reason "invalid" and leaves the others as they are.
-
-        Args:
-            images, texts, camera_mask, template, resize, system: As for `forward`.
-            max_new_tokens: At least 1.
-            temperature: 0 takes the likeliest token; above 0 tokens are drawn.
-            top_k: Draw among the k likeliest tokens; 0 for all.
-            top_p: Draw among the fewest likeliest tokens whose probabilities reach p, in (0, 1].
-            seed: Makes draws reproducible.
-            stream: Takes new text as it comes, one string for each sample, "" where there is none, for each token on a
-                CPU and for every few on a GPU. Joined, a sample's are its text.
-            progress: Shows a progress bar on stderr.
-            cuda_graph: False runs every step without a CUDA graph.
-
-        Raises:
-            TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
-                maximum, or generation_config.json has a setting that is not supported. Nothing was done.
-        """
-        self._check_lm_head()
-        self.generation_config.check()
-        sampling = Sampling(temperature, integer(top_k), top_p, integer(seed))
-        max_new_tokens = as_int("max_new_tokens", max_new_tokens, 1)
-        if stream is not None and not callable(stream):
-            raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
-        check_given("texts", texts, "a list of str")
-        options = {"template": template, "resize": resize, "system": system, "max_new_tokens": max_new_tokens}
-        request = self.processor.request(images, texts, camera_mask, device=self.device, **options)
-        with torch.no_grad():
-            batch = self._calls.batch(self._caller(cuda_graph), request)
-        penalty = self.generation_config.repetition_penalty
-        decoding = Decoding(self._network, batch, max_new_tokens, sampling, penalty)
-        prompts, end_tokens = self.processor.prompts, self.generation_config.eos_token_ids
-        with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
-            return generate_texts(decoding, step, prompts, end_tokens, stream=stream, progress=progress)
-
     @property
     def _network(self) -> Network:
         return Network(self.visual, self.model, self.lm_head)
@@ -417,10 +350,6 @@ class QwenBatchedVL(Savable):
         if logits is not None or has_targets:
             self._check_lm_head()
         return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)
-
-    def _check_lm_head(self) -> None:
-        if not self.has_lm_head:
-            raise ValueError("logits, targets and generation need the output projection: load with lm_head=True")
 
 
 BatchedVL = QwenBatchedVL  # `from_pretrained` takes the family from the checkpoint

@@ -208,10 +208,11 @@ ALLOWED_READS = {
     ("inputs.checks", "check_float_range", "float"): "frames that are on the host",
     ("inputs.prepared", "restore", "int"): "a layout that is on the host",
     ("inputs.prepared", "_count", "int"): "a layout that is on the host",
+    ("generation.arguments", "read_arguments", "tolist"): "end tokens that are a tensor, once in a generation",
     ("model.client_methods", "_grids", "tolist"): "sizes of images, at the price of a wait that the docstring names",
     ("model.client_methods", "get_rope_index", "tolist"): "the same of tokens, for a method that nothing here calls",
     ("model.client_methods", "get_rope_index", "bool"): "the same",
-    ("generation", "rows", "tolist"): "new tokens that have reached the host",
+    ("generation.loop", "rows", "tolist"): "new tokens that have reached the host",
 }
 CASTS = {"int", "float", "bool"}
 

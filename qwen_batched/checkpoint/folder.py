@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qwen_batched.checkpoint.atomic_save import recover, write_file
 from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.checkpoint.files import is_file, read_bytes, read_json, read_text
 from qwen_batched.checkpoint.generation_config import GenerationConfig
+from qwen_batched.checkpoint.tokenizer_files import with_added_tokens
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
@@ -151,6 +152,9 @@ class Checkpoint:
         if any(section.get("tie_word_embeddings") for section in (config, text)) != tied:  # either place ties them
             config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
         text["num_hidden_layers"] = num_layers
+        for section in (config, text):
+            if section is text or "vocab_size" in section:
+                section["vocab_size"] = model.text.vocab_size
         if "dtype" not in config:
             config["torch_dtype"] = None
         # Releases of transformers differ in the name of the dtype, and some wrote such fields in two places.
@@ -164,6 +168,10 @@ class Checkpoint:
         size = {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels}
         pixels = {"min_pixels": image.min_pixels, "max_pixels": image.max_pixels, "size": size}
         return replace(self, config=config, preprocessor={**(self.preprocessor or {}), **pixels})
+
+    def with_added_tokens(self, entries: Sequence[Mapping[str, Any]], state: Callable[[], str]) -> Checkpoint:
+        """The same with a tokenizer that has these added tokens: see `tokenizer_files.with_added_tokens`."""
+        return replace(self, tokenizer=with_added_tokens(self.tokenizer, entries, state))
 
     def write(self, folder: Path) -> None:
         """Writes everything but the weights: each thing once, where transformers of every age reads it."""

@@ -66,6 +66,7 @@ class PromptEncoder:
         image token is not the model's, or the chat template takes more work than any has to.
         """
         self._vocabulary = Vocabulary(tokenizer, style.control_tokens, added_tokens)
+        self._control_tokens, self._wanted = style.control_tokens, added_tokens
         self._tokenizer, self._image_token_id = tokenizer, image_token_id
         control_ids = self._vocabulary.control_ids
         if (theirs := control_ids.get(style.image_token)) != image_token_id:
@@ -76,11 +77,34 @@ class PromptEncoder:
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(style.default_pad), 0)
         # Fills `input_ids` on padding; hidden by the mask.
         self.pad_token_id = next(index for index in pads if index is not None)
-        self._layouts = LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
+        self._layouts = _no_layouts()
         self._without_default: list[str] | None = None
         self.chat_template = self._default(chat_template or tokenizer.chat_template)
         if self.chat is not None:
             self.chat.check()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What turns strings into ids; another one after `take`."""
+        return self._vocabulary
+
+    def extended(self, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """The vocabulary with what `tokenizer` has more than there was: tokens that are read in every text.
+
+        Raises `ValueError` where it cannot be read. Nothing is changed.
+        """
+        new = [token for token in tokenizer.get_added_vocab() if token not in self._vocabulary.added]
+        if not new:
+            return self._vocabulary
+        wanted = self._wanted
+        if wanted is not None:
+            wanted = [*wanted, *(token for token in new if token not in self._control_tokens)]
+        return Vocabulary(tokenizer, self._control_tokens, wanted)
+
+    def take(self, vocabulary: Vocabulary) -> None:
+        """Encodes by an `extended` vocabulary from now on."""
+        if vocabulary is not self._vocabulary:
+            self._vocabulary, self._layouts = vocabulary, _no_layouts()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -366,6 +390,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
         files = "tokenizer.json, tokenizer_config.json"
         raise ValueError(f"checkpoint folder {folder} has no readable tokenizer ({files}): {cut(error)}") from error
+
+
+def _no_layouts() -> LRUCache:
+    return LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
 
 
 def _layout_bytes(key: Hashable, value: object) -> int:

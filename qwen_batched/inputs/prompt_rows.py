@@ -131,7 +131,19 @@ class PromptRows:
             both = h2d(call.device, torch.tensor([*ids, answer_tokens], dtype=torch.int64, device="cpu"))
             return TokenRow(both[:-1], both[-1:], answer_tokens)
 
-        key = (text, answer, call.template, call.system, cameras, stamp, encoder, encoder.chat, call.device)
+        key = (
+            text,
+            answer,
+            call.template,
+            call.system,
+            cameras,
+            stamp,
+            encoder,
+            encoder.vocabulary,
+            encoder.chat,
+            config.vocab_size,
+            call.device,
+        )
         row = cached_h2d(self._rows, key, make)
         if len(row.ids) + span + call.max_new_tokens > config.max_position_embeddings:  # which are not in the key
             _check_length(config, len(row.ids) + span, call.max_new_tokens)

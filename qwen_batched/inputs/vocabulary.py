@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
+
+from qwen_batched.arguments import shown
+from qwen_batched.inputs.checks import check_unicode
 
 # What `lstrip` and `rstrip` of a token take: Unicode's White_Space, which is not what str.strip() takes.
 _SPACE = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+"
@@ -34,6 +37,9 @@ class Vocabulary:
         # The control tokens that the checkpoint has, and those that were turned off.
         self.control_ids = {token: index for token, index in added.items() if token not in readable}
         state = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.entries: list[dict[str, Any]] = state["added_tokens"]  # of tokenizer.json
+        # How many embeddings the ids need.
+        self.size = max(len(tokenizer), *(index + 1 for index in added.values()), 0)
         flags = {entry["content"]: entry for entry in state["added_tokens"]}
         for token in self.control_ids:
             if flags[token]["single_word"]:
@@ -41,7 +47,7 @@ class Vocabulary:
         self.first_characters = frozenset(token[0] for token in self.control_ids)  # with which control tokens begin
         self._strips_before = {index for token, index in added.items() if flags[token]["lstrip"]}
         self._strips_behind = {index for token, index in added.items() if flags[token]["rstrip"]}
-        self._added = added
+        self.added = added
         # The longest token that begins at a place counts, as in the tokenizer.
         self._added_pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
         self._forbidden = frozenset(self.control_ids.values())
@@ -68,7 +74,7 @@ class Vocabulary:
     def first_token(self, text: str) -> int | None:
         """The added token that begins a text; None where none does."""
         found = self._added_pattern.match(text)
-        return None if found is None else self._added[found.group()]
+        return None if found is None else self.added[found.group()]
 
     def strip(self, pieces: Sequence[int | str]) -> list[int | str]:
         """The pieces without the white space that control tokens take with them."""
@@ -110,6 +116,19 @@ class Vocabulary:
         size = len(text.encode("utf-8"))
         shrinks = 1 if unicodedata.is_normalized("NFC", text) else _NFC_SHRINKS
         return -(-size // (self._max_token_bytes * shrinks))
+
+
+def check_new_tokens(tokens: object) -> dict[str, str | AddedToken]:
+    """Tokens to add, by content. Raises `TypeError` or `ValueError` where they are no strings or `AddedToken`s."""
+    given = [tokens] if isinstance(tokens, (str, AddedToken)) else tokens
+    if not isinstance(given, (list, tuple)) or not all(isinstance(token, (str, AddedToken)) for token in given):
+        raise TypeError(f"new_tokens must be a list of str or tokenizers.AddedToken, got {shown(tokens)}")
+    found = {token if isinstance(token, str) else token.content: token for token in given}
+    for content in found:
+        if not content:
+            raise ValueError("new_tokens must hold strings that are not empty, got ''")
+        check_unicode("new_tokens", content)
+    return found
 
 
 def select_added_tokens(added: Mapping[str, int], control: Sequence[str], wanted: Sequence[str] | None) -> list[str]:

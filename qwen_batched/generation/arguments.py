@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.checkpoint.generation_config import GenerationConfig
-from qwen_batched.generation import Sampling
+from qwen_batched.generation.sampling import Sampling
 
 NAMES = (
     *("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "min_new_tokens"),

@@ -1,0 +1,171 @@
+"""`generate`: of frames and texts, in this package's form, and of transformers' batch, as transformers gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from qwen_batched.arguments import integer, shown
+from qwen_batched.generation.arguments import read_arguments
+from qwen_batched.generation.decoding import Decoding
+from qwen_batched.generation.loop import generate_texts
+from qwen_batched.generation.rules import AllowedTokens, Rules
+from qwen_batched.generation.sampling import Sampling
+from qwen_batched.inputs.batch import Batch
+from qwen_batched.inputs.checks import Resize, check_given
+from qwen_batched.inputs.given import SHAPING, read_batch
+from qwen_batched.inputs.prepared import MARKER
+from qwen_batched.inputs.request import Request
+from qwen_batched.inputs.transformers_batch import TransformersBatch
+from qwen_batched.outputs import GenerateOutput
+from qwen_batched.runtime.idle_autocast import without_idle_autocast
+
+# Entries of a batch, among `generate`'s other arguments.
+BATCH_NAMES = frozenset(
+    (
+        *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "position_ids", "mm_token_type_ids"),
+        *("inputs_embeds", "past_key_values", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
+        "cache_position",
+    )
+)
+NEW_TOKENS = 128  # where a call of frames and texts says nothing
+
+
+class Generative:
+    """A model that generates text: what `QwenBatchedVL` adds to its `forward`."""
+
+    @without_idle_autocast
+    def generate(
+        self,
+        images: Tensor | Sequence[Tensor] | None = None,
+        texts: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        camera_mask: Tensor | None = None,
+        template: str = "chat",
+        resize: Resize = "hf",
+        stream: Callable[[list[str]], None] | None = None,
+        progress: bool = False,
+        cuda_graph: bool = True,
+        system: str | None = None,
+        allowed_tokens: AllowedTokens | None = None,
+        logprobs: bool = False,
+        stop: str | Sequence[str] | None = None,
+        num_return_sequences: int = 1,
+        **batch: Any,
+    ) -> GenerateOutput | Tensor | GenerateDecoderOnlyOutput:
+        """New text for each sample.
+
+        The checkpoint's end tokens and repetition penalty (generation_config.json) apply, as in transformers; how
+        tokens are drawn is said here only. Any other setting there that would change transformers' tokens is refused. A
+        sample whose logits are not finite ends with the finish reason "invalid" and leaves the others as they are.
+
+        A batch of transformers' processor in place of images and texts, `generate(**batch)`, gives what transformers'
+        `generate` gives: (B, S + N) token ids, prompts first, with `pad_token_id` behind a sample's end token. What the
+        call leaves out is then what generation_config.json says: tokens are drawn where it says `do_sample`.
+
+        Args:
+            images, texts, camera_mask, template, resize, system: As for `forward`.
+            max_new_tokens: At least 1; None for 128.
+            temperature: 0 (or None) takes the likeliest token; above 0 tokens are drawn.
+            top_k: Draw among the k likeliest tokens; 0 (or None) for all.
+            top_p: Draw among the fewest likeliest tokens whose probabilities reach p, in (0, 1]; None for 1.
+            seed: Makes draws reproducible.
+            stream: Takes new text as it comes, one string for each sample, "" where there is none, for each token on a
+                CPU and for every few on a GPU. Joined, a sample's are its text.
+            progress: Shows a progress bar on stderr.
+            cuda_graph: False runs every step without a CUDA graph.
+            allowed_tokens: The ids that may be chosen, as a list or as bool (vocabulary,); or for each new token such a
+                list, or bool (max_new_tokens, vocabulary). End tokens only where listed. None for all. A tensor on a
+                GPU is read back, once.
+            logprobs: Return each token's log probability: the log softmax of the logits after `allowed_tokens` and the
+                repetition penalty, before temperature, top-k and top-p.
+            stop: A sample ends when its text contains this string, or one of several, before which its text is cut.
+            num_return_sequences: Draw so many results of each prompt, side by side; above 1 only with a temperature.
+            **batch: A batch of transformers' processor, and what its `generate` takes: `do_sample`, `eos_token_id`,
+                `pad_token_id`, `min_new_tokens`, `max_length`, `repetition_penalty`, `generation_config`,
+                `return_dict_in_generate`; others at the values at which they change nothing. Or a batch that
+                `processor(images, texts, max_new_tokens=...)` prepared.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described, prompt and new tokens together exceed the model's
+                maximum, or generation_config.json has a setting that is not supported. Nothing was done.
+        """
+        self._check_lm_head()
+        self.generation_config.check()
+        if stream is not None and not callable(stream):
+            raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
+        batch = {name: value for name, value in batch.items() if value is not None}
+        vocabulary, shaping = self.config.text.vocab_size, (camera_mask, None, template, system, resize)
+        shaping = dict(zip(SHAPING, shaping, strict=True))
+        if "input_ids" in batch and MARKER not in batch:
+            if logprobs or stop is not None:
+                raise ValueError("logprobs and stop need images and texts: of a batch only token ids are returned")
+            names = batch.keys() & BATCH_NAMES
+            options = {name: batch.pop(name) for name in batch.keys() - names}
+            options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+            options["num_return_sequences"] = num_return_sequences if num_return_sequences != 1 else None
+            call = read_batch(batch, self.config, self.device, images, texts, **shaping)
+            length = call.input_ids.shape[1]
+            pad = self.processor.prompts.pad_token_id
+            chosen = read_arguments(options, self.generation_config, pad, length, integer(seed))
+            rules = Rules.read(
+                vocabulary,
+                self.generation_config,
+                chosen.max_new_tokens,
+                chosen.sampling,
+                allowed_tokens,
+                num_return_sequences=chosen.num_return_sequences,
+                end_tokens=chosen.end_tokens,
+                min_new_tokens=chosen.min_new_tokens,
+                repetition_penalty=chosen.repetition_penalty,
+            )
+            out = self._generate(call, chosen.sampling, rules, stream, progress, cuda_graph)
+            prompts = call.input_ids.to(self.device).repeat_interleave(rules.num_return_sequences, dim=0)
+            longest = max(map(len, out.token_ids))
+            rows = [F.pad(row, (0, longest - len(row)), value=chosen.pad_token_id) for row in out.token_ids]
+            sequences = torch.cat((prompts, torch.stack(rows)), dim=1)
+            return GenerateDecoderOnlyOutput(sequences=sequences) if chosen.return_dict else sequences
+        sampling = Sampling(
+            0.0 if temperature is None else temperature,
+            0 if top_k is None else integer(top_k),
+            1.0 if top_p is None else top_p,
+            integer(seed),
+        )
+        steps = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        given = allowed_tokens, logprobs, stop, num_return_sequences
+        rules = Rules.read(vocabulary, self.generation_config, steps, sampling, *given)
+        if batch:
+            call = read_batch(batch, self.config, self.device, images, texts, **shaping)
+            longest, most = call.input_ids.shape[1] + rules.max_new_tokens, self.config.text.max_position_embeddings
+            if longest > most:
+                raise ValueError(f"prompts and new tokens must be at most {most} tokens, got {longest}")
+        else:
+            check_given("texts", texts, "a list of str")
+            options = {"template": template, "resize": resize, "system": system}
+            options["max_new_tokens"] = rules.max_new_tokens
+            call = self.processor.request(images, texts, camera_mask, device=self.device, **options)
+        return self._generate(call, sampling, rules, stream, progress, cuda_graph)
+
+    def _generate(
+        self,
+        call: Request | Batch | TransformersBatch,
+        sampling: Sampling,
+        rules: Rules,
+        stream: Callable[[list[str]], None] | None,
+        progress: bool,
+        cuda_graph: bool,
+    ) -> GenerateOutput:
+        with torch.no_grad():
+            batch = self._calls.batch(self._caller(cuda_graph), call)
+        decoding = Decoding(self._network, batch, sampling, rules)
+        with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
+            return generate_texts(decoding, step, self.processor.prompts, rules, stream=stream, progress=progress)
