@@ -17,6 +17,8 @@ from qwen_batched.linear.apply import apply_linear
 from qwen_batched.training.api import Trainable
 from qwen_batched.training.resized_rows import check_resizable, resized
 
+OTHER_DTYPE = {torch.float32: torch.float64}
+
 
 class WithVocabulary(Trainable):
     """A model whose `processor` has a tokenizer; its `checkpoint` is what `save_pretrained` writes."""
@@ -112,11 +114,11 @@ class WithVocabulary(Trainable):
             check_resizable(name, layer)
         new = {name: resized(layer.weight, rows) for name, layer in layers.items()}
         for name, layer in layers.items():
-            # The same parameter, for optimisers and hooks, and for the head that shares it. In between of another dtype:
-            # then autograd forgets its shape, which the graphs of earlier losses keep.
+            # The same parameter, for optimisers, hooks and the head that shares it. Of another dtype in between,
+            # for autograd to forget its shape, which the graphs of earlier losses keep.
             weight = layer.weight
             weight.grad = None
-            weight.data = weight.data.new_empty(0, dtype=torch.bool)
+            weight.data = weight.data.new_empty(0, dtype=OTHER_DTYPE.get(weight.dtype, torch.float32))
             weight.data = new[name]
         self.model.embed_tokens.num_embeddings = rows
         if self.lm_head is not None:
