@@ -209,8 +209,8 @@ class QwenBatchedVL(Generative, WithVocabulary, Savable):
             template: "chat", "plain", or a layout with `{text}` and either `{images}` or one `{image}` for each camera.
             resize: "hf" for the checkpoint's own rule, (height, width) for an exact size, None where the frames
                 already have a size that the model takes.
-            cuda_graph: False never captures and never replays. Nor are graphs made for a prepared batch, or of a model
-                with hooks, wrapped layers or a processor of another class.
+            cuda_graph: False never captures and never replays. Nor are graphs made of a model with hooks, wrapped
+                layers or a processor of another class.
             targets: B strings, or one where B is 1, each sample's answer. It follows the generation prompt, with the
                 end token of the chat template's turn, in other templates of the tokenizer; `loss` is that of these
                 tokens alone. They are read like `texts`.

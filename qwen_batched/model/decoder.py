@@ -143,6 +143,10 @@ class Decoder(GradientCheckpointing):
             cache.end_prompt(attention_mask.sum(dim=1))
         return [context.place(x_TD) for x_TD in hidden_states]
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings, by the name that clients of transformers' models use."""
+        return self.embed_tokens
+
     def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
         """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
         context = NextTokenContext(*self._rope(position_ids), cache)

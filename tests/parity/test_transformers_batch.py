@@ -102,12 +102,10 @@ def test_logits_to_keep(sister):
 def test_positions_of_the_callers_own(sister):
     batch = make(sister, [1, 0], seed=7, side="left")
     mask = batch["attention_mask"].bool()
+    text = mask.long().cumsum(1)[None].to(sister.device) - 1
     with torch.no_grad():
         out = sister.model(**batch)
-        for given in (
-            out.position_ids,
-            torch.cat((mask.long().cumsum(1)[None].to(sister.device) - 1, out.position_ids)),
-        ):
+        for given in (out.position_ids, torch.cat((text, out.position_ids))):
             assert_equal_to(sister.model(**batch, position_ids=given.clamp(min=0)).logits[mask], out.logits[mask])
         flat = text[0].clamp(min=0)
         want = theirs(sister.reference, batch, position_ids=flat.expand(3, -1, -1))
