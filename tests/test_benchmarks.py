@@ -55,6 +55,7 @@ def test_a_smoke_run_finds_right_results_and_claims_nothing(script, kept):
         ("generation", ("--preset", "qwen3-vl-tiny")),
         ("training", ("--preset", "qwen3-vl-tiny")),
         ("floors", ("--preset", "qwen3-vl-tiny", "--num-layers", "3")),
+        ("batches", ("--preset", "qwen3-vl-tiny")),
     ],
     ids=str,
 )
