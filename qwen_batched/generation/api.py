@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from qwen_batched.arguments import integer, shown
 from qwen_batched.generation.arguments import read_arguments
@@ -24,6 +23,9 @@ from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import TransformersBatch
 from qwen_batched.outputs import GenerateOutput
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
+
+if TYPE_CHECKING:  # which imports much that few calls need
+    from transformers.generation import GenerateDecoderOnlyOutput
 
 # Entries of a batch, among `generate`'s other arguments.
 BATCH_NAMES = frozenset(
@@ -133,7 +135,11 @@ class Generative:
             longest = max(map(len, out.token_ids))
             rows = [F.pad(row, (0, longest - len(row)), value=chosen.pad_token_id) for row in out.token_ids]
             sequences = torch.cat((prompts, torch.stack(rows)), dim=1)
-            return GenerateDecoderOnlyOutput(sequences=sequences) if chosen.return_dict else sequences
+            if not chosen.return_dict:
+                return sequences
+            from transformers.generation import GenerateDecoderOnlyOutput
+
+            return GenerateDecoderOnlyOutput(sequences=sequences)
         sampling = Sampling(
             0.0 if temperature is None else temperature,
             0 if top_k is None else integer(top_k),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import ProcessorMixin
 from transformers.utils import ModelOutput
 
 from qwen_batched.arguments import shown
@@ -19,6 +18,9 @@ from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import describe_tensor
 from qwen_batched.model.shared_weights import share_weights
 from qwen_batched.training.api import Trainable
+
+if TYPE_CHECKING:  # which imports torchvision, where it is broken too
+    from transformers import ProcessorMixin
 
 # Since 5, `get_rope_index` takes the tokens' types second, and counts tokens without padding; image features come in an
 # output with fields.

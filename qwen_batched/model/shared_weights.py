@@ -10,10 +10,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig
@@ -24,6 +24,9 @@ from qwen_batched.families import family_of
 from qwen_batched.linear.fused import pack
 from qwen_batched.linear.padded import PaddedLinear
 from qwen_batched.model.tensor_processor import TensorProcessor
+
+if TYPE_CHECKING:  # which imports torchvision, where it is broken too
+    from transformers import ProcessorMixin
 
 M = TypeVar("M", bound=nn.Module)
 Make = Callable[[QwenVLConfig, TensorProcessor, Checkpoint, bool], M]
@@ -111,6 +114,8 @@ def _open(source: ProcessorMixin | str | Path, raw: dict[str, Any], base: nn.Mod
     """The checkpoint that `source` is, or is written to `folder`, with the model's own config."""
     if isinstance(source, str | Path):
         return replace(Checkpoint.open(source, weights=False), config=raw)
+    from transformers import ProcessorMixin
+
     if not isinstance(source, ProcessorMixin):
         raise TypeError(f"processor must be transformers' or a checkpoint's name, got a {type(source).__name__}")
     source.save_pretrained(str(folder))

@@ -222,12 +222,20 @@ def test_bad_input_is_refused_on_a_captured_shape_too(own):
             call(own, *arguments, **options)
 
 
-def test_a_batch_made_elsewhere_and_gradients_make_no_graph(own, fake):
+def test_gradients_make_no_graph(own, fake):
     batch = own.requires_grad_(True).processor(frames(), TEXTS)
     for _ in range(3):
-        call(own, **batch)
+        own(**batch)
         own(frames(), TEXTS)
     assert fake.captured == 0
+
+
+def test_a_prepared_batch_has_a_graph(own, fake):
+    batch = own.processor(frames(), TEXTS)
+    outs = [call(own, **batch).last_hidden_state for _ in range(3)]
+    assert fake.captured == 1
+    assert torch.equal(outs[0], call(own, frames(), TEXTS).last_hidden_state)
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_a_processor_of_another_class_or_with_a_method_of_its_own_makes_no_graph(load):
