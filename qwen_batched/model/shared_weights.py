@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig
@@ -24,6 +23,7 @@ from qwen_batched.families import family_of
 from qwen_batched.linear.fused import pack
 from qwen_batched.linear.padded import PaddedLinear
 from qwen_batched.model.tensor_processor import TensorProcessor
+from qwen_batched.training.pretrained import PreTrainedModel
 
 if TYPE_CHECKING:  # which imports torchvision, where it is broken too
     from transformers import ProcessorMixin

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME
@@ -16,6 +15,7 @@ from qwen_batched.families import Family, family_of
 from qwen_batched.training import tied_head
 from qwen_batched.training.adapter_names import AdapterNames
 from qwen_batched.training.checkpointing import GradientCheckpointing
+from qwen_batched.training.pretrained import PreTrainedModel
 
 
 class Trainable(AdapterNames, GradientCheckpointing, PreTrainedModel):
