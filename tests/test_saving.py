@@ -256,7 +256,7 @@ def test_an_exception_in_the_middle_leaves_the_old_checkpoint_and_nothing_else(m
     before = files(old)
     stop = mock.Mock(side_effect=error)
     if part == "weights":
-        monkeypatch.setattr("qwen_batched.model.saving.save_weights", stop)
+        monkeypatch.setattr("qwen_batched.qwen_batched_VL_model.save_weights", stop)
     else:
         monkeypatch.setattr("qwen_batched.checkpoint.folder.write_file", stop)
     with pytest.raises(error):
@@ -537,7 +537,7 @@ def test_a_folder_is_read_as_it_was_while_a_save_is_under_way(models, old, monke
         save_weights(*arguments)
         assert_same_model(old, expected)
 
-    monkeypatch.setattr("qwen_batched.model.saving.save_weights", and_read)
+    monkeypatch.setattr("qwen_batched.qwen_batched_VL_model.save_weights", and_read)
     models["A"].save_pretrained(old)
     assert_same_model(old, models["A"])
 
