@@ -15,6 +15,7 @@ from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, ou
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
+from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.checkpoint.keys import EMBEDDING_NAME, HEAD_NAME, unread_layers
 from qwen_batched.checkpoint.options import Device, ModelOptions, SaveOptions, read_options
 from qwen_batched.checkpoint.weights import build_on_meta, load_weights, save_weights, whole_tensors
@@ -183,6 +184,9 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
         )
         image = self.processor.image
         checkpoint = self.checkpoint.describing(config, tensors[EMBEDDING_NAME].dtype, image, self.config.changes())
+        settings = GenerationConfig.of(self.generation_config).settings
+        if settings != self.checkpoint.generation_config().settings:
+            checkpoint = replace(checkpoint, generation=dict(settings))
         with replacing(folder, stale=is_checkpoint_file, last=CONFIG_FILE) as staged:
             checkpoint.write(staged)
             named = {self.family.keys.saved_name(name): x for name, x in tensors.items()}
@@ -289,9 +293,10 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
         if output_hidden_states:
             layers = [*range(self.config.text.num_hidden_layers + 1)]
         if is_transformers and logits is None and self.has_lm_head:
-            logits = as_int("logits_to_keep", logits_to_keep, 0) or "all"
+            logits = as_int("logits_to_keep", logits_to_keep or 0, 0) or "all"
         wanted = self._check_wanted(layers, norm, logits, targets is not None or labels is not None)
         if num_items_in_batch is not None:
+            checks.check_item_count(num_items_in_batch)
             wanted = replace(wanted, loss="sum")
         if batch:
             shaping = {"camera_mask": camera_mask, "targets": targets, "template": template, "system": system}

@@ -61,7 +61,33 @@ class GenerationConfig:
     repetition_penalty: float = 1.0  # as in transformers; 1 for none
     # Settings, with their values, that would change transformers' tokens and are not implemented.
     refused: tuple[tuple[str, str], ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)  # all that the checkpoint says
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all that the checkpoint, or who assigned it, says
+
+    @classmethod
+    def of(cls, config: object) -> GenerationConfig:
+        """`config`, or what transformers' config of this name says. Raises `TypeError` where it is neither."""
+        if isinstance(config, cls):
+            return config
+        if not isinstance(config, transformers.GenerationConfig):
+            raise TypeError(f"generation_config must be a GenerationConfig, got {shown(config)}")
+        return cls.from_dict({name: value for name, value in vars(config).items() if not name.startswith("_")}, {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Fields and properties as usual; any other name is a setting."""
+        if name in self.__dataclass_fields__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+            if name == "repetition_penalty" and "settings" in vars(self):
+                self._set(name, value)
+        else:
+            changed = type(self).from_dict({**self.settings, name: value}, {})
+            super().__setattr__("refused", changed.refused)
+            self._set(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting by its name."""
+        if not name.startswith("_") and name in vars(self).get("settings", ()):
+            return self.settings[name]
+        raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
 
     @property
     def eos_token_id(self) -> list[int] | None:
@@ -93,7 +119,7 @@ class GenerationConfig:
         self._set("pad_token_id", token)
 
     def _set(self, name: str, value: Any) -> None:
-        self.settings = {**self.settings, name: value}
+        super().__setattr__("settings", {**self.settings, name: value})
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any] | None, config: Mapping[str, Any]) -> GenerationConfig:

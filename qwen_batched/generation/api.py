@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_batched.arguments import integer, shown
+from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation.arguments import read_arguments
 from qwen_batched.generation.decoding import Decoding
 from qwen_batched.generation.loop import generate_texts
@@ -102,7 +103,8 @@ class Generative:
                 maximum, or generation_config.json has a setting that is not supported. Nothing was done.
         """
         self._check_lm_head()
-        self.generation_config.check()
+        config = GenerationConfig.of(self.generation_config)
+        config.check()
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         batch = {name: value for name, value in batch.items() if value is not None}
@@ -118,10 +120,11 @@ class Generative:
             call = read_batch(batch, self.config, self.device, images, texts, **shaping)
             length = call.input_ids.shape[1]
             pad = self.processor.prompts.pad_token_id
-            chosen = read_arguments(options, self.generation_config, pad, length, integer(seed))
+            chosen = read_arguments(options, config, pad, length, integer(seed))
+            self._check_length(length, chosen.max_new_tokens)
             rules = Rules.read(
                 vocabulary,
-                self.generation_config,
+                config,
                 chosen.max_new_tokens,
                 chosen.sampling,
                 allowed_tokens,
@@ -148,18 +151,21 @@ class Generative:
         )
         steps = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         given = allowed_tokens, logprobs, stop, num_return_sequences
-        rules = Rules.read(vocabulary, self.generation_config, steps, sampling, *given)
+        rules = Rules.read(vocabulary, config, steps, sampling, *given)
         if batch:
             call = read_batch(batch, self.config, self.device, images, texts, **shaping)
-            longest, most = call.input_ids.shape[1] + rules.max_new_tokens, self.config.text.max_position_embeddings
-            if longest > most:
-                raise ValueError(f"prompts and new tokens must be at most {most} tokens, got {longest}")
+            self._check_length(call.input_ids.shape[1], rules.max_new_tokens)
         else:
             check_given("texts", texts, "a list of str")
             options = {"template": template, "resize": resize, "system": system}
             options["max_new_tokens"] = rules.max_new_tokens
             call = self.processor.request(images, texts, camera_mask, device=self.device, **options)
         return self._generate(call, sampling, rules, stream, progress, cuda_graph)
+
+    def _check_length(self, length: int, max_new_tokens: int) -> None:
+        most = self.config.text.max_position_embeddings
+        if length + max_new_tokens > most:
+            raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {length} and {max_new_tokens}")
 
     def _generate(
         self,

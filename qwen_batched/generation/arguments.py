@@ -56,19 +56,22 @@ def read_arguments(
     implemented, or is not as transformers takes it.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    own = given.pop("generation_config", None)
+    config = given.pop("generation_config", None)
     # As transformers does: what an object says by default it does not say.
     default = vars(transformers.GenerationConfig())
-    own = {} if own is None else {name: value for name, value in vars(own).items() if value != default.get(name)}
+    own = {} if config is None else GenerationConfig.of(config).settings
+    own = {name: value for name, value in own.items() if value is not None and value != default.get(name)}
     for name, value in given.items():
         if name not in NAMES and name not in INERT:
             raise TypeError(f"generate() got an unexpected argument {name!r}")
-        if name in INERT and value not in INERT[name]:
+        if name in INERT and (isinstance(value, Tensor) or value not in INERT[name]):
             raise ValueError(f"{name} is not supported: it must be None, got {shown(value)}")
-    GenerationConfig.from_dict(own, {}).check()
+    unknown = GenerationConfig.from_dict({name: x for name, x in own.items() if name not in NAMES}, {}).refused
+    if unknown:
+        raise ValueError(f"generation_config has settings that are not supported: {dict(unknown)}")
 
-    def find(name: str, default: Any = None) -> Any:
-        for source in (given, own, checkpoint.settings):
+    def find(name: str, default: Any = None, sources: Sequence[Mapping] = (given, own, checkpoint.settings)) -> Any:
+        for source in sources:
             if source.get(name) is not None:
                 return source[name]
         return default
@@ -81,9 +84,12 @@ def read_arguments(
         raise ValueError("temperature must be above 0 with do_sample=True, got 0: give do_sample=False")
     new_tokens = find("max_new_tokens")
     if new_tokens is None:
-        longest = find("max_length")
-        # transformers' own default for files that say nothing of lengths.
-        new_tokens = DEFAULT_NEW_TOKENS if longest in (None, DEFAULT_NEW_TOKENS) else longest - length
+        longest = find("max_length", None, (given, own))
+        if longest is None:
+            longest = find("max_length")
+            # transformers' own default, which files hold that say nothing of lengths.
+            longest = None if longest == DEFAULT_NEW_TOKENS else longest
+        new_tokens = DEFAULT_NEW_TOKENS if longest is None else as_int("max_length", longest, 1) - length
         if new_tokens < 1:
             raise ValueError(f"max_length must be above the {length} tokens of the prompts, got {longest}")
     end_tokens = find("eos_token_id", ())

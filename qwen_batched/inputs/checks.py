@@ -257,6 +257,17 @@ def check_choice(name: str, value: str | None, *choices: str | None) -> None:
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}")
 
 
+def check_item_count(count: int | Tensor) -> None:
+    """Raises `TypeError` or `ValueError` where `num_items_in_batch` is no number above 0, or tensor of one."""
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be one number, got {describe_tensor(count)}")
+    elif isinstance(count, bool) or not isinstance(count, (int, float)):
+        raise TypeError(f"num_items_in_batch must be a number, got {shown(count)}")
+    elif count <= 0:
+        raise ValueError(f"num_items_in_batch must be above 0, got {count}")
+
+
 def check_given(name: str, value: object, kind: str) -> None:
     """Raises `TypeError` where `value` is None."""
     if value is None:

@@ -25,10 +25,11 @@ NAMES = {
     *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
 }
 # What transformers' models take too, with the values that change no result of this package.
+ANYTHING = "anything"
 INERT = {
     "use_cache": (True, False),
     "output_attentions": (False,),
-    "cache_position": (),
+    "cache_position": ANYTHING,
     **dict.fromkeys(("past_key_values", "inputs_embeds", "head_mask", "rope_deltas")),
     **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")),
 }
@@ -83,7 +84,8 @@ def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, devi
     for name in given.keys() - NAMES:
         if name not in INERT:
             raise TypeError(f"forward() got an unexpected argument {name!r}")
-        if given[name] not in (INERT[name] or ()):
+        allowed = INERT[name] or ()
+        if allowed is not ANYTHING and (isinstance(given[name], Tensor) or given[name] not in allowed):
             raise ValueError(f"{name} is not supported: it must be None, got {describe_tensor(given[name])}")
     for name in NAMES & given.keys():
         if not isinstance(given[name], Tensor):
@@ -135,8 +137,8 @@ def _check_shapes(values: Mapping[str, Tensor | None]) -> None:
         is_mask = name in ("attention_mask", "mm_token_type_ids")
         if value is not None and not is_mask and value.dtype != torch.int64:
             raise ValueError(f"{name} must be int64, got {describe_tensor(value)}")
-        if value is not None and is_mask and (value.dtype.is_floating_point or value.dtype.is_complex):
-            raise ValueError(f"{name} must be bool or of integers, got {describe_tensor(value)}")
+        if value is not None and value.dtype.is_complex:
+            raise ValueError(f"{name} must be bool or of numbers, got {describe_tensor(value)}")
 
 
 def _grids(thw: Tensor | None, pixels: Tensor | None, config: QwenVLConfig) -> tuple[Grid, ...]:
@@ -264,7 +266,12 @@ def faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> di
         types = torch.where(is_image, IMAGE_TYPE, 0)
         found["mm_token_type_ids of 1 on image tokens and 0 elsewhere"] = (batch.mm_token_type_ids != types).any(dim=1)
     text = _text_positions(batch.position_ids)
-    if text is not None:
+    if text is not None and batch.attention_mask is None and batch.position_ids.ndim == 3:
+        # So transformers tells where a sequence begins.
+        found["text positions that rise by 1 along a row, since several sequences in one are not supported"] = (
+            text.diff(dim=1) != 1
+        ).any(dim=1)
+    elif text is not None:
         # Of visible tokens only: what stands on padding counts for the token before.
         highest = text.masked_fill(~mask, torch.iinfo(text.dtype).min).cummax(dim=1).values
         found["position_ids that rise along a row, since several sequences in one are not supported"] = (

@@ -59,6 +59,7 @@ def share_weights(make: Make[M], theirs: nn.Module, source: ProcessorMixin | str
             _share(model, path, module, modules.get(path))
     if has_head and config.tie_word_embeddings:
         _share(model, "lm_head", model.lm_head, modules["lm_head"])
+    model.shares_weights = True
     model.name_or_path = model.config.name_or_path = str(base.name_or_path)
     for layer in model.modules():
         if isinstance(layer, PaddedLinear):

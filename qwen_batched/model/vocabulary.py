@@ -110,6 +110,8 @@ class WithVocabulary(Trainable):
         layers = {"embed_tokens": self.model.embed_tokens}
         if self.lm_head is not None and not self.has_tied_head:
             layers["lm_head"] = self.lm_head
+        if self.shares_weights:
+            raise ValueError("the parameters are a model's of transformers: resize that one, then share it anew")
         for name, layer in {**layers, "lm_head": self.lm_head}.items():
             check_resizable(name, layer)
         new = {name: resized(layer.weight, rows) for name, layer in layers.items()}

@@ -30,6 +30,7 @@ class Trainable(AdapterNames, GradientCheckpointing, PreTrainedModel):
     supports_gradient_checkpointing = True
     loss_type = "ForConditionalGeneration"
     _keys_to_ignore_on_save = None
+    shares_weights = False  # whether the parameters are another model's too
 
     def __init__(self, name_or_path: str) -> None:
         nn.Module.__init__(self)

@@ -81,6 +81,43 @@ def test_several_sequences_stand_sample_by_sample(sister, batch):
     assert torch.equal(found[:, :-4], batch["input_ids"].repeat_interleave(3, dim=0))
 
 
+def test_what_is_assigned_to_the_models_generation_config_is_followed_and_saved(sister, batch, tmp_path):
+    model = sister.load()
+    greedy = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    model.generation_config.max_new_tokens = 3
+    assert model.generation_config.temperature == 5.0
+    assert model.generate(**batch, seed=0).shape == greedy.shape
+    model.generation_config.do_sample = False
+    assert torch.equal(model.generate(**batch), greedy)
+    model.generation_config.eos_token_id = 4
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved", device=sister.device)
+    assert again.generation_config.eos_token_ids == (4,) and again.generation_config.max_new_tokens == 3
+    with pytest.raises(ValueError, match="num_beams"):
+        model.generation_config.num_beams = 3
+        model.generate(**batch)
+
+
+def test_transformers_own_generation_config_may_take_the_models_place(sister, batch):
+    model = sister.load()
+    stored = transformers.GenerationConfig.from_pretrained(sister.folder)
+    stored.max_new_tokens, stored.do_sample = 3, False
+    want = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(**batch, generation_config=stored), want)
+    model.generation_config = stored
+    assert torch.equal(model.generate(**batch), want)
+    own = transformers.GenerationConfig(min_new_tokens=2, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert model.generate(**batch, generation_config=own, seed=1).shape == (6, want.shape[1])
+    with pytest.raises(TypeError, match="generation_config"):
+        model.generate(**batch, generation_config={"max_new_tokens": 4})
+
+
+def test_prompts_and_new_tokens_must_fit_the_model(sister, batch):
+    with pytest.raises(ValueError, match="must fit into"):
+        sister.model.generate(**batch, max_new_tokens=10**7)
+
+
 # --- the arguments ---
 
 
@@ -95,6 +132,7 @@ def test_drawn_tokens_follow_transformers_defaults(load):
     assert read(drawn, model).sampling == Sampling(0.5, 0, 0.9)
     assert read({}, model).sampling == read({"temperature": 0.5}, model).sampling == Sampling()
     assert read({}, model).max_new_tokens == 20 and read({"max_length": 9}, model).max_new_tokens == 4
+    assert read({"max_length": 20}, model).max_new_tokens == 15
 
 
 def test_the_checkpoint_says_whether_to_draw(load):
@@ -121,6 +159,7 @@ def test_the_checkpoint_says_whether_to_draw(load):
         {"repetition_penalty": 0},
         {"eos_token_id": -2},
         {"output_scores": True},
+        {"min_length": torch.tensor([1, 2])},
         {"streamer": "one"},
     ],
     ids=lambda given: "-".join(given),

@@ -155,3 +155,13 @@ def test_what_cannot_be_shared_is_refused_by_name(both):
     layer.input_layernorm = torch.nn.Identity()
     with pytest.raises(ValueError, match="input_layernorm"):
         both.share()
+
+
+def test_shared_parameters_are_not_resized(family):
+    """transformers' model would not know of it."""
+    theirs = TransformersReference.from_pretrained(family.folder, device=family.device).model
+    model = QwenBatchedVL.from_transformers(theirs, family.folder)
+    rows = len(theirs.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="resize that one"):
+        model.resize_token_embeddings(rows + 64)
+    assert len(theirs.get_input_embeddings().weight) == rows

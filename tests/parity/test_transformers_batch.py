@@ -121,6 +121,14 @@ def test_a_mask_with_holes_equals_transformers(sister):
         assert_equal_to(sister.model(**batch).logits[mask], theirs(sister.reference, batch).logits[mask])
 
 
+def test_a_mask_of_floats_and_what_wrappers_pass(sister):
+    batch = make(sister, [1, 0], seed=8)
+    with torch.no_grad():
+        want = sister.model(**batch).logits
+        given = {**batch, "attention_mask": batch["attention_mask"].float(), "cache_position": torch.arange(3)}
+        assert torch.equal(sister.model(**given, logits_to_keep=None, use_cache=True).logits, want)
+
+
 def test_a_model_without_a_head_gives_hidden_states(sister):
     batch = make(sister, [1], seed=9)
     with torch.no_grad():
@@ -172,6 +180,9 @@ WRONG_VALUES = {
         **b, "attention_mask": put(b["attention_mask"].clone(), first_image_token(b), 0)
     },
     "packed sequences": positions(lambda x: put(x, (0, slice(7, None)), 0)),
+    "packed sequences without a mask": lambda b: {
+        **positions(lambda x: put(x, (0, slice(7, None)), 90).expand(4, -1, -1))(b), "attention_mask": None
+    },
     "other token types": change("mm_token_type_ids", lambda x: put(x, 0, 1 - x[0])),
 }  # fmt: skip
 WRONG = {
@@ -192,6 +203,9 @@ WRONG = {
     "embeddings": lambda b: {**b, "inputs_embeds": torch.zeros(1)},
     "a cache": lambda b: {**b, "past_key_values": object()},
     "attentions": lambda b: {**b, "output_attentions": True},
+    "attentions by tensor": lambda b: {**b, "output_attentions": torch.tensor([True, False])},
+    "no items": lambda b: {**b, "num_items_in_batch": 0},
+    "several numbers of items": lambda b: {**b, "num_items_in_batch": torch.tensor([4, 4])},
     "texts too": lambda b: {**b, "texts": ["a"]},
 }
 
@@ -206,7 +220,7 @@ def test_what_does_not_fit_together_is_refused(sister, name):
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_a_sample_that_only_the_device_can_see_to_be_wrong_becomes_nan(sister, name, monkeypatch):
     batch = make(sister, [2, 1], seed=1, side="right", labels=True)
-    moved = {key: x.to(sister.device) for key, x in WRONG_VALUES[name](batch).items()}
+    moved = {key: None if x is None else x.to(sister.device) for key, x in WRONG_VALUES[name](batch).items()}
     monkeypatch.setattr("qwen_batched.inputs.transformers_batch.can_read", lambda *_: False)
     with torch.no_grad():
         right = sister.model(**{key: x.to(sister.device) for key, x in batch.items()})
