@@ -241,13 +241,8 @@ class TensorProcessor:
         key = "images", given.grids, given.device
         table = self._tables.get(key, lambda: image_table(given.grids, given.device))
         layout = lay_out(given, table, self.config.image_token_id)
-        ids, labels, feature_index, valid, labels_valid = (
-            given.input_ids,
-            given.labels,
-            layout.feature_index,
-            None,
-            None,
-        )
+        ids, labels, feature_index = given.input_ids, given.labels, layout.feature_index
+        valid = labels_valid = None
         if not given.is_checked:
             rows = self.config.text.vocab_size
             valid = ~torch.stack([*faults(given, layout, self.config).values()]).any(dim=0)
