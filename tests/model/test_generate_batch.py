@@ -172,3 +172,30 @@ def test_what_is_not_supported_is_refused(load, given):
 def test_an_unknown_argument_is_refused_by_name(load):
     with pytest.raises(TypeError, match="nonsense"):
         read({"nonsense": 1}, load())
+
+
+def transformers_probabilities(logits, sampling):
+    """Of transformers' own logits processors, in the order in which its `generate` applies them."""
+    from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    return scores.softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"temperature": 0.6}, {"top_k": 5, "temperature": 1.7}, {"top_k": 0, "top_p": 0.8}]
+)
+def test_drawn_tokens_have_the_distribution_of_transformers(sister, batch, given):
+    sampling = read({"do_sample": True, **given}, sister.model).sampling
+    with torch.no_grad():
+        logits = sister.model(**batch, logits_to_keep=1).logits[0].float().cpu() * 3
+    points = 20001
+    uniform = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    drawn = sampling.choose(logits.expand(points, -1), uniform).bincount(minlength=logits.shape[-1]) / points
+    want = transformers_probabilities(logits, sampling)[0]
+    assert (drawn - want).abs().max() <= 2 / points
+    assert not want[drawn == 0].gt(2 / points).any()
