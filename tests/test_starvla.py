@@ -210,6 +210,7 @@ class Framework(nn.Module):
         return nn.functional.l1_loss(self.head(outputs.hidden_states[-1][:, -1]), actions)
 
 
+@pytest.mark.slow
 def test_a_framework_trains_a_step_as_with_transformers(case):
     torch.manual_seed(0)
     interface = case.load(lm_head=False)

@@ -81,6 +81,7 @@ def test_several_sequences_stand_sample_by_sample(sister, batch):
     assert torch.equal(found[:, :-4], batch["input_ids"].repeat_interleave(3, dim=0))
 
 
+@pytest.mark.slow
 def test_what_is_assigned_to_the_models_generation_config_is_followed_and_saved(sister, batch, tmp_path):
     model = sister.load()
     greedy = model.generate(**batch, max_new_tokens=3, do_sample=False)
@@ -186,6 +187,7 @@ def transformers_probabilities(logits, sampling):
     return scores.softmax(dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "given", [{}, {"temperature": 0.6}, {"top_k": 5, "temperature": 1.7}, {"top_k": 0, "top_p": 0.8}]
 )

@@ -198,6 +198,7 @@ def test_the_control_tokens_stay_text(load):
     assert not control & set(ids) and len(ids) > 3
 
 
+@pytest.mark.slow
 def test_an_optimiser_made_before_trains_the_new_rows(load):
     model = load()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -214,6 +215,7 @@ def test_an_optimiser_made_before_trains_the_new_rows(load):
 # --- files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_saving_keeps_tokens_and_rows_for_transformers_and_us(tmp_path, tied):
     folder = write_checkpoint(tmp_path / "before", tied=tied)

@@ -101,6 +101,7 @@ def test_what_json_cannot_hold_is_refused_at_saving(load, tmp_path):
     assert not (tmp_path / "new" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_tie_is_followed_where_it_is_assigned(sisters):
     model = sisters("qwen2-vl-tiny").load()
     tied = model.config.tie_word_embeddings

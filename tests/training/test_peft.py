@@ -155,6 +155,7 @@ def test_an_adapter_of_a_few_steps_is_the_same_in_transformers(family, ours, the
     assert_equal_to(their_logits(family, theirs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
 def test_calls_of_every_form_reach_the_model_through_peft(family, ours, task):
     adapted = adapt(ours, target_modules=["q_proj", "qkv"], task_type=task)
@@ -194,6 +195,7 @@ def test_several_adapters_are_added_loaded_and_resumed_by_peft(family, ours, the
     assert_equal_to(logits(family, adapted), second)
 
 
+@pytest.mark.slow
 def test_names_and_keys_are_the_published_ones_without_adapters_and_copies_keep_theirs(family, ours):
     names, keys = [name for name, _ in ours.named_modules()], list(ours.state_dict())
     adapted = adapt(ours, target_modules=["q_proj", "qkv"])
