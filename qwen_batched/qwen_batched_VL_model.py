@@ -26,6 +26,7 @@ from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, is_text, resolve_layers
 from qwen_batched.inputs.given import read_batch
 from qwen_batched.inputs.prepared import MARKER
+from qwen_batched.inputs.transformers_batch import NAMES
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.client_methods import ClientMethods
 from qwen_batched.model.pipeline import Network, Wanted
@@ -36,11 +37,6 @@ from qwen_batched.runtime.fast_path import check_placement
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 from qwen_batched.training.model_config import ModelConfig
 from qwen_batched.training.tied_head import embedding_weight
-
-# In the order of `forward`'s arguments.
-BATCH_NAMES = (
-    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
-)
 
 
 class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
@@ -287,7 +283,7 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
             images, texts, input_ids, attention_mask = input_ids, attention_mask, None, None
             camera_mask = batch.pop("inputs_embeds", None) if camera_mask is None else camera_mask
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
-        batch = {k: x for k, x in (*batch.items(), *zip(BATCH_NAMES, tensors, strict=True)) if x is not None}
+        batch = {k: x for k, x in (*batch.items(), *zip(NAMES, tensors, strict=True)) if x is not None}
         check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
         is_transformers = "input_ids" in batch and MARKER not in batch
         if output_hidden_states:

@@ -192,7 +192,17 @@ def test_the_contracts_import_paths_work():
 # --- no host reads ---
 
 FORWARD_PACKAGES = {"runtime", "ops", "linear", "model", "training", "generation", "calls", "qwen_batched_VL_model"}
-FORWARD_INPUTS = {"batch", "checks", "prepared", "prompt", "prompt_rows", "request", "sequence"}
+FORWARD_INPUTS = {
+    "faults",
+    "transformers_batch",
+    "batch",
+    "checks",
+    "prepared",
+    "prompt",
+    "prompt_rows",
+    "request",
+    "sequence",
+}
 FORWARD_PATH = [
     name
     for name in SOURCES
@@ -206,11 +216,12 @@ ALLOWED_READS = {
     ("inputs.prompt_rows", "lay_out", "tolist"): "a mask that is on the host",
     ("model.tensor_processor", "_mask_on_device", "tolist"): "a mask that is on the host",
     ("inputs.checks", "check_float_range", "float"): "frames that are on the host",
-    ("inputs.prepared", "restore", "int"): "a layout that is on the host",
+    ("inputs.faults", "refuse", "int"): "a batch that is on the host",
+    ("inputs.transformers_batch", "read_grids", "tolist"): "sizes of images, at the price of a wait that callers name",
+    ("inputs.transformers_batch", "read_transformers_batch", "int"): "a batch that is on the host",
     ("inputs.prepared", "_count", "int"): "a layout that is on the host",
     ("generation.arguments", "read_arguments", "tolist"): "end tokens that are a tensor, once in a generation",
-    ("model.client_methods", "_grids", "tolist"): "sizes of images, at the price of a wait that the docstring names",
-    ("model.client_methods", "get_rope_index", "tolist"): "the same of tokens, for a method that nothing here calls",
+    ("model.client_methods", "get_rope_index", "tolist"): "tokens, for a method that nothing here calls",
     ("model.client_methods", "get_rope_index", "bool"): "the same",
     ("generation.loop", "rows", "tolist"): "new tokens that have reached the host",
 }

@@ -84,9 +84,10 @@ class GenerationConfig:
             self._set(name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """A setting by its name."""
-        if not name.startswith("_") and name in vars(self).get("settings", ()):
-            return self.settings[name]
+        """A setting by its name; Trainer reads these tokens' where there is none."""
+        settings = vars(self).get("settings", {})
+        if name in settings or name in ("bos_token_id", "pad_token_id"):
+            return settings.get(name)
         raise AttributeError(f"{type(self).__name__} has no setting {name!r}")
 
     @property
@@ -99,24 +100,6 @@ class GenerationConfig:
         tokens = [] if tokens is None else [tokens] if isinstance(tokens, int) else tokens
         self.eos_token_ids = tuple(tokens)
         self._set("eos_token_id", list(tokens))
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The file's."""
-        return self.settings.get("bos_token_id")
-
-    @bos_token_id.setter
-    def bos_token_id(self, token: int | None) -> None:
-        self._set("bos_token_id", token)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The file's."""
-        return self.settings.get("pad_token_id")
-
-    @pad_token_id.setter
-    def pad_token_id(self, token: int | None) -> None:
-        self._set("pad_token_id", token)
 
     def _set(self, name: str, value: Any) -> None:
         super().__setattr__("settings", {**self.settings, name: value})

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen_batched.arguments import as_int, integer, shown
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation.sampling import Sampling
+from qwen_batched.inputs.checks import check_inert
 
 NAMES = (
     *("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "min_new_tokens"),
@@ -62,10 +63,8 @@ def read_arguments(
     own = {} if config is None else GenerationConfig.of(config).settings
     own = {name: value for name, value in own.items() if value is not None and value != default.get(name)}
     for name, value in given.items():
-        if name not in NAMES and name not in INERT:
-            raise TypeError(f"generate() got an unexpected argument {name!r}")
-        if name in INERT and (isinstance(value, Tensor) or value not in INERT[name]):
-            raise ValueError(f"{name} is not supported: it must be None, got {shown(value)}")
+        if name not in NAMES:
+            check_inert("generate", name, value, INERT)
     unknown = GenerationConfig.from_dict({name: x for name, x in own.items() if name not in NAMES}, {}).refused
     if unknown:
         raise ValueError(f"generation_config has settings that are not supported: {dict(unknown)}")

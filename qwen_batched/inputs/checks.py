@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from qwen_batched.inputs.batch import Grid
 
 TEXT_NAMES = ("input_ids", "attention_mask", "rope_positions", "camera_ids", "feature_index")
 IMAGE_NAMES = ("pixel_values", "raster_order")
+ANY_VALUE = object()  # of an argument that never changes a result
 Resize = str | tuple[int, int] | None
 MAX_ASPECT_RATIO = 200
 # Bicubic resizing overshoots by less, so frames that were resized before pass; frames in 0..255 do not.
@@ -255,6 +256,18 @@ def check_choice(name: str, value: str | None, *choices: str | None) -> None:
     if value not in choices:
         *others, last = map(repr, choices)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}")
+
+
+def check_inert(function: str, name: str, value: object, inert: Mapping[str, object]) -> None:
+    """Raises where an argument of transformers' `function` may change a result.
+
+    `inert` holds, by name, the values besides None at which it does not. Raises `TypeError` for an unknown name,
+    `ValueError` for another value.
+    """
+    if name not in inert:
+        raise TypeError(f"{function}() got an unexpected argument {name!r}")
+    if inert[name] is not ANY_VALUE and (isinstance(value, Tensor) or value not in inert[name]):
+        raise ValueError(f"{name} is not supported: it must be None, got {shown(value)}")
 
 
 def check_item_count(count: int | Tensor) -> None:

@@ -7,7 +7,6 @@ break one. What only the host knows travels beside them, as numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, can_read
+from qwen_batched.inputs.faults import find_label_faults, make_safe, refuse
 from qwen_batched.inputs.sequence import NO_LABEL
 
 MARKER = "prepared"
@@ -113,11 +113,7 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     layout = {name: batch[name] for name in (*TEXT_NAMES, "labels", "camera_present") if name in batch}
     is_checked = can_read(*layout.values())
     if is_checked:
-        found = _faults(layout, grids, config, tokens) | _label_faults(layout, config, answers)
-        for what, bad_B in found.items():
-            if bad_B.any():
-                sample = int(bad_B.int().argmax())
-                raise ValueError(f"a prepared batch must hold {what}, got others for sample {sample}")
+        refuse("a prepared batch", _faults(layout, grids, config, tokens) | _label_faults(layout, config, answers))
 
     pixels = batch.get("pixel_values")
     as_list = isinstance(pixels, (list, tuple))
@@ -140,27 +136,14 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
 
 
 def check_on_device(batch: Batch, config: QwenVLConfig) -> Batch:
-    """A batch that `restore` could not read, clamped to what is safe.
-
-    `valid` is False for the samples that needed it, `labels_valid` where these or labels did: hidden states and loss
-    shall be NaN then.
-    """
+    """A batch that `restore` could not read, made safe."""
     if batch.is_checked:
         return batch
     layout = {name: getattr(batch, name) for name in (*TEXT_NAMES, "labels", "camera_present")}
     layout = {name: value for name, value in layout.items() if value is not None}
-    valid = ~torch.stack(list(_faults(layout, batch.grids, config, batch.tokens).values())).any(dim=0)
-    label_faults = _label_faults(layout, config, batch.answer_tokens)
-    rows, cells, labels = config.text.vocab_size, sum(h * w for h, w in batch.grids), batch.labels
-    return replace(
-        batch,
-        input_ids=batch.input_ids.clamp(0, rows - 1),
-        feature_index=batch.feature_index.clamp(-1, cells - 1),
-        labels=None if labels is None else labels.clamp(0, rows - 1).where(labels != NO_LABEL, NO_LABEL),
-        valid=valid,
-        labels_valid=~torch.stack([~valid, *label_faults.values()]).any(dim=0),
-        is_checked=True,
-    )
+    found = _faults(layout, batch.grids, config, batch.tokens)
+    of_labels = _label_faults(layout, config, batch.answer_tokens)
+    return make_safe(batch, found, of_labels, config.text.vocab_size, sum(h * w for h, w in batch.grids))
 
 
 def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
@@ -256,11 +239,8 @@ def _label_faults(layout: Mapping[str, Tensor], config: QwenVLConfig, answers: i
     """The same of labels, where there are any."""
     if "labels" not in layout:
         return {}
-    labels_BS, rows = layout["labels"], config.text.vocab_size
-    is_label_BS = labels_BS != NO_LABEL
-    outside_BS = is_label_BS & ((labels_BS < 0) | (labels_BS >= rows))
+    labels_BS = layout["labels"]
     return {
-        f"labels of {NO_LABEL} or from 0 to {rows - 1}": outside_BS.any(dim=1),
-        "labels on tokens only, not on padding": (is_label_BS & ~layout["attention_mask"]).any(dim=1),
-        "no more labels than were counted": is_label_BS.sum(dim=1).cumsum(0) > answers,
+        **find_label_faults(labels_BS, layout["attention_mask"], config.text.vocab_size),
+        "no more labels than were counted": (labels_BS != NO_LABEL).sum(dim=1).cumsum(0) > answers,
     }

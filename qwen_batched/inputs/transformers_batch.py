@@ -6,6 +6,7 @@ image a token belongs to follows from how many image tokens stand before it: not
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,23 +16,24 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from qwen_batched.arguments import shown
-from qwen_batched.checkpoint.config import QwenVLConfig
+from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import can_read, describe_tensor
+from qwen_batched.inputs.faults import find_label_faults, refuse
 from qwen_batched.inputs.sequence import NO_LABEL
 
-NAMES = {
+# In the order of `forward`'s arguments.
+NAMES = (
     *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
-}
+)
 # What transformers' models take too, with the values that change no result of this package.
-ANYTHING = "anything"
 INERT = {
     "use_cache": (True, False),
     "output_attentions": (False,),
-    "cache_position": ANYTHING,
-    **dict.fromkeys(("past_key_values", "inputs_embeds", "head_mask", "rope_deltas")),
-    **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")),
+    "cache_position": checks.ANY_VALUE,
+    **dict.fromkeys(("past_key_values", "inputs_embeds", "head_mask", "rope_deltas"), ()),
+    **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"), ()),
 }
 IMAGE_TYPE = 1  # of a token in `mm_token_type_ids`
 
@@ -57,7 +59,7 @@ class TransformersBatch:
     answer_tokens: int  # how many labels there are, or the most there can be
 
 
-TENSORS = ("input_ids", "attention_mask", "pixel_values", "labels", "position_ids", "mm_token_type_ids")
+TENSORS = tuple(name for name in NAMES if name != "image_grid_thw")
 FACTS = ("grids", "device", "is_checked", "tokens", "answer_tokens")
 
 
@@ -81,13 +83,9 @@ def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, devi
     The grids are read: at no cost on the host, at that of one wait on a GPU. Everything else is checked here where it
     is on the host. Raises `TypeError` or `ValueError`, before any work, where it is not a batch of this model.
     """
-    for name in given.keys() - NAMES:
-        if name not in INERT:
-            raise TypeError(f"forward() got an unexpected argument {name!r}")
-        allowed = INERT[name] or ()
-        if allowed is not ANYTHING and (isinstance(given[name], Tensor) or given[name] not in allowed):
-            raise ValueError(f"{name} is not supported: it must be None, got {describe_tensor(given[name])}")
-    for name in NAMES & given.keys():
+    for name in given.keys() - set(NAMES):
+        checks.check_inert("forward", name, given[name], INERT)
+    for name in given.keys() & set(NAMES):
         if not isinstance(given[name], Tensor):
             raise TypeError(f"{name} must be a tensor, got {shown(given[name])}")
         checks.check_plain(name, given[name])
@@ -98,7 +96,7 @@ def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, devi
         raise ValueError(f"input_ids must be int64 (B, S), got {describe_tensor(ids)}")
     values["input_ids"] = ids.long()
     _check_shapes(values)
-    grids = _grids(given.get("image_grid_thw"), values["pixel_values"], config)
+    grids = _grids_of(given.get("image_grid_thw"), values["pixel_values"], config)
     rows = [value for name, value in values.items() if value is not None and name != "pixel_values"]
     size = ids.numel()
     batch = TransformersBatch(
@@ -113,10 +111,8 @@ def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, devi
         layout = lay_out(batch, image_table(grids, torch.device("cpu")), config.image_token_id)
         found = faults(batch, layout, config)
         if labels is not None:
-            found |= label_faults(batch, layout, config)
-        for what, bad_B in found.items():
-            if bad_B.any():
-                raise ValueError(f"a batch must hold {what}, got others for sample {int(bad_B.int().argmax())}")
+            found |= find_label_faults(labels, layout.mask, config.text.vocab_size)
+        refuse("a batch", found)
     return batch
 
 
@@ -141,28 +137,40 @@ def _check_shapes(values: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"{name} must be bool or of numbers, got {describe_tensor(value)}")
 
 
-def _grids(thw: Tensor | None, pixels: Tensor | None, config: QwenVLConfig) -> tuple[Grid, ...]:
-    """The grid of each image in merged cells, read from `image_grid_thw` (N, 3), in patches."""
+def read_grids(thw: Tensor, merge: int) -> tuple[Grid, ...]:
+    """The grid of each image in merged cells of `merge` x `merge` patches, read from `image_grid_thw` (N, 3).
+
+    Raises `ValueError` where it holds anything but still images in whole cells.
+    """
+    if thw.ndim != 2 or thw.shape[1] != 3 or thw.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"image_grid_thw must be int64 (N, 3), got {describe_tensor(thw)}")
+    sizes = thw.tolist()
+    for t, h, w in sizes:
+        if t != 1 or h < merge or w < merge or h % merge or w % merge:
+            expected = f"1, height and width in patches, multiples of {merge}"
+            raise ValueError(f"image_grid_thw must hold {expected}, got {(t, h, w)}")
+    return tuple((h // merge, w // merge) for _, h, w in sizes)
+
+
+def check_patches(pixels: Tensor, grids: Sequence[Grid], vision: VisionConfig) -> None:
+    """Raises `ValueError` where `pixel_values` are not the patches of images of these grids."""
+    patches, width = sum(h * w for h, w in grids) * vision.cell_patches, vision.patch_dim
+    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
+    if tuple(pixels.shape) != (patches, width) or not floating:
+        expected = f"floating ({patches}, {width}) to fit image_grid_thw"
+        raise ValueError(f"pixel_values must be {expected}, got {describe_tensor(pixels)}")
+
+
+def _grids_of(thw: Tensor | None, pixels: Tensor | None, config: QwenVLConfig) -> tuple[Grid, ...]:
     if (thw is None) != (pixels is None):
         raise ValueError("pixel_values and image_grid_thw must come together, got one of them")
     if thw is None:
         return ()
-    if thw.ndim != 2 or thw.shape[1] != 3 or len(thw) == 0 or thw.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"image_grid_thw must be int64 (N, 3), got {describe_tensor(thw)}")
-    patch_dim, merge = config.vision.patch_dim, config.vision.spatial_merge_size
-    floating = pixels.dtype.is_floating_point and pixels.dtype.itemsize > 1
-    if pixels.ndim != 2 or pixels.shape[1] != patch_dim or not floating:
-        raise ValueError(f"pixel_values must be floating (patches, {patch_dim}), got {describe_tensor(pixels)}")
-    sizes = thw.tolist()
-    for t, h, w in sizes:
-        if t != 1 or h < merge or w < merge or h % merge or w % merge:
-            raise ValueError(
-                f"image_grid_thw must hold 1, height and width in patches, multiples of {merge}, got {(t, h, w)}"
-            )
-    patches = sum(h * w for _, h, w in sizes)
-    if patches != len(pixels):
-        raise ValueError(f"pixel_values must hold the {patches} patches of image_grid_thw, got {len(pixels)}")
-    return tuple((h // merge, w // merge) for _, h, w in sizes)
+    if len(thw) == 0:
+        raise ValueError("image_grid_thw must hold at least one image, got none")
+    grids = read_grids(thw, config.vision.spatial_merge_size)
+    check_patches(pixels, grids, config.vision)
+    return grids
 
 
 class Layout(NamedTuple):
@@ -197,6 +205,12 @@ def group_by_grid(grids: Sequence[Grid]) -> dict[Grid, list[int]]:
     return groups
 
 
+def image_places(groups: Mapping[Grid, Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Of each image its group, and its row there."""
+    places = {image: (group, row) for group, each in enumerate(groups.values()) for row, image in enumerate(each)}
+    return tuple(places[image] for image in range(len(places)))
+
+
 def image_table(grids: Sequence[Grid], device: torch.device) -> ImageTable:
     """What `lay_out` looks up of each image."""
     cells = [h * w for h, w in grids]
@@ -205,8 +219,7 @@ def image_table(grids: Sequence[Grid], device: torch.device) -> ImageTable:
         for image in images:
             features[image] = begin
             begin += cells[image]
-    ends = [sum(cells[: image + 1]) for image in range(len(cells))]
-    columns = ends, cells, [w for _, w in grids], [max(grid) for grid in grids], features
+    columns = [*itertools.accumulate(cells)], cells, [w for _, w in grids], [max(grid) for grid in grids], features
     return ImageTable(*torch.tensor(columns, dtype=torch.int64, device="cpu").to(device))
 
 
@@ -278,16 +291,6 @@ def faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> di
             mask & (text < highest)
         ).any(dim=1)
     return found
-
-
-def label_faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> dict[str, Tensor]:
-    """The same of labels."""
-    labels, rows = batch.labels, config.text.vocab_size
-    is_label = labels != NO_LABEL
-    return {
-        f"labels of {NO_LABEL} or from 0 to {rows - 1}": (is_label & ((labels < 0) | (labels >= rows))).any(dim=1),
-        f"labels of {NO_LABEL} on padding": (is_label & ~layout.mask).any(dim=1),
-    }
 
 
 def _text_positions(position_ids: Tensor | None) -> Tensor | None:

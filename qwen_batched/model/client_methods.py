@@ -13,9 +13,15 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from qwen_batched.arguments import shown
 from qwen_batched.inputs.batch import Grid
 from qwen_batched.inputs.checks import describe_tensor
+from qwen_batched.inputs.transformers_batch import (
+    IMAGE_TYPE,
+    check_patches,
+    group_by_grid,
+    image_places,
+    read_grids,
+)
 from qwen_batched.model.shared_weights import share_weights
 from qwen_batched.training.api import Trainable
 
@@ -25,7 +31,6 @@ if TYPE_CHECKING:  # which imports torchvision, where it is broken too
 # Since 5, `get_rope_index` takes the tokens' types second, and counts tokens without padding; image features come in an
 # output with fields.
 _IS_5 = Version(transformers.__version__).release >= (5,)
-IMAGE_TYPE = 1
 
 
 @dataclass
@@ -135,7 +140,8 @@ class ClientMethods(Trainable):
         for name, value in (("mm_token_type_ids", types), ("attention_mask", attention_mask)):
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(f"{name} must be of the shape of input_ids, got {describe_tensor(value)}")
-        grids = [] if image_grid_thw is None else self._grids(image_grid_thw)
+        merge = self.config.vision.spatial_merge_size
+        grids = () if image_grid_thw is None else read_grids(image_grid_thw, merge)
         is_image = input_ids == self.config.image_token_id if types is None else types == IMAGE_TYPE
         if types is not None and bool((types > IMAGE_TYPE).any()):
             raise ValueError("videos are not supported: mm_token_type_ids must be 0 and 1")
@@ -172,39 +178,18 @@ class ClientMethods(Trainable):
         Raises:
             ValueError: Patches and grids do not fit together.
         """
-        grids, vision = self._grids(image_grid_thw), self.config.vision
-        sizes = [h * w * vision.cell_patches for h, w in grids]
-        if pixel_values.shape != (sum(sizes), vision.patch_dim):
-            expected = (sum(sizes), vision.patch_dim)
-            raise ValueError(f"pixel_values must be {expected} to fit the grids, got {describe_tensor(pixel_values)}")
-        images = pixel_values.to(self.device, self.visual.patch_embed.proj.weight.dtype).split(sizes)
-        has_deep = vision.deepstack_visual_indexes is not None
-        found: dict[int, list[Tensor]] = {}
-        for grid in dict.fromkeys(grids):
-            own = [index for index, other in enumerate(grids) if other == grid]
-            patches = torch.stack([images[index] for index in own]).unflatten(1, (-1, vision.cell_patches))
-            order = self.visual.plan(*grid, patches.device).window_order
-            pixels = patches.index_select(1, order).flatten(1, 2)[:, None]
-            result = self.visual(pixels, (grid,), deepstack=has_deep)
-            maps = [result.main, *result.deep] if has_deep else [result]
-            for row, index in enumerate(own):
-                found[index] = [features[row, 0].flatten(0, 1) for features in maps]
-        main, *deep = (tuple(found[index][kind] for index in range(len(grids))) for kind in range(len(maps)))
+        vision = self.config.vision
+        grids = read_grids(image_grid_thw, vision.spatial_merge_size)
+        check_patches(pixel_values, grids, vision)
+        groups, has_deep = group_by_grid(grids), vision.deepstack_visual_indexes is not None
+        patches = pixel_values.to(self.device, self.visual.patch_embed.proj.weight.dtype)
+        result = self.visual(self.processor.window_order(patches, groups), tuple(groups), deepstack=has_deep)
+        maps = [result.main, *result.deep] if has_deep else [result]
+        places = image_places(groups)
+        main, *deep = (tuple(each[group][row].flatten(0, 1) for group, row in places) for each in maps)
         if _IS_5:
             return ImageFeatures(main, deep or None)
         return (main, [torch.cat(features) for features in deep]) if has_deep else main
-
-    def _grids(self, image_grid_thw: Tensor) -> list[Grid]:
-        """The size of each image in merged cells."""
-        merge = self.config.vision.spatial_merge_size
-        if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
-            raise ValueError(f"image_grid_thw must be (N, 3), got {describe_tensor(image_grid_thw)}")
-        grids = image_grid_thw.tolist()
-        for t, h, w in grids:
-            if t != 1 or h < merge or w < merge or h % merge or w % merge:
-                expected = f"1 and two multiples of {merge}"
-                raise ValueError(f"a row of image_grid_thw must be {expected}, got {shown([t, h, w])}")
-        return [(h // merge, w // merge) for _, h, w in grids]
 
 
 def _sample_positions(is_image: Sequence[bool], grids: list[Grid]) -> list[tuple[int, int, int]]:

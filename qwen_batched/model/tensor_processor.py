@@ -6,7 +6,7 @@ texts, targets -> token ids -> sequences with a place for each image cell and la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,19 @@ from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import Resize
+from qwen_batched.inputs.faults import find_label_faults, make_safe
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.resample_backend import resolve_resample_backend
-from qwen_batched.inputs.sequence import NO_LABEL, Sequences, expand_prompts, label_answers
+from qwen_batched.inputs.sequence import Sequences, expand_prompts, label_answers
 from qwen_batched.inputs.transformers_batch import (
     TransformersBatch,
     faults,
     group_by_grid,
+    image_places,
     image_table,
-    label_faults,
     lay_out,
 )
 from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smart_resize, vision_plan
@@ -234,60 +235,48 @@ class TensorProcessor:
     def arrange(self, given: TransformersBatch) -> Batch:
         """The batch of one of transformers', computed on its device without a look at any value.
 
-        What the host has not checked is clamped to what is safe, and `valid` is False for samples that needed it,
-        `labels_valid` where these or labels did.
+        What the host has not checked is made safe, see `make_safe`.
         """
         given = _pytree.tree_map_only(Tensor, lambda x: x.to(given.device, non_blocking=True), given)
         key = "images", given.grids, given.device
         table = self._tables.get(key, lambda: image_table(given.grids, given.device))
         layout = lay_out(given, table, self.config.image_token_id)
-        ids, labels, feature_index = given.input_ids, given.labels, layout.feature_index
-        valid = labels_valid = None
-        if not given.is_checked:
-            rows = self.config.text.vocab_size
-            valid = ~torch.stack([*faults(given, layout, self.config).values()]).any(dim=0)
-            ids = ids.clamp(0, rows - 1)
-            feature_index = feature_index.clamp(max=sum(h * w for h, w in given.grids) - 1)
-            if labels is not None:
-                labels_valid = ~torch.stack([~valid, *label_faults(given, layout, self.config).values()]).any(dim=0)
-                labels = labels.clamp(0, rows - 1).where(labels != NO_LABEL, NO_LABEL)
         fields: dict[str, Any] = {}
         if given.grids:
             groups = group_by_grid(given.grids)
-            places = {
-                image: (group, row) for group, each in enumerate(groups.values()) for row, image in enumerate(each)
-            }
-            fields = {"pixel_values": self._window_order(given, groups), "grids": tuple(groups)}
-            fields["images"] = tuple(places[image] for image in range(len(given.grids)))
-        return Batch(
-            input_ids=ids,
+            pixels = self.window_order(given.pixel_values, groups)
+            fields = {"pixel_values": pixels, "grids": tuple(groups), "images": image_places(groups)}
+        batch = Batch(
+            input_ids=given.input_ids,
             attention_mask=layout.mask,
             rope_positions=layout.rope_positions,
             camera_ids=layout.camera_ids,
-            feature_index=feature_index,
-            labels=labels,
-            valid=valid,
-            labels_valid=labels_valid,
+            feature_index=layout.feature_index,
+            labels=given.labels,
             tokens=given.tokens,
-            is_padded=given.tokens != ids.numel(),
+            is_padded=given.tokens != given.input_ids.numel(),
             answer_tokens=given.answer_tokens,
             **fields,
         )
+        if given.is_checked:
+            return batch
+        rows, labels = self.config.text.vocab_size, given.labels
+        of_labels = {} if labels is None else find_label_faults(labels, layout.mask, rows)
+        found = faults(given, layout, self.config)
+        return make_safe(batch, found, of_labels, rows, sum(h * w for h, w in given.grids))
 
-    def _window_order(self, given: TransformersBatch, groups: dict[Grid, list[int]]) -> list[Tensor]:
+    def window_order(self, patches: Tensor, groups: Mapping[Grid, Sequence[int]]) -> list[Tensor]:
         """Patches in transformers' order to one (N_g, P_g, patch_dim) for each grid, in window order."""
         cell = self.config.vision.cell_patches
-        images = given.pixel_values.split([h * w * cell for h, w in given.grids])
+        sizes = {image: h * w * cell for (h, w), each in groups.items() for image in each}
+        images = patches.split([sizes[image] for image in range(len(sizes))])
         pixels = []
         for grid, each in groups.items():
-            if len(groups) == 1:
-                patches = given.pixel_values.unflatten(0, (len(each), -1))
-            else:
-                patches = torch.stack([images[image] for image in each])
+            own = patches.unflatten(0, (len(each), -1)) if len(groups) == 1 else torch.stack([images[i] for i in each])
             if self.config.vision.window_size is not None:
-                cells = patches.unflatten(1, (-1, cell))
-                patches = cells.index_select(1, self._plan(grid, given.device).window_order).flatten(1, 2)
-            pixels.append(patches)
+                order = self._plan(grid, patches.device).window_order
+                own = own.unflatten(1, (-1, cell)).index_select(1, order).flatten(1, 2)
+            pixels.append(own)
         return pixels
 
     def prepared(self, request: Request, dtype: torch.dtype) -> dict[str, Tensor | list[Tensor] | HostFacts]:
