@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qwen_batched.arguments import integer, shown
 from qwen_batched.checkpoint.generation_config import GenerationConfig
-from qwen_batched.generation.arguments import read_arguments
+from qwen_batched.generation.arguments import INERT, GenerationArguments, read_arguments
 from qwen_batched.generation.decoding import Decoding
 from qwen_batched.generation.loop import generate_texts
 from qwen_batched.generation.rules import AllowedTokens, Rules
@@ -21,21 +22,16 @@ from qwen_batched.inputs.checks import Resize, check_given
 from qwen_batched.inputs.given import SHAPING, read_batch
 from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.request import Request
-from qwen_batched.inputs.transformers_batch import TransformersBatch
+from qwen_batched.inputs.transformers_batch import INERT as FORWARD_INERT
+from qwen_batched.inputs.transformers_batch import NAMES, TransformersBatch
 from qwen_batched.outputs import GenerateOutput
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 
 if TYPE_CHECKING:  # which imports much that few calls need
     from transformers.generation import GenerateDecoderOnlyOutput
 
-# Entries of a batch, among `generate`'s other arguments.
-BATCH_NAMES = frozenset(
-    (
-        *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "position_ids", "mm_token_type_ids"),
-        *("inputs_embeds", "past_key_values", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"),
-        "cache_position",
-    )
-)
+# Entries of a transformers' batch, among the arguments of its `generate`.
+BATCH_NAMES = ({*NAMES} - {"labels"}) | (FORWARD_INERT.keys() - INERT.keys())
 NEW_TOKENS = 128  # where a call of frames and texts says nothing
 
 
@@ -108,41 +104,18 @@ class Generative:
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
         batch = {name: value for name, value in batch.items() if value is not None}
-        vocabulary, shaping = self.config.text.vocab_size, (camera_mask, None, template, system, resize)
-        shaping = dict(zip(SHAPING, shaping, strict=True))
+        shaping = dict(zip(SHAPING, (camera_mask, None, template, system, resize), strict=True))
+        run = partial(self._generate, stream=stream, progress=progress, cuda_graph=cuda_graph)
         if "input_ids" in batch and MARKER not in batch:
             if logprobs or stop is not None:
                 raise ValueError("logprobs and stop need images and texts: of a batch only token ids are returned")
-            names = batch.keys() & BATCH_NAMES
-            options = {name: batch.pop(name) for name in batch.keys() - names}
+            options = {name: batch.pop(name) for name in batch.keys() - BATCH_NAMES}
             options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
             options["num_return_sequences"] = num_return_sequences if num_return_sequences != 1 else None
             call = read_batch(batch, self.config, self.device, images, texts, **shaping)
-            length = call.input_ids.shape[1]
-            pad = self.processor.prompts.pad_token_id
+            pad, length = self.processor.prompts.pad_token_id, call.input_ids.shape[1]
             chosen = read_arguments(options, config, pad, length, integer(seed))
-            self._check_length(length, chosen.max_new_tokens)
-            rules = Rules.read(
-                vocabulary,
-                config,
-                chosen.max_new_tokens,
-                chosen.sampling,
-                allowed_tokens,
-                num_return_sequences=chosen.num_return_sequences,
-                end_tokens=chosen.end_tokens,
-                min_new_tokens=chosen.min_new_tokens,
-                repetition_penalty=chosen.repetition_penalty,
-            )
-            out = self._generate(call, chosen.sampling, rules, stream, progress, cuda_graph)
-            prompts = call.input_ids.to(self.device).repeat_interleave(rules.num_return_sequences, dim=0)
-            longest = max(map(len, out.token_ids))
-            rows = [F.pad(row, (0, longest - len(row)), value=chosen.pad_token_id) for row in out.token_ids]
-            sequences = torch.cat((prompts, torch.stack(rows)), dim=1)
-            if not chosen.return_dict:
-                return sequences
-            from transformers.generation import GenerateDecoderOnlyOutput
-
-            return GenerateDecoderOnlyOutput(sequences=sequences)
+            return self._generate_ids(call, chosen, config, allowed_tokens, run)
         sampling = Sampling(
             0.0 if temperature is None else temperature,
             0 if top_k is None else integer(top_k),
@@ -151,7 +124,7 @@ class Generative:
         )
         steps = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         given = allowed_tokens, logprobs, stop, num_return_sequences
-        rules = Rules.read(vocabulary, config, steps, sampling, *given)
+        rules = Rules.read(self.config.text.vocab_size, config, steps, sampling, *given)
         if batch:
             call = read_batch(batch, self.config, self.device, images, texts, **shaping)
             self._check_length(call.input_ids.shape[1], rules.max_new_tokens)
@@ -160,7 +133,38 @@ class Generative:
             options = {"template": template, "resize": resize, "system": system}
             options["max_new_tokens"] = rules.max_new_tokens
             call = self.processor.request(images, texts, camera_mask, device=self.device, **options)
-        return self._generate(call, sampling, rules, stream, progress, cuda_graph)
+        return run(call, sampling, rules)
+
+    def _generate_ids(
+        self,
+        call: TransformersBatch,
+        chosen: GenerationArguments,
+        config: GenerationConfig,
+        allowed_tokens: AllowedTokens | None,
+        run: Callable[..., GenerateOutput],
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """What transformers returns: prompts and new tokens, (B, S + N)."""
+        self._check_length(call.input_ids.shape[1], chosen.max_new_tokens)
+        rules = Rules.read(
+            self.config.text.vocab_size,
+            config,
+            chosen.max_new_tokens,
+            chosen.sampling,
+            allowed_tokens,
+            num_return_sequences=chosen.num_return_sequences,
+            end_tokens=chosen.end_tokens,
+            min_new_tokens=chosen.min_new_tokens,
+            repetition_penalty=chosen.repetition_penalty,
+        )
+        new = run(call, chosen.sampling, rules).token_ids
+        prompts = call.input_ids.to(self.device).repeat_interleave(rules.num_return_sequences, dim=0)
+        tokens = pad_sequence(new, batch_first=True, padding_value=chosen.pad_token_id)
+        sequences = torch.cat((prompts, tokens), dim=1)
+        if not chosen.return_dict:
+            return sequences
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(sequences=sequences)
 
     def _check_length(self, length: int, max_new_tokens: int) -> None:
         most = self.config.text.max_position_embeddings
