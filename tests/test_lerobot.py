@@ -73,6 +73,43 @@ def test_a_camera_that_the_batch_lacks_is_absent_for_all():
     assert found["camera_mask"].tolist() == [[False, True], [False, True]]
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("task", [TEXTS[0], "", TEXTS[:1]])
+def test_one_observation_is_a_batch_of_one(batched, task):
+    """Without the batch dimension, or with the one that LeRobot's robot loop adds to tensors but not to the task."""
+    front, wrist = (make_batch()[f"observation.images.{camera}"][:1] for camera in CAMERAS)
+    observation = {"observation.images.front": front, "observation.images.wrist": wrist, "task": task}
+    if not batched:
+        observation = {key: x[0] if isinstance(x, torch.Tensor) else x for key, x in observation.items()}
+    found = from_lerobot(observation, CAMERAS)
+    assert torch.equal(found["images"], torch.stack([front, wrist], 1)) and found["images"].shape == (1, 2, 3, 56, 84)
+    assert found["texts"] == [task if isinstance(task, str) else task[0]] and found["camera_mask"] is None
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_observation_has_masks_without_a_batch_dimension_too(shape):
+    observation = {"observation.images.front": make_batch()["observation.images.front"][0], "task": TEXTS[0]}
+    no, yes = torch.zeros(shape).bool(), torch.ones(shape).bool()
+    assert from_lerobot(observation, CAMERAS)["camera_mask"].tolist() == [[True, False]]
+    padded = observation | {"observation.images.front_is_pad": yes}
+    assert from_lerobot(padded, ["front"])["camera_mask"].tolist() == [[False]]
+    assert from_lerobot(observation, ["front"], {"front": no})["camera_mask"].tolist() == [[False]]
+
+
+def test_a_batch_of_one_stays_a_batch_of_one():
+    batch = {key: x[:1] for key, x in make_batch().items()}
+    assert torch.equal(from_lerobot(batch, CAMERAS)["images"], from_lerobot(make_batch(), CAMERAS)["images"][:1])
+
+
+def test_the_model_takes_one_observation_as_the_robot_gives_it(model):
+    batch = make_batch()
+    observation = {key: x[0] for key, x in batch.items()}
+    with torch.no_grad():
+        ours = model(**from_lerobot(observation, CAMERAS))
+        expected = model(**from_lerobot({key: x[:1] for key, x in batch.items()}, CAMERAS))
+    assert torch.equal(ours.last_hidden_state, expected.last_hidden_state)
+
+
 def test_the_model_takes_it(model):
     batch = make_batch(**{"observation.images.wrist_is_pad": torch.tensor([True, False])})
     images = torch.stack([batch["observation.images.front"], batch["observation.images.wrist"]], 1)
@@ -87,10 +124,15 @@ def test_the_model_takes_it(model):
     [
         ({"task": None}, ValueError, "must hold 'task'"),
         ({"task": ["one"]}, ValueError, "each of 1 tasks"),
-        ({"task": "ab"}, TypeError, "list of str"),
+        ({"task": "ab"}, ValueError, "each of 1 tasks.*several samples need a list"),
+        ({"task": 3}, TypeError, "list of str"),
         ({"observation.images.wrist": torch.zeros(3, 3, 56, 84)}, ValueError, "each of 2 tasks.*3"),
         ({"observation.images.wrist": torch.zeros(2, 4, 3, 56, 84)}, ValueError, "one step.*got 4 steps"),
         ({"observation.images.wrist": torch.zeros(2, 56, 84)}, ValueError, r"\(2, 56, 84\)"),
+        ({"observation.images.wrist": torch.zeros(2, 56, 84, 3)}, ValueError, r"\(2, 56, 84, 3\)"),
+        ({"observation.images.wrist": torch.zeros(56, 84)}, ValueError, r"\(56, 84\)"),
+        ({"observation.images.wrist": torch.zeros(3, 56, 84)}, ValueError, r"batch dimension.*\(3, 56, 84\)"),
+        ({"observation.images.wrist_is_pad": torch.tensor(True)}, ValueError, r"bool \(2,\)"),
         ({"observation.images.wrist": [1, 2]}, TypeError, "wrist must be a tensor"),
         ({"observation.images.wrist_is_pad": torch.zeros(2)}, ValueError, r"bool \(2,\)"),
         ({"observation.images.wrist_is_pad": torch.zeros(3).bool()}, ValueError, r"bool \(2,\)"),

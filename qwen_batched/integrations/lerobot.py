@@ -1,4 +1,4 @@
-"""A batch as LeRobot's data loader gives it -> `images`, `texts` and `camera_mask` for `QwenBatchedVL`."""
+"""A batch as LeRobot's data loader gives it, or its robot's observation -> the arguments of `QwenBatchedVL`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def from_lerobot(
                                                   despite its name, the opposite of `_is_pad`.
         task                                      A list of B strings.
 
+    One observation of a robot, with or without the batch dimension that `predict_action` in `common/control_utils.py`
+    and `AddBatchDimensionProcessorStep` in `processor/batch_processor.py` add, is a batch of one: its frames are all
+    (3, H, W) or all (1, 3, H, W), its task is a string or a list of one, its masks are (), (1,) or (1, 1).
+
     Other keys (`observation.state`, `action`, ...) are left alone. Frames come as they are, before any normalisation.
 
     Args:
@@ -39,23 +43,25 @@ def from_lerobot(
     Returns:
         images: (B, V, 3, H, W) when the cameras' frames have one size and dtype, else a list of V tensors
             (B, 3, H_i, W_i).
-        texts: The B tasks.
+        texts: The B tasks, a list.
         camera_mask: Bool (B, V), False where a camera is absent, on the device of the masks that it is made of, or on
             the host. None where no camera is lacking and there are no masks.
 
     Raises:
         TypeError: `cameras`, a frame, a mask or `task` is of another type than described.
         ValueError: A name comes twice or fits nothing, a shape or dtype is not as described, or no camera is there.
+            Frames with a batch dimension are mixed with some without, or several samples share one string.
     """
     keys = _keys(cameras)
-    present = {key: _one_step(key, batch[key]) for key in keys if key in batch}
+    present = _with_batch_dimension({key: _one_step(key, batch[key]) for key in keys if key in batch})
     if not present:
         raise ValueError(f"the batch must hold at least one of {keys}, got {sorted(batch)}")
     sizes = {key: len(frames) for key, frames in present.items()}
     texts = _texts(batch)
     samples = len(texts)
     if set(sizes.values()) != {samples}:
-        raise ValueError(f"every camera must have a frame for each of {samples} tasks, got {sizes}")
+        hint = ": several samples need a list of as many tasks" if isinstance(batch["task"], str) else ""
+        raise ValueError(f"every camera must have a frame for each of {samples} tasks, got {sizes}{hint}")
 
     masks: dict[str, list[Tensor]] = {key: [] for key in keys}
     for key, (suffix, is_present) in itertools.product(keys, (("_is_pad", False), ("_padding_mask", True))):
@@ -96,25 +102,36 @@ def _one_step(key: str, frames: object) -> Tensor:
             f"{key} must hold one step, (B, 1, 3, H, W), got {frames.shape[1]} steps {tuple(frames.shape)}: "
             f"choose one, such as the last, frames[:, -1]"
         )
-    if frames.ndim != 4:
-        raise ValueError(f"{key} must be (B, 3, H, W) or (B, 1, 3, H, W), got {tuple(frames.shape)}")
+    if frames.ndim not in (3, 4) or frames.shape[-3] != 3:
+        expected = "(B, 3, H, W), (B, 1, 3, H, W) or, for one observation, (3, H, W)"
+        raise ValueError(f"{key} must be {expected}, got {tuple(frames.shape)}")
     return frames
+
+
+def _with_batch_dimension(frames: dict[str, Tensor]) -> dict[str, Tensor]:
+    if len({each.ndim for each in frames.values()}) > 1:
+        shapes = {key: tuple(each.shape) for key, each in frames.items()}
+        raise ValueError(f"all cameras must have a batch dimension, or none, got {shapes}")
+    return {key: each[None] if each.ndim == 3 else each for key, each in frames.items()}
 
 
 def _texts(batch: Mapping[str, Any]) -> list[str]:
     if "task" not in batch:
         raise ValueError(f"the batch must hold 'task', got {sorted(batch)}")
     tasks = batch["task"]
+    if isinstance(tasks, str):
+        return [tasks]
     if not isinstance(tasks, (list, tuple)) or not all(isinstance(task, str) for task in tasks):
-        raise TypeError(f"task must be a list of str, got {tasks!r}")
+        raise TypeError(f"task must be a list of str, or the str of one observation, got {tasks!r}")
     return list(tasks)
 
 
 def _checked_mask(name: str, mask: object, samples: int) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool or mask.shape not in ((samples,), (samples, 1)):
-        expected = f"bool ({samples},) or ({samples}, 1), one step"
+    shapes = [(samples,), (samples, 1), *([()] if samples == 1 else [])]
+    if mask.dtype != torch.bool or mask.shape not in shapes:
+        expected = f"bool {' or '.join(map(str, shapes))}, one step"
         raise ValueError(f"{name} must be {expected}, got {mask.dtype} {tuple(mask.shape)}")
     return mask.reshape(samples)
 
