@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,13 @@ from qwen_batched.inputs.transformers_batch import TransformersBatch
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
 from qwen_batched.model.embedding import block_outputs, image_features
-from qwen_batched.model.pipeline import Network, Wanted
+from qwen_batched.model.pipeline import Network, Prefilled, Wanted
+from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
+
+T = TypeVar("T")
 
 
 class Caller(NamedTuple):
@@ -42,6 +45,7 @@ class Caller(NamedTuple):
 
 # What a user gives: frames and texts, a batch that the processor prepared, or one of transformers'.
 Call = Request | Batch | TransformersBatch
+MAX_SUFFIX_GRAPHS = 8
 IMAGE_FIELDS = ("pixel_values", "camera_present", "grids", "images", "as_list")
 
 
@@ -52,23 +56,45 @@ class Calls:
         self.whole = CudaGraphs(prepare=pack)
         self.tower = CudaGraphs(prepare=pack)  # of image features, which stay true whatever happens to the decoder
         self.steps = CudaGraphs(max_graphs=1)  # of a step of generation, while there is one
+        # Of tokens behind a prompt, of which each graph holds a copy.
+        self.suffixes = CudaGraphs(MAX_SUFFIX_GRAPHS, prepare=pack)
 
     def forward(self, caller: Caller, call: Call, wanted: Wanted) -> VLOutput:
         """The result of a call with texts."""
-        network, processor, dtype, graph = caller
-        may_use_graphs = self._may_use_graphs(processor, call.device, graph)
+        network, processor, _, graph = caller
         if torch.is_grad_enabled():
+            may_use_graphs = self._may_use_graphs(processor, call.device, graph)
             if may_use_graphs and not network.decoder.training and any(map(_is_trained, network)):
                 _log_advice()
             return pipeline.run(network, self.batch(caller, call), wanted)
 
-        def run(call: Call) -> VLOutput:
-            return pipeline.run(network, _batch_of(call, processor, dtype), wanted)
+        return self._whole(caller, call, wanted, pipeline.run)
 
-        if not may_use_graphs:
+    def prefill(self, caller: Caller, call: Call, wanted: Wanted) -> Prefilled:
+        """A prompt, with what tokens behind it need."""
+        with torch.no_grad():
+            return self._whole(caller, call, wanted, pipeline.prefill)
+
+    def _whole(self, caller: Caller, call: Call, wanted: Wanted, work: Callable[..., T]) -> T:
+        """`work` of network, batch and `wanted`, from the call on."""
+        network, processor, dtype, graph = caller
+
+        def run(call: Call) -> T:
+            return work(network, _batch_of(call, processor, dtype), wanted)
+
+        if not self._may_use_graphs(processor, call.device, graph):
             return run(call)
         modules = [module for module in network if module is not None]
-        return self._by_graph(self.whole, modules, (wanted, *_settings(processor, dtype)), run, call)
+        return self._by_graph(self.whole, modules, (work, wanted, *_settings(processor, dtype)), run, call)
+
+    @torch.no_grad()
+    def extend(self, caller: Caller, cache: PromptCache, suffix: Suffix) -> Tensor:
+        """Last hidden states of tokens behind a prompt."""
+        decoder = caller.network.decoder
+        run = functools.partial(run_suffix, decoder)
+        if not self._may_use_graphs(caller.processor, suffix.device, caller.graph):
+            return run(suffix, *cache.tensors)
+        return self._by_graph(self.suffixes, [decoder], (caller.dtype,), run, suffix, kept=cache)
 
     def batch(self, caller: Caller, call: Call) -> Batch:
         """The batch of a call; on a GPU with `features` in place of pixels.
@@ -127,7 +153,7 @@ class Calls:
 
     def clear(self) -> None:
         """Forgets all graphs, and frees their memory."""
-        for graphs in (self.tower, self.whole, self.steps):
+        for graphs in (self.tower, self.whole, self.steps, self.suffixes):
             graphs.clear()
 
     def _may_use_graphs(self, processor: TensorProcessor, device: torch.device, wanted: bool) -> bool:
@@ -142,15 +168,18 @@ class Calls:
         graphs: CudaGraphs,
         modules: Sequence[nn.Module],
         key: tuple[Hashable, ...],
-        run: Callable[[Call], object],
-        call: Call,
+        run: Callable[..., object],
+        call: Call | Suffix,
+        kept: PromptCache | None = None,
     ) -> object:
+        """`run` of the call, and of what is `kept` for several."""
         tensors, spec = _pytree.tree_flatten(call)
 
-        def on_tensors(*tensors: Tensor) -> object:
-            return run(_pytree.tree_unflatten(tensors, spec))
+        def on_tensors(*given: Tensor) -> object:
+            return run(_pytree.tree_unflatten(given[: len(tensors)], spec), *given[len(tensors) :])
 
-        return graphs.run(modules, (*key, type(call), spec.context), on_tensors, *tensors, device=call.device)
+        key = (*key, type(call), spec.context)
+        return graphs.run(modules, key, on_tensors, *tensors, device=call.device, kept=kept)
 
 
 def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:

@@ -27,6 +27,8 @@ class VLOutput(ModelOutput):
         input_ids: Int64 (B, S).
         image_features: (B, V, h, w, D) in row-major order, a list of V tensors (B, h, w, D) when the cameras'
             feature grids differ, None without images.
+        keys_values: For each of the decoder blocks asked for a pair of keys, rotated, and values, (B, S, K, E) each,
+            0 on padding; None where none were.
     """
 
     loss: Tensor | None = None
@@ -38,6 +40,7 @@ class VLOutput(ModelOutput):
     position_ids: Tensor | None = None
     input_ids: Tensor | None = None
     image_features: Tensor | list[Tensor] | None = None
+    keys_values: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def last_hidden_state(self) -> Tensor:

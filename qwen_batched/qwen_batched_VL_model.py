@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_batched.arguments import as_int
-from qwen_batched.calls import Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
+from qwen_batched.calls import Call, Caller, Calls, check_no_gradient_in_a_capture, out_of_memory
 from qwen_batched.checkpoint.atomic_save import replacing
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.folder import CONFIG_FILE, Checkpoint, is_checkpoint_file, warn_of_adapter
@@ -24,12 +24,13 @@ from qwen_batched.generation.api import Generative
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, check_given, is_text, resolve_layers
-from qwen_batched.inputs.given import read_batch
+from qwen_batched.inputs.given import read_call
 from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.transformers_batch import NAMES
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.client_methods import ClientMethods
 from qwen_batched.model.pipeline import Network, Wanted
+from qwen_batched.model.prompt_cache import WithPromptCache
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.model.vocabulary import WithVocabulary
 from qwen_batched.outputs import VLOutput
@@ -39,7 +40,7 @@ from qwen_batched.training.model_config import ModelConfig
 from qwen_batched.training.tied_head import embedding_weight
 
 
-class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
+class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -77,6 +78,7 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False, device=device) if lm_head else None
         self.tie_weights()
         self._calls = Calls()
+        self._placement = object()  # another one once the model was moved, or copied
 
     @classmethod
     def from_pretrained(
@@ -227,6 +229,9 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        image_features: FeatureMaps | Features | None = None,
+        keys_values: Sequence[int] = (),
         **batch: Any,
     ) -> VLOutput | tuple[Any, ...]:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
@@ -270,6 +275,15 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
             return_dict: False for a tuple of all that is not None.
             num_items_in_batch: The loss is the sum over the batch's labels divided by this, in place of their mean, as
                 in transformers: for gradients that are accumulated over several batches.
+            inputs_embeds: (B, S, D) in the model's dtype, in place of the embeddings of the tokens: whoever embeds
+                states and actions writes them there. Image features still go to the image tokens' places. Of S and the
+                places `processor(images, texts)` tells. With `position_ids` it needs no `input_ids`, and holds image
+                features already.
+            image_features: In place of images or `pixel_values`, what `encode_images` gave for them, now or before: the
+                vision transformer does not run. Of a model with deep features `Features`, see there. With transformers'
+                batch one (h, w, D) or (h * w, D) for each image, or what `get_image_features` gave.
+            keys_values: Decoder blocks, 0 the first, whose keys and values are returned, gradients included; negative
+                ones count from the end.
             **batch: The rest of what `processor(images, texts, ...)` returned, in place of images, texts and targets,
                 or of some rows of it. What is on the host is checked; of what is on the GPU, a sample that does not fit
                 becomes NaN. And what transformers' models take too, where it changes no result (`use_cache`).
@@ -281,26 +295,22 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
         device = self.device
         if MARKER not in batch and is_text(attention_mask):  # by position, peft's classes for tasks call them so
             images, texts, input_ids, attention_mask = input_ids, attention_mask, None, None
-            camera_mask = batch.pop("inputs_embeds", None) if camera_mask is None else camera_mask
+            if camera_mask is None:
+                camera_mask, inputs_embeds = inputs_embeds, None
         tensors = (input_ids, attention_mask, pixel_values, image_grid_thw, labels, position_ids, mm_token_type_ids)
-        batch = {k: x for k, x in (*batch.items(), *zip(NAMES, tensors, strict=True)) if x is not None}
-        check_no_gradient_in_a_capture(self, device, batch.get("pixel_values", images))
-        is_transformers = "input_ids" in batch and MARKER not in batch
+        batch |= dict(zip(NAMES, (*tensors, inputs_embeds, image_features), strict=True))
+        check_no_gradient_in_a_capture(self, device, images if pixel_values is None else pixel_values)
+        is_transformers = texts is None and MARKER not in batch
         if output_hidden_states:
             layers = [*range(self.config.text.num_hidden_layers + 1)]
         if is_transformers and logits is None and self.has_lm_head:
             logits = as_int("logits_to_keep", logits_to_keep or 0, 0) or "all"
-        wanted = self._check_wanted(layers, norm, logits, targets is not None or labels is not None)
+        wanted = self._check_wanted(layers, norm, logits, targets is not None or labels is not None, keys_values)
         if num_items_in_batch is not None:
             checks.check_item_count(num_items_in_batch)
             wanted = replace(wanted, loss="sum")
-        if batch:
-            shaping = {"camera_mask": camera_mask, "targets": targets, "template": template, "system": system}
-            call = read_batch(batch, self.config, device, images, texts, resize=resize, **shaping)
-        else:
-            check_given("texts", texts, "a list of str")
-            options = {"targets": targets, "template": template, "resize": resize, "system": system}
-            call = self.processor.request(images, texts, camera_mask, device=device, **options)
+        options = {"camera_mask": camera_mask, "template": template, "resize": resize, "system": system}
+        call = self._read(images, texts, batch, targets=targets, **options)
         out = self._calls.forward(self._caller(cuda_graph), call, wanted)
         if num_items_in_batch is not None and out.loss is not None:
             out.loss = out.loss / num_items_in_batch
@@ -378,6 +388,7 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""
         self._calls.clear()
+        self._placement = object()
         return super()._apply(*arguments, **keywords)
 
     @property
@@ -387,14 +398,34 @@ class QwenBatchedVL(Generative, WithVocabulary, ClientMethods):
     def _caller(self, cuda_graph: bool) -> Caller:
         return Caller(self._network, self.processor, self.dtype, cuda_graph)
 
-    def _check_wanted(self, layers: Sequence[int], norm: str, logits: str | int | None, has_targets: bool) -> Wanted:
+    def _read(self, images: object, texts: object, batch: Mapping[str, Any], **layout: Any) -> Call:
+        """The call that a user makes, checked."""
+        dtype = self._embedding_dtype()
+        return read_call(self.processor, self.config, self.device, dtype, images, texts, batch, **layout)
+
+    def _embedding_dtype(self) -> torch.dtype | None:
+        """What embeddings and image features must have; None where they are cast."""
+        weight = embedding_weight(self.model.embed_tokens)
+        is_cast = type(weight) is not nn.Parameter or torch.is_autocast_enabled(weight.device.type)
+        return None if is_cast else weight.dtype
+
+    def _check_wanted(
+        self,
+        layers: Sequence[int],
+        norm: str,
+        logits: str | int | None,
+        has_targets: bool,
+        keys_values: Sequence[int] = (),
+    ) -> Wanted:
         """What a call asks for, where it can be given."""
+        blocks = self.config.text.num_hidden_layers
         checks.check_choice("norm", norm, "post", "pre")
         if type(logits) is not int:
             checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
-        return Wanted(tuple(resolve_layers(layers, self.config.text.num_hidden_layers + 1)), norm, logits)
+        of_blocks = resolve_layers(keys_values, blocks, "keys_values") if len(keys_values) else ()
+        return Wanted(tuple(resolve_layers(layers, blocks + 1)), norm, logits, keys_values=tuple(of_blocks))
 
 
 BatchedVL = QwenBatchedVL  # `from_pretrained` takes the family from the checkpoint

@@ -221,6 +221,7 @@ ALLOWED_READS = {
     ("inputs.transformers_batch", "read_transformers_batch", "int"): "a batch that is on the host",
     ("inputs.prepared", "_count", "int"): "a layout that is on the host",
     ("generation.arguments", "read_arguments", "tolist"): "end tokens that are a tensor, once in a generation",
+    ("model.prompt_cache", "read_suffix", "int"): "ids that are on the host",
     ("model.client_methods", "get_rope_index", "tolist"): "tokens, for a method that nothing here calls",
     ("model.client_methods", "get_rope_index", "bool"): "the same",
     ("generation.loop", "rows", "tolist"): "new tokens that have reached the host",

@@ -17,9 +17,8 @@ from qwen_batched.generation.decoding import Decoding
 from qwen_batched.generation.loop import generate_texts
 from qwen_batched.generation.rules import AllowedTokens, Rules
 from qwen_batched.generation.sampling import Sampling
-from qwen_batched.inputs.batch import Batch
-from qwen_batched.inputs.checks import Resize, check_given
-from qwen_batched.inputs.given import SHAPING, read_batch
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
+from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import INERT as FORWARD_INERT
@@ -59,6 +58,8 @@ class Generative:
         logprobs: bool = False,
         stop: str | Sequence[str] | None = None,
         num_return_sequences: int = 1,
+        inputs_embeds: Tensor | None = None,
+        image_features: FeatureMaps | Features | None = None,
         **batch: Any,
     ) -> GenerateOutput | Tensor | GenerateDecoderOnlyOutput:
         """New text for each sample.
@@ -71,8 +72,10 @@ class Generative:
         `generate` gives: (B, S + N) token ids, prompts first, with `pad_token_id` behind a sample's end token. What the
         call leaves out is then what generation_config.json says: tokens are drawn where it says `do_sample`.
 
+        Of embeddings without `input_ids` it gives the new tokens alone, (B, N), as transformers does.
+
         Args:
-            images, texts, camera_mask, template, resize, system: As for `forward`.
+            images, texts, camera_mask, template, resize, system, inputs_embeds, image_features: As for `forward`.
             max_new_tokens: At least 1; None for 128.
             temperature: 0 (or None) takes the likeliest token; above 0 tokens are drawn.
             top_k: Draw among the k likeliest tokens; 0 (or None) for all.
@@ -103,17 +106,18 @@ class Generative:
         config.check()
         if stream is not None and not callable(stream):
             raise TypeError(f"stream must be None or a function of a list of str, got {shown(stream)}")
+        batch |= {"inputs_embeds": inputs_embeds, "image_features": image_features}
         batch = {name: value for name, value in batch.items() if value is not None}
-        shaping = dict(zip(SHAPING, (camera_mask, None, template, system, resize), strict=True))
+        layout = {"camera_mask": camera_mask, "template": template, "resize": resize, "system": system}
         run = partial(self._generate, stream=stream, progress=progress, cuda_graph=cuda_graph)
-        if "input_ids" in batch and MARKER not in batch:
+        if MARKER not in batch and ("input_ids" in batch or (texts is None and "inputs_embeds" in batch)):
             if logprobs or stop is not None:
                 raise ValueError("logprobs and stop need images and texts: of a batch only token ids are returned")
             options = {name: batch.pop(name) for name in batch.keys() - BATCH_NAMES}
             options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
             options["num_return_sequences"] = num_return_sequences if num_return_sequences != 1 else None
-            call = read_batch(batch, self.config, self.device, images, texts, **shaping)
-            pad, length = self.processor.prompts.pad_token_id, call.input_ids.shape[1]
+            call = self._read(images, texts, batch, **layout)
+            pad, length = self.processor.prompts.pad_token_id, call.shape[1]
             chosen = read_arguments(options, config, pad, length, integer(seed))
             return self._generate_ids(call, chosen, config, allowed_tokens, run)
         sampling = Sampling(
@@ -125,14 +129,9 @@ class Generative:
         steps = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         given = allowed_tokens, logprobs, stop, num_return_sequences
         rules = Rules.read(self.config.text.vocab_size, config, steps, sampling, *given)
-        if batch:
-            call = read_batch(batch, self.config, self.device, images, texts, **shaping)
-            self._check_length(call.input_ids.shape[1], rules.max_new_tokens)
-        else:
-            check_given("texts", texts, "a list of str")
-            options = {"template": template, "resize": resize, "system": system}
-            options["max_new_tokens"] = rules.max_new_tokens
-            call = self.processor.request(images, texts, camera_mask, device=self.device, **options)
+        call = self._read(images, texts, batch, max_new_tokens=rules.max_new_tokens, **layout)
+        if isinstance(call, Batch):
+            self._check_length(call.attention_mask.shape[1], rules.max_new_tokens)
         return run(call, sampling, rules)
 
     def _generate_ids(
@@ -144,7 +143,7 @@ class Generative:
         run: Callable[..., GenerateOutput],
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers returns: prompts and new tokens, (B, S + N)."""
-        self._check_length(call.input_ids.shape[1], chosen.max_new_tokens)
+        self._check_length(call.shape[1], chosen.max_new_tokens)
         rules = Rules.read(
             self.config.text.vocab_size,
             config,
@@ -157,9 +156,10 @@ class Generative:
             repetition_penalty=chosen.repetition_penalty,
         )
         new = run(call, chosen.sampling, rules).token_ids
-        prompts = call.input_ids.to(self.device).repeat_interleave(rules.num_return_sequences, dim=0)
-        tokens = pad_sequence(new, batch_first=True, padding_value=chosen.pad_token_id)
-        sequences = torch.cat((prompts, tokens), dim=1)
+        sequences = pad_sequence(new, batch_first=True, padding_value=chosen.pad_token_id)
+        if call.input_ids is not None:
+            prompts = call.input_ids.to(self.device).repeat_interleave(rules.num_return_sequences, dim=0)
+            sequences = torch.cat((prompts, sequences), dim=1)
         if not chosen.return_dict:
             return sequences
         from transformers.generation import GenerateDecoderOnlyOutput

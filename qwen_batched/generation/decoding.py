@@ -28,9 +28,9 @@ class Decoding:
         """Runs the prompts, each once, and chooses the first token of each result, R = B * num_return_sequences."""
         visual, self._decoder, self._head = network
         self._sampling, self._rules = sampling, rules
-        samples, length = batch.input_ids.shape
+        samples, length = batch.attention_mask.shape
         copies, steps = rules.num_return_sequences, rules.max_new_tokens
-        text, device, mask = self._decoder.config, batch.input_ids.device, batch.attention_mask
+        text, device, mask = self._decoder.config, batch.attention_mask.device, batch.attention_mask
         inputs_embeds, deep, _ = embed(visual, self._decoder, batch)
         heads, capacity = (text.num_key_value_heads, text.head_dim), length + steps
         cache = KVCache(text.num_hidden_layers, samples, capacity, *heads, inputs_embeds)
@@ -40,7 +40,10 @@ class Decoding:
         logits_BW = self._logits(last_tokens(hidden_BSD, mask))
         seen_BW = None
         if rules.repetition_penalty != 1:
-            seen_BW = torch.zeros_like(logits_BW).scatter_add_(1, batch.input_ids, mask.float()) > 0
+            seen_BW = torch.zeros_like(logits_BW)
+            if batch.input_ids is not None:
+                seen_BW.scatter_add_(1, batch.input_ids, mask.float())
+            seen_BW = seen_BW > 0
         positions_B = batch.rope_positions.amax(dim=(1, 2))
         if copies > 1:
             logits_BW, positions_B = (x.repeat_interleave(copies, dim=0) for x in (logits_BW, positions_B))

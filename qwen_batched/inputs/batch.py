@@ -35,7 +35,10 @@ class Batch:
     for each grid, images first, and `feature_index` counts through all of them.
     """
 
-    input_ids: Tensor | None = None  # int64 (B, S); like the other four of `Sequences` None for images without texts
+    # Int64 (B, S); like the other four of `Sequences` None for images without texts, or alone where only
+    # embeddings were given.
+    input_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None  # (B, S, D), in place of the embeddings of `input_ids`
     attention_mask: Tensor | None = None  # bool (B, S), False on padding
     rope_positions: Tensor | None = None  # int64 (B, 3, S), temporal, height and width positions
     camera_ids: Tensor | None = None  # int64 (B, S), the camera of an image token, -1 elsewhere
@@ -62,7 +65,7 @@ class Batch:
         """Where all of it is."""
         pixels = self.pixel_values
         first = pixels[0] if isinstance(pixels, (list, tuple)) else pixels
-        return (self.input_ids if first is None else first).device
+        return (self.attention_mask if first is None else first).device
 
 
 HOST_FIELDS = ("grids", "images", "is_checked", "as_list", "tokens", "is_padded", "answer_tokens")

@@ -234,7 +234,7 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
     return as_int("chunk_size", chunk_size, 1)
 
 
-def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
+def resolve_layers(layers: Sequence[int], size: int, name: str = "layers") -> list[int]:
     """`layers` as indices 0 to `size` - 1; negative ones count from the end.
 
     Raises `TypeError` where `layers` is not a list or tuple of ints, `ValueError` where it is empty, or an index is out
@@ -244,10 +244,10 @@ def resolve_layers(layers: Sequence[int], size: int) -> list[int]:
     for layer in layers if isinstance(layers, (list, tuple)) else (None,):
         given.append(layer if type(layer) is int else integer(layer))
         if type(given[-1]) is not int:
-            raise TypeError(f"layers must be a list or tuple of ints, got {shown(layers)}")
+            raise TypeError(f"{name} must be a list or tuple of ints, got {shown(layers)}")
         resolved.append(given[-1] % size)
     if not given or min(given) < -size or max(given) >= size:
-        raise ValueError(f"layers must be one or more indices from {-size} to {size - 1}, got {shown(layers)}")
+        raise ValueError(f"{name} must be one or more indices from {-size} to {size - 1}, got {shown(layers)}")
     return resolved
 
 
@@ -279,6 +279,19 @@ def check_item_count(count: int | Tensor) -> None:
         raise TypeError(f"num_items_in_batch must be a number, got {shown(count)}")
     elif count <= 0:
         raise ValueError(f"num_items_in_batch must be above 0, got {count}")
+
+
+def check_embeds(name: str, embeds: Tensor, shape: Sequence[int] | None, width: int, dtype: torch.dtype | None) -> None:
+    """Raises `TypeError` or `ValueError` where `embeds` are not (*shape, width) in `dtype`; None for any."""
+    if not isinstance(embeds, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {_describe(embeds)}")
+    check_plain(name, embeds)
+    expected = ("B", "S") if shape is None else tuple(shape)
+    fits = embeds.ndim == 3 and (shape is None or tuple(embeds.shape[:2]) == expected)
+    if not fits or embeds.shape[2] != width or embeds.numel() == 0:
+        raise ValueError(f"{name} must be ({', '.join(map(str, (*expected, width)))}), got {describe_tensor(embeds)}")
+    if not embeds.dtype.is_floating_point or (dtype is not None and embeds.dtype != dtype):
+        raise ValueError(f"{name} must be {dtype or 'floating'}, the model's dtype, got {embeds.dtype}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:

@@ -39,9 +39,10 @@ def make_safe(batch: Batch, found: Faults, of_labels: Faults, rows: int, feature
     valid, labels = ~torch.stack([*found.values()]).any(dim=0), batch.labels
     if labels is not None:
         labels = labels.clamp(0, rows - 1).where(labels != NO_LABEL, NO_LABEL)
+    ids = batch.input_ids
     return replace(
         batch,
-        input_ids=batch.input_ids.clamp(0, rows - 1),
+        input_ids=None if ids is None else ids.clamp(0, rows - 1),
         feature_index=batch.feature_index.clamp(-1, features - 1),
         labels=labels,
         valid=valid,

@@ -14,13 +14,17 @@ from torch import Tensor
 
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
-from qwen_batched.inputs.batch import Batch, Grid
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, can_read
 from qwen_batched.inputs.faults import find_label_faults, make_safe, refuse
+from qwen_batched.inputs.given_features import batch_size, grids_of, read_features
 from qwen_batched.inputs.sequence import NO_LABEL
+from qwen_batched.runtime.host_copies import to_device
 
 MARKER = "prepared"
-NAMES = {*TEXT_NAMES, *IMAGE_NAMES, "camera_present", "labels", MARKER}
+BESIDE_IMAGES = ("raster_order", "camera_present")
+FEATURE_NAMES = ("image_features", "deep_features")
+NAMES = {*TEXT_NAMES, *IMAGE_NAMES, *FEATURE_NAMES, "inputs_embeds", "camera_present", "labels", MARKER}
 # Of batches that earlier releases made: told apart from transformers' by these.
 EARLIER_NAMES = {"token_index", "answer_index", "raster_order", "feature_index", "camera_ids", "camera_present"}
 
@@ -79,11 +83,36 @@ def prepare(batch: Batch, raster_orders: Sequence[Tensor]) -> dict[str, Tensor |
         prepared["pixel_values"] = [part.contiguous() for part in pixels]
         pairs = zip(pixels, raster_orders, strict=True)
         prepared["raster_order"] = [order.repeat(len(part), 1, 1) for part, order in pairs]
+    if batch.features is not None:
+        prepared |= _prepared_features(batch.features)
     if batch.camera_present is not None:
         prepared["camera_present"] = batch.camera_present.clone(memory_format=torch.contiguous_format)
     if batch.input_ids is not None:  # a batch of images only goes to the vision transformer, which takes nothing else
         prepared[MARKER] = HostFacts(tokens=batch.tokens, answer_tokens=batch.answer_tokens)
     return prepared
+
+
+def _prepared_features(features: Features) -> dict[str, Tensor | list[Tensor]]:
+    """The entries of a prepared batch with B first; deep features stand behind each other in one tensor."""
+
+    def copied(maps: Sequence[FeatureMaps]) -> Tensor | list[Tensor]:
+        if isinstance(maps[0], Tensor):
+            return torch.stack(list(maps), dim=1)
+        return [torch.stack(cameras, dim=1) for cameras in zip(*maps, strict=True)]
+
+    main = features.main
+    main = main.clone() if isinstance(main, Tensor) else [camera.clone() for camera in main]
+    return {"image_features": main} | ({"deep_features": copied(features.deep)} if features.deep else {})
+
+
+def _given_features(batch: Mapping[str, Any]) -> FeatureMaps | Features | None:
+    """The way back; or `Features` as the caller gave them beside the batch."""
+    main, deep = batch.get("image_features"), batch.get("deep_features")
+    if deep is None:
+        return main
+    if isinstance(deep, Tensor):
+        return Features(main, list(deep.unbind(1)))
+    return Features(main, [list(maps) for maps in zip(*(camera.unbind(1) for camera in deep), strict=True)])
 
 
 def check_prepared(batch: Collection[str]) -> None:
@@ -99,13 +128,24 @@ def check_prepared(batch: Collection[str]) -> None:
         raise TypeError(f"a prepared batch holds {sorted(NAMES)}, got also {unknown}")
 
 
-def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Batch:
+def restore(
+    batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> Batch:
     """What the model runs on, on `device`; from pinned memory without a wait.
+
+    `dtype` is what embeddings and image features must have, None for any.
 
     Facts of tensors on the host are checked here, those of others by `check_on_device`. Raises `TypeError` or
     `ValueError`, before any work, where the batch is not what a processor returned for frames and texts of this model.
     """
     grids = _check_fields(batch, config, device)
+    features, embeds = _given_features(batch), batch.get("inputs_embeds")
+    if features is not None:
+        features = read_features(features, config.vision, dtype, device)
+        grids = _check_features(features, batch)
+    if embeds is not None:
+        checks.check_embeds("inputs_embeds", embeds, batch["input_ids"].shape, config.text.hidden_size, dtype)
+        checks.check_device("inputs_embeds", embeds, device)
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch.get("labels")
     facts: HostFacts = batch[MARKER]
     tokens = _count(mask, facts.tokens, input_ids.numel())
@@ -116,8 +156,8 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
         refuse("a prepared batch", _faults(layout, grids, config, tokens) | _label_faults(layout, config, answers))
 
     pixels = batch.get("pixel_values")
-    as_list = isinstance(pixels, (list, tuple))
-    if as_list and len(set(grids)) == 1:
+    as_list = isinstance(pixels if features is None else features.main, (list, tuple))
+    if pixels is not None and as_list and len(set(grids)) == 1:
         pixels = torch.stack(list(pixels), dim=1)
     if isinstance(pixels, Tensor):
         pixels = pixels.to(device, non_blocking=True)
@@ -126,6 +166,8 @@ def restore(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device
     return Batch(
         **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
         pixel_values=pixels,
+        features=None if features is None else to_device(features, device),
+        inputs_embeds=None if embeds is None else to_device(embeds, device),
         grids=tuple(grids),
         as_list=as_list,
         is_checked=is_checked,
@@ -146,14 +188,31 @@ def check_on_device(batch: Batch, config: QwenVLConfig) -> Batch:
     return make_safe(batch, found, of_labels, config.text.vocab_size, sum(h * w for h, w in batch.grids))
 
 
+def _check_features(features: Features, batch: Mapping[str, Any]) -> Sequence[Grid]:
+    """The grid of each camera, where features fit the rest of the batch."""
+    found, size = grids_of(features), len(batch["input_ids"])
+    if batch_size(features) != size:
+        raise ValueError(f"image_features must be of {size} samples to fit input_ids, got {batch_size(features)}")
+    orders = batch.get("raster_order")  # of the frames that they are in place of
+    if orders is not None:
+        wanted = [tuple(order.shape[1:]) for order in ([orders] if isinstance(orders, Tensor) else orders)]
+        if (wanted * len(found) if isinstance(orders, Tensor) else wanted) != [*found]:
+            raise ValueError(f"image_features must be of the grids {wanted} of raster_order, got {[*found]}")
+    if "camera_present" in batch:
+        _check_tensor("camera_present", batch["camera_present"], (size, len(found)), torch.bool)
+    return found
+
+
 def _check_fields(batch: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> Sequence[Grid]:
     """Checks all that can be seen without a look at values; the grid of each camera's image."""
     if not isinstance(batch[MARKER], HostFacts):
         raise TypeError(f"{MARKER} must be what the processor returned, got {type(batch[MARKER]).__name__}")
-    has_images = "pixel_values" in batch
+    has_images, has_features = "pixel_values" in batch, "image_features" in batch
+    if has_images and has_features:
+        raise ValueError("give either pixel_values or image_features, got both")
     expected = (*TEXT_NAMES, *(IMAGE_NAMES if has_images else ()))
     missing = [name for name in expected if name not in batch]
-    stray = [name for name in ("raster_order", "camera_present") if name in batch and not has_images]
+    stray = [] if has_images or has_features else [name for name in (*BESIDE_IMAGES, *FEATURE_NAMES) if name in batch]
     if missing or stray:
         raise ValueError(f"a prepared batch must hold {expected}, got {sorted(batch)}")
     for name in batch.keys() - {MARKER}:

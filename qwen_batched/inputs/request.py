@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from qwen_batched.inputs.batch import Grid
+from qwen_batched.inputs.batch import Features, Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,34 +29,37 @@ class Prompts:
 class Request:
     """A checked call. To PyTorch's pytrees its tensors are children, all else is the structure, hashable."""
 
-    # (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none for text only.
+    # (B, V_g, 3, H_g, W_g) for each group of cameras of one size, on the host or on `device`; none without frames.
     frames: tuple[Tensor, ...]
     camera_mask: Tensor | None  # bool (B, V) on `device`, False where a camera is absent; None where none is
     prompts: Prompts | None  # tokens on `device`; None for images only
     grids: tuple[Grid, ...]  # of each camera's image
     device: torch.device  # where the batch goes
     as_list: bool = False  # whether image features are to be a list, of one tensor for each camera
+    features: Features | None = None  # in place of frames
+    inputs_embeds: Tensor | None = None  # (B, S, D), in place of the embeddings of the tokens
 
 
-def _flatten(request: Request) -> tuple[list[Tensor], Hashable]:
-    mask, prompts = request.camera_mask, request.prompts
-    tensors, sizes = [*request.frames], None
-    if mask is not None:
-        tensors.append(mask)
+TENSORS = ("frames", "camera_mask", "features", "inputs_embeds")
+
+
+def _flatten(request: Request) -> tuple[list[Any], Hashable]:
+    given, prompts = [name for name in TENSORS if getattr(request, name) is not None], request.prompts
+    children, sizes = [getattr(request, name) for name in given], None
     if prompts is not None:
-        tensors += [prompts.ids] if prompts.answers is None else [prompts.ids, prompts.answers]
-        sizes = (prompts.length, prompts.tokens, prompts.answers is not None, prompts.answer_tokens)
-    return tensors, (len(request.frames), mask is not None, sizes, request.grids, request.device, request.as_list)
+        children += [prompts.ids] if prompts.answers is None else [prompts.ids, prompts.answers]
+        sizes = (prompts.length, prompts.tokens, prompts.answer_tokens)
+    return children, ((*given,), sizes, request.grids, request.device, request.as_list)
 
 
-def _unflatten(tensors: Sequence[Tensor], context: tuple) -> Request:
-    count, has_mask, sizes, grids, device, as_list = context
-    frames, rest, prompts = tuple(tensors[:count]), list(tensors[count:]), None
-    mask = rest.pop(0) if has_mask else None
+def _unflatten(children: Sequence[Any], context: tuple) -> Request:
+    given, sizes, grids, device, as_list = context
+    fields, rest = dict(zip(given, children, strict=False)), children[len(given) :]
+    prompts = None
     if sizes is not None:
-        length, tokens, has_answers, answer_tokens = sizes
-        prompts = Prompts(rest[0], length, tokens, rest[1] if has_answers else None, answer_tokens)
-    return Request(frames, mask, prompts, grids, device, as_list)
+        length, tokens, answer_tokens = sizes
+        prompts = Prompts(rest[0], length, tokens, rest[1] if len(rest) > 1 else None, answer_tokens)
+    return Request(**{"camera_mask": None, **fields}, prompts=prompts, grids=grids, device=device, as_list=as_list)
 
 
 _pytree.register_pytree_node(Request, _flatten, _unflatten)

@@ -18,21 +18,23 @@ from torch.utils import _pytree
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
 from qwen_batched.inputs import checks
-from qwen_batched.inputs.batch import Grid
+from qwen_batched.inputs.batch import Features, Grid
 from qwen_batched.inputs.checks import can_read, describe_tensor
 from qwen_batched.inputs.faults import find_label_faults, refuse
+from qwen_batched.inputs.given_features import grids_of_images, read_image_features
 from qwen_batched.inputs.sequence import NO_LABEL
 
 # In the order of `forward`'s arguments.
 NAMES = (
     *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "labels", "position_ids", "mm_token_type_ids"),
+    *("inputs_embeds", "image_features"),
 )
 # What transformers' models take too, with the values that change no result of this package.
 INERT = {
     "use_cache": (True, False),
     "output_attentions": (False,),
     "cache_position": checks.ANY_VALUE,
-    **dict.fromkeys(("past_key_values", "inputs_embeds", "head_mask", "rope_deltas"), ()),
+    **dict.fromkeys(("past_key_values", "head_mask", "rope_deltas"), ()),
     **dict.fromkeys(("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"), ()),
 }
 IMAGE_TYPE = 1  # of a token in `mm_token_type_ids`
@@ -46,29 +48,38 @@ class TransformersBatch:
     `device`.
     """
 
-    input_ids: Tensor  # int64 (B, S)
+    input_ids: Tensor | None  # int64 (B, S); None where only embeddings are given
     attention_mask: Tensor | None  # (B, S), 0 on padding; None where there is none
-    pixel_values: Tensor | None  # (patches, patch_dim), image by image; None without images
+    pixel_values: Tensor | None  # (patches, patch_dim), image by image; None without images, or with features
     labels: Tensor | None  # int64 (B, S)
     position_ids: Tensor | None  # int64 (B, S), (3, B, S) or (4, B, S)
     mm_token_type_ids: Tensor | None  # (B, S), 1 on image tokens; looked at where the host has not checked it
+    inputs_embeds: Tensor | None  # (B, S, D)
+    features: Features | None  # of images, (h * w, D) each, in place of pixels
     grids: tuple[Grid, ...]  # of each image
     device: torch.device  # where the batch goes
     is_checked: bool  # whether the host has seen all values
     tokens: int | None  # how many tokens are not padding; None where only the device knows
     answer_tokens: int  # how many labels there are, or the most there can be
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and S."""
+        return tuple((self.inputs_embeds if self.input_ids is None else self.input_ids).shape[:2])
 
-TENSORS = tuple(name for name in NAMES if name != "image_grid_thw")
+
+TENSORS = (*(name for name in NAMES if name not in ("image_grid_thw", "image_features")), "features")
+# Whose values decide where tokens and images stand.
+VALUES = ("input_ids", "attention_mask", "labels", "position_ids", "mm_token_type_ids")
 FACTS = ("grids", "device", "is_checked", "tokens", "answer_tokens")
 
 
-def _flatten(batch: TransformersBatch) -> tuple[list[Tensor], Hashable]:
+def _flatten(batch: TransformersBatch) -> tuple[list[Tensor | Features], Hashable]:
     given = tuple(name for name in TENSORS if getattr(batch, name) is not None)
     return [getattr(batch, name) for name in given], (given, *(getattr(batch, name) for name in FACTS))
 
 
-def _unflatten(tensors: Sequence[Tensor], context: tuple) -> TransformersBatch:
+def _unflatten(tensors: Sequence[Tensor | Features], context: tuple) -> TransformersBatch:
     given, *facts = context
     values = dict.fromkeys(TENSORS) | dict(zip(given, tensors, strict=True))
     return TransformersBatch(**values, **dict(zip(FACTS, facts, strict=True)))
@@ -77,33 +88,46 @@ def _unflatten(tensors: Sequence[Tensor], context: tuple) -> TransformersBatch:
 _pytree.register_pytree_node(TransformersBatch, _flatten, _unflatten)
 
 
-def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, device: torch.device) -> TransformersBatch:
+def read_transformers_batch(
+    given: Mapping[str, Any], config: QwenVLConfig, device: torch.device, dtype: torch.dtype | None = None
+) -> TransformersBatch:
     """The batch that transformers' processor made, and the caller's labels and positions.
 
     The grids are read: at no cost on the host, at that of one wait on a GPU. Everything else is checked here where it
-    is on the host. Raises `TypeError` or `ValueError`, before any work, where it is not a batch of this model.
+    is on the host. `dtype` is what embeddings and image features must have, None for any. Raises `TypeError` or
+    `ValueError`, before any work, where it is not a batch of this model.
     """
     for name in given.keys() - set(NAMES):
         checks.check_inert("forward", name, given[name], INERT)
-    for name in given.keys() & set(NAMES):
+    features = given.get("image_features")
+    for name in given.keys() & set(NAMES) - {"image_features"}:
         if not isinstance(given[name], Tensor):
             raise TypeError(f"{name} must be a tensor, got {shown(given[name])}")
         checks.check_plain(name, given[name])
         checks.check_device(name, given[name], device)
     values = {name: given.get(name) for name in TENSORS}
-    ids, mask, labels = values["input_ids"], values["attention_mask"], values["labels"]
-    if ids is None or ids.ndim != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"input_ids must be int64 (B, S), got {describe_tensor(ids)}")
-    values["input_ids"] = ids.long()
-    _check_shapes(values)
-    grids = _grids_of(given.get("image_grid_thw"), values["pixel_values"], config)
-    rows = [value for name, value in values.items() if value is not None and name != "pixel_values"]
-    size = ids.numel()
+    ids, mask, labels, embeds = (values[name] for name in ("input_ids", "attention_mask", "labels", "inputs_embeds"))
+    if ids is not None:
+        if ids.ndim != 2 or ids.numel() == 0 or ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"input_ids must be int64 (B, S), got {describe_tensor(ids)}")
+        values["input_ids"] = ids.long()
+    elif embeds is None:
+        raise ValueError("input_ids must be int64 (B, S), got None")
+    elif values["position_ids"] is None or "image_grid_thw" in given:
+        needs = "position_ids" if values["position_ids"] is None else "input_ids, which say where images go"
+        raise ValueError(f"inputs_embeds without input_ids needs {needs}, got none")
+    if embeds is not None:
+        checks.check_embeds("inputs_embeds", embeds, None if ids is None else ids.shape, config.text.hidden_size, dtype)
+    size = _check_shapes(values)
+    grids = _grids_of(given.get("image_grid_thw"), values["pixel_values"], features, config)
+    if features is not None:
+        values["features"] = read_image_features(features, grids, config.vision, dtype, device)
+    read = [values[name] for name in VALUES if values[name] is not None]
     batch = TransformersBatch(
         **values,
         grids=grids,
         device=device,
-        is_checked=can_read(*rows),
+        is_checked=can_read(*read),
         tokens=size if mask is None else int((mask != 0).sum()) if can_read(mask) else None,
         answer_tokens=0 if labels is None else int((labels != NO_LABEL).sum()) if can_read(labels) else size,
     )
@@ -116,9 +140,10 @@ def read_transformers_batch(given: Mapping[str, Any], config: QwenVLConfig, devi
     return batch
 
 
-def _check_shapes(values: Mapping[str, Tensor | None]) -> None:
+def _check_shapes(values: Mapping[str, Tensor | None]) -> int:
+    """B * S."""
     ids = values["input_ids"]
-    batch, length = ids.shape
+    batch, length = (values["inputs_embeds"] if ids is None else ids).shape[:2]
     allowed = {
         "attention_mask": [(batch, length)],
         "labels": [(batch, length)],
@@ -135,6 +160,7 @@ def _check_shapes(values: Mapping[str, Tensor | None]) -> None:
             raise ValueError(f"{name} must be int64, got {describe_tensor(value)}")
         if value is not None and value.dtype.is_complex:
             raise ValueError(f"{name} must be bool or of numbers, got {describe_tensor(value)}")
+    return batch * length
 
 
 def read_grids(thw: Tensor, merge: int) -> tuple[Grid, ...]:
@@ -161,15 +187,20 @@ def check_patches(pixels: Tensor, grids: Sequence[Grid], vision: VisionConfig) -
         raise ValueError(f"pixel_values must be {expected}, got {describe_tensor(pixels)}")
 
 
-def _grids_of(thw: Tensor | None, pixels: Tensor | None, config: QwenVLConfig) -> tuple[Grid, ...]:
-    if (thw is None) != (pixels is None):
-        raise ValueError("pixel_values and image_grid_thw must come together, got one of them")
+def _grids_of(thw: Tensor | None, pixels: Tensor | None, features: object, config: QwenVLConfig) -> tuple[Grid, ...]:
+    if pixels is not None and features is not None:
+        raise ValueError("give either pixel_values or image_features, got both")
+    if thw is None and (grids := grids_of_images(features)):
+        return grids
+    if (thw is None) != (pixels is None and features is None):
+        raise ValueError("pixel_values or image_features and image_grid_thw must come together, got one of them")
     if thw is None:
         return ()
     if len(thw) == 0:
         raise ValueError("image_grid_thw must hold at least one image, got none")
     grids = read_grids(thw, config.vision.spatial_merge_size)
-    check_patches(pixels, grids, config.vision)
+    if pixels is not None:
+        check_patches(pixels, grids, config.vision)
     return grids
 
 
@@ -229,11 +260,11 @@ def lay_out(batch: TransformersBatch, table: ImageTable, image_token_id: int) ->
     Rope positions are those of transformers' `get_rope_index` for still images, see `reference.expand_prompts`, or the
     batch's own.
     """
-    ids = batch.input_ids
-    mask = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
-    is_image = ids == image_token_id
-    rank = is_image.flatten().long().cumsum(0).view(ids.shape) - 1
-    none = torch.full_like(ids, -1)
+    ids, mask, device = batch.input_ids, batch.attention_mask, table.ends.device
+    mask = torch.ones(batch.shape, dtype=torch.bool, device=device) if mask is None else mask != 0
+    is_image = torch.zeros_like(mask) if ids is None else ids == image_token_id
+    rank = is_image.flatten().long().cumsum(0).view(mask.shape) - 1
+    none = torch.full_like(rank, -1)
     if not batch.grids:
         first = mask.long().cumsum(1) - 1
         positions = first[:, None].expand(-1, 3, -1)
@@ -259,7 +290,7 @@ def lay_out(batch: TransformersBatch, table: ImageTable, image_token_id: int) ->
 
 def faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> dict[str, Tensor]:
     """What each sample (B,) does wrong, by what would be right."""
-    ids, rows = batch.input_ids, config.text.vocab_size
+    rows = config.text.vocab_size
     mask, is_image, cell = layout.mask, layout.is_image, layout.cell
     total = sum(h * w for h, w in batch.grids)
     is_later = is_image & (cell > 0)
@@ -270,12 +301,13 @@ def faults(batch: TransformersBatch, layout: Layout, config: QwenVLConfig) -> di
     is_wrong = (is_later & ~goes_on) | (is_image & ends & ~layout.is_last) | (is_image & (layout.rank >= total))
     found = {
         "at least one token for each sample": ~mask.any(dim=1),
-        f"input_ids from 0 to {rows - 1}": ((ids < 0) | (ids >= rows)).any(dim=1),
         "as many image tokens in input_ids as the images of image_grid_thw have cells, each image in one piece": (
             is_wrong.any(dim=1) | (is_image.sum() != total)
         ),
     }
-    if batch.mm_token_type_ids is not None:
+    if (ids := batch.input_ids) is not None:
+        found[f"input_ids from 0 to {rows - 1}"] = ((ids < 0) | (ids >= rows)).any(dim=1)
+    if batch.mm_token_type_ids is not None and ids is not None:
         types = torch.where(is_image, IMAGE_TYPE, 0)
         found["mm_token_type_ids of 1 on image tokens and 0 elsewhere"] = (batch.mm_token_type_ids != types).any(dim=1)
     text = _text_positions(batch.position_ids)

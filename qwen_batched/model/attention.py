@@ -1,10 +1,11 @@
-"""What the decoder's tokens attend to: prompts in rows, and single tokens behind a key-value cache.
+"""What the decoder's tokens attend to: prompts in rows, and one token or several behind a key-value cache.
 
 In: the packed projections (T, (N + 2K) * E) of a block. Out: (T, N * E).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class PromptContext:
     sin: Tensor
     places: Tensor | None  # int64 (T,), the place b * S + s of each token; None where no place is padding
     rows: AttentionRows  # where attention wants the tokens
-    cache: KVCache | None = None  # takes the keys and values; None where nothing is decoded afterwards
+    cache: KVCache | KeysValues | None = None  # takes the keys and values; None where nobody asked for them
 
     def take(self, x_BSD: Tensor) -> Tensor:
         """The tokens of (B, S, D), back to back, (T, D)."""
@@ -68,7 +69,32 @@ class NextTokenContext:
         return ops.decode_attention(qkv, self.cos, self.sin, keys, values, cache.lengths, cache.tickets, *qk_norm)
 
 
-Context = PromptContext | NextTokenContext  # what all blocks share about the tokens that run through them
+@dataclass(frozen=True)
+class SuffixContext:
+    """The same of T tokens of each sample behind a cached prompt, which stays as it is."""
+
+    cos: Tensor  # (B * T, E / 2), the rotation of each token, with `sin`
+    sin: Tensor
+    cache: KVCache
+    tickets: Tensor  # what `ops.extend_attention` keeps between its programs
+    causal: bool  # see `ops.extend_attention`, like `visible`
+    visible: Tensor | None
+
+    def take(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.flatten(0, 1)
+
+    def place(self, x_TD: Tensor) -> Tensor:
+        return x_TD.unflatten(0, (len(self.cache.lengths), -1))
+
+    def attend(self, layer: int, qkv: Tensor, num_kv_heads: int, qk_norm: QKNorm) -> Tensor:
+        cache = self.cache
+        stored = cache.keys_LBCKE[layer], cache.values_LBCKE[layer], cache.lengths
+        return ops.extend_attention(qkv, self.cos, self.sin, *stored, self.tickets, self.causal, self.visible, *qk_norm)
+
+
+Context = (
+    PromptContext | NextTokenContext | SuffixContext
+)  # what all blocks share about the tokens that run through them
 
 
 @dataclass(frozen=True)
@@ -101,6 +127,37 @@ def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
     return places_T, AttentionRows(batch, length, slots_BS.flatten().index_select(0, places_T))
 
 
+class KeysValues:
+    """Keys and values of a prompt in some of the decoder's blocks, as callers get them; autograd sees through it."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        self._blocks = blocks
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self.depth = max(blocks, default=-1) + 1  # how many blocks must run
+
+    def store_prompt(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Takes keys and values (B, S, K, E) of block `layer`, padding last; not again where it is recomputed."""
+        if layer in self._blocks:
+            self._rows.setdefault(layer, (keys, values))
+
+    def end_prompt(self, lengths: Tensor) -> None:
+        """The prompt is stored in every block."""
+
+    def in_place(self, attention_mask: Tensor, is_padded: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """Of each block asked for, (B, S, K, E) with tokens where `attention_mask` (B, S) has them; 0 on padding."""
+        if not is_padded:
+            return [tuple(x.clone(memory_format=torch.contiguous_format) for x in self._rows[i]) for i in self._blocks]
+        batch, length = attention_mask.shape
+        first_B1 = torch.arange(batch, device=attention_mask.device)[:, None] * length
+        row_M = (first_B1 + attention_mask.long().cumsum(1).sub(1).clamp(min=0)).flatten()
+
+        def place(x_BSKE: Tensor) -> Tensor:
+            moved = x_BSKE.flatten(0, 1).index_select(0, row_M).view(x_BSKE.shape)
+            return moved.masked_fill(~attention_mask[:, :, None, None], 0)
+
+        return [tuple(map(place, self._rows[i])) for i in self._blocks]
+
+
 class KVCache:
     """Holds up to C tokens for each of B samples and each decoder block.
 
@@ -116,6 +173,16 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)  # tokens that each sample holds
         # What `ops.decode_attention` keeps between its programs.
         self.tickets = torch.zeros(batch * num_heads, dtype=torch.int32, device=like.device)
+        self.depth = num_layers  # how many blocks must run
+
+    @classmethod
+    def holding(cls, keys_LBCKE: Tensor, values_LBCKE: Tensor, lengths: Tensor) -> KVCache:
+        """One of what another has stored."""
+        cache = cls.__new__(cls)
+        cache.keys_LBCKE, cache.values_LBCKE, cache.lengths = keys_LBCKE, values_LBCKE, lengths
+        cache.depth, batch, _, num_heads, _ = keys_LBCKE.shape
+        cache.tickets = torch.zeros(batch * num_heads, dtype=torch.int32, device=keys_LBCKE.device)
+        return cache
 
     def store_prompt(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores keys and values (B, S, K, E) of block `layer`, padding last."""

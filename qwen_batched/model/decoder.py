@@ -19,7 +19,16 @@ from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs.checks import check_choice, check_decoder_inputs, resolve_layers
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack, pack_again
-from qwen_batched.model.attention import AttentionRows, Context, KVCache, NextTokenContext, PromptContext, unpad
+from qwen_batched.model.attention import (
+    AttentionRows,
+    Context,
+    KeysValues,
+    KVCache,
+    NextTokenContext,
+    PromptContext,
+    SuffixContext,
+    unpad,
+)
 from qwen_batched.model.geometry import decoder_frequencies
 from qwen_batched.model.parts.norms import AddNorm, resolve_qk_norm, stream_of
 from qwen_batched.model.parts.ropes import RopeRule, sectioned
@@ -100,7 +109,7 @@ class Decoder(GradientCheckpointing):
         attention_mask: Tensor,
         layers: Sequence[int] = (-1,),
         norm: str = "post",
-        cache: KVCache | None = None,
+        cache: KVCache | KeysValues | None = None,
         tokens: int | None = None,
         deep_features: Sequence[Tensor] = (),
         is_padded: bool = True,
@@ -138,7 +147,8 @@ class Decoder(GradientCheckpointing):
             rows = AttentionRows(*attention_mask.shape)
         rope = self._rope(positions)
         context = PromptContext(*rope, places_T, rows, cache)
-        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm, deep_features)
+        depth = max(*wanted, 0 if cache is None else cache.depth)
+        hidden_states = self._run_blocks(context.take(inputs_embeds), context, wanted, norm, depth, deep_features)
         if cache is not None:
             cache.end_prompt(attention_mask.sum(dim=1))
         return [context.place(x_TD) for x_TD in hidden_states]
@@ -150,9 +160,28 @@ class Decoder(GradientCheckpointing):
     def step(self, inputs_embeds: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
         """Last hidden states (B, D) of the tokens (B, D) at positions (3, B) that follow those in `cache`."""
         context = NextTokenContext(*self._rope(position_ids), cache)
-        hidden_states = self._run_blocks(inputs_embeds, context, [self.config.num_hidden_layers], "post")
+        depth = self.config.num_hidden_layers
+        hidden_states = self._run_blocks(inputs_embeds, context, [depth], "post", depth)
         cache.end_token()
         return hidden_states[0]
+
+    def extend(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        cache: KVCache,
+        causal: bool = True,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, D) of the tokens (B, T, D) at positions (3, B, T) behind those in `cache`.
+
+        The cache stays as it is; `causal` and `visible` are `ops.extend_attention`'s.
+        """
+        rope = self._rope(position_ids.flatten(1))
+        tickets = cache.tickets.new_zeros(inputs_embeds.shape[:2].numel() * self.config.num_attention_heads)
+        context = SuffixContext(*rope, cache, tickets, causal, visible)
+        depth = self.config.num_hidden_layers
+        return context.place(self._run_blocks(context.take(inputs_embeds), context, [depth], "post", depth)[0])
 
     def _rope(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         device, yarn = position_ids.device, self.config.yarn
@@ -170,12 +199,19 @@ class Decoder(GradientCheckpointing):
         return self._tables.get((axes, device), lambda: torch.tensor(axes, device="cpu").to(device))
 
     def _run_blocks(
-        self, x_TD: Tensor, context: Context, wanted: list[int], norm: str, deep_features: Sequence[Tensor] = ()
+        self,
+        x_TD: Tensor,
+        context: Context,
+        wanted: list[int],
+        norm: str,
+        depth: int,
+        deep_features: Sequence[Tensor] = (),
     ) -> list[Tensor]:
+        """The outputs of the `wanted` blocks, of the first `depth` that are run."""
         last = self.config.num_hidden_layers
         update, residual = x_TD, None
         outputs = {0: x_TD}
-        for index, block in enumerate(self.layers[: max(wanted)], start=1):
+        for index, block in enumerate(self.layers[:depth], start=1):
             if can_fuse(block, DecoderBlock):
                 update, residual = block.advance(update, residual, context)
             else:

@@ -27,11 +27,13 @@ class Embedded(NamedTuple):
 def embed(visual: VisionTransformer, decoder: Decoder, batch: Batch) -> Embedded:
     """A batch's embeddings. Samples that are not `valid` become NaN."""
     features = batch.features if batch.pixel_values is None else image_features(visual, batch)
-    embeds_BSD = decoder.embed_tokens(batch.input_ids)
+    embeds_BSD = batch.inputs_embeds
+    if embeds_BSD is None:
+        embeds_BSD = decoder.embed_tokens(batch.input_ids)
     placed = features
     if features is None and needs_collective_participation(visual):
         # The others may have images: so one blank cell goes through the tower, and to no place.
-        placed = _blank_features(visual, batch.input_ids)
+        placed = _blank_features(visual, embeds_BSD)
     deep = []
     if placed is not None:
         by_sample = batch.images is None
@@ -76,10 +78,10 @@ def _as_given(maps: FeatureMaps, batch: Batch) -> FeatureMaps:
     return [camera.contiguous() for camera in maps.unbind(1)]
 
 
-def _blank_features(visual: VisionTransformer, input_ids: Tensor) -> Features:
+def _blank_features(visual: VisionTransformer, inputs_embeds: Tensor) -> Features:
     """Of one cell for each sample: (B, 1, 1, 1, D)."""
     config = visual.config
-    pixel_values = torch.zeros(1, 1, config.cell_patches, config.patch_dim, device=input_ids.device)
+    pixel_values = torch.zeros(1, 1, config.cell_patches, config.patch_dim, device=inputs_embeds.device)
     main, deep = image_features(visual, Batch(pixel_values=pixel_values, grids=((1, 1),)))
-    shape = (input_ids.shape[0], -1, -1, -1, -1)
+    shape = (len(inputs_embeds), -1, -1, -1, -1)
     return Features(main.expand(shape), [maps.expand(shape) for maps in deep])

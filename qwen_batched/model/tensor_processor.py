@@ -23,9 +23,10 @@ from qwen_batched.checkpoint.folder import Checkpoint, naming
 from qwen_batched.checkpoint.options import ProcessorOptions, read_options
 from qwen_batched.families import family_of, read_config
 from qwen_batched.inputs import checks
-from qwen_batched.inputs.batch import Batch, Grid
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.faults import find_label_faults, make_safe
+from qwen_batched.inputs.given_features import batch_size, grids_of, read_features, stack_by_grid
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
@@ -41,7 +42,7 @@ from qwen_batched.inputs.transformers_batch import (
     lay_out,
 )
 from qwen_batched.model.geometry import MAX_PLANS, VisionPlan, resize_axis, smart_resize, vision_plan
-from qwen_batched.runtime.host_copies import cached_h2d, h2d
+from qwen_batched.runtime.host_copies import cached_h2d, h2d, to_device
 from qwen_batched.runtime.lru_cache import LRUCache
 
 Images = Tensor | Sequence[Tensor] | None
@@ -136,6 +137,7 @@ class TensorProcessor:
         dtype: torch.dtype = torch.float32,
         max_new_tokens: int = 0,
         system: str | None = None,
+        image_features: FeatureMaps | Features | None = None,
     ) -> dict[str, Tensor | list[Tensor] | HostFacts]:
         """A batch for `QwenBatchedVL.forward(**batch)`, of which loaders may take, cut and join rows.
 
@@ -152,11 +154,14 @@ class TensorProcessor:
             dtype: Of the pixels.
             max_new_tokens: How many tokens must find room behind each prompt.
             system: Replaces the chat template's system text; None for its own.
+            image_features: In place of images, what `encode_images` gave for them.
 
         Returns:
             Tensors, each with B first and memory of its own. With images: `pixel_values` (B, V, P, patch_dim) in window
             order and `raster_order` (B, h, w), see `BatchedVisionTransformer.forward`; for a list of cameras both are
-            lists of one (B, P, patch_dim) and (B, h, w) each. `camera_present` (B, V), where a camera mask was given.
+            lists of one (B, P, patch_dim) and (B, h, w) each. With image features: `image_features` as given, and of a
+            model with L deep ones `deep_features` (B, L, V, h, w, D), or a list of one (B, L, h, w, D) for each camera.
+            `camera_present` (B, V), where a camera mask was given.
             With texts: `input_ids`, `attention_mask`, `camera_ids` and `feature_index` (B, S) and `rope_positions`
             (B, 3, S), see `Sequences`, and `prepared`, the host's own counts, by which the model knows such a batch.
             With targets: `labels` (B, S), see `label_answers`.
@@ -167,6 +172,7 @@ class TensorProcessor:
         """
         checks.check_dtype(dtype)
         options = {"template": template, "resize": resize, "max_new_tokens": max_new_tokens, "system": system}
+        options["image_features"] = image_features
         request = self.request(images, texts, camera_mask, targets=targets, device=device, **options)
         return self.prepared(request, dtype)
 
@@ -183,20 +189,34 @@ class TensorProcessor:
         device: torch.device | str | None = None,
         max_new_tokens: int = 0,
         system: str | None = None,
+        image_features: FeatureMaps | Features | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Request:
-        """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`."""
+        """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`.
+
+        `dtype` is what image features must have, None for any.
+        """
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         factor = self.config.vision.cell_size
         resize = checks.check_resize(resize, factor)
-        groups, device = self._check_images(images, camera_mask, device, factor)
-        if groups is None and texts is None:
-            raise ValueError("there must be images or texts, got neither")
+        groups, features, samples = [], None, None
         grids: tuple[Grid, ...] = ()
-        for group in groups or ():
+        if image_features is not None:
+            features, device = self._check_features(image_features, images, camera_mask, dtype, device)
+            grids, samples = grids_of(features), batch_size(features)
+            if isinstance(resize, tuple) and any((h * factor, w * factor) != resize for h, w in grids):
+                sizes = sorted({(h * factor, w * factor) for h, w in grids})
+                raise ValueError(f"image_features must be of frames of the size resize={resize}, got {sizes}")
+        elif images is not None or texts is not None:
+            groups, device = self._check_images(images, camera_mask, device, factor)
+        else:
+            raise ValueError("there must be images or texts, got neither")
+        for group in groups:
             height, width = self._target_size(group, resize, factor)
             grids += ((height // factor, width // factor),) * group.shape[1]
+            samples = len(group)
         if texts is not None:
-            texts = checks.check_texts(texts, groups[0].shape[0] if groups else None)
+            texts = checks.check_texts(texts, samples)
             self.prompts.check_template(template, len(grids))
             if not template.isascii():
                 checks.check_unicode("template", template)
@@ -213,7 +233,8 @@ class TensorProcessor:
             lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
             prompts = lay_out(call, camera_mask)
         mask = None if camera_mask is None else self._mask_on_device(camera_mask, device)
-        return Request(tuple(groups or ()), mask, prompts, grids, device, as_list=isinstance(images, (list, tuple)))
+        as_list = isinstance(images if features is None else features.main, (list, tuple))
+        return Request(tuple(groups), mask, prompts, grids, device, as_list, features)
 
     @torch.compiler.disable
     def batch(self, request: Request, dtype: torch.dtype) -> Batch:
@@ -221,6 +242,8 @@ class TensorProcessor:
         fields: dict[str, Any] = {}
         if request.frames:
             fields = {"pixel_values": self._pixels(request, dtype), "grids": request.grids}
+        elif request.features is not None:
+            fields = {"features": to_device(request.features, request.device), "grids": request.grids}
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
             fields |= vars(sequences) | {"tokens": prompts.tokens}
@@ -229,6 +252,8 @@ class TensorProcessor:
             if prompts.answers is not None:
                 fields["labels"] = label_answers(sequences, prompts.answers)
                 fields["answer_tokens"] = prompts.answer_tokens
+        if request.inputs_embeds is not None:
+            fields["inputs_embeds"] = to_device(request.inputs_embeds, request.device)
         return Batch(camera_present=request.camera_mask, as_list=request.as_list, **fields)
 
     @torch.compiler.disable
@@ -237,24 +262,28 @@ class TensorProcessor:
 
         What the host has not checked is made safe, see `make_safe`.
         """
-        given = _pytree.tree_map_only(Tensor, lambda x: x.to(given.device, non_blocking=True), given)
+        given = to_device(given, given.device)
         key = "images", given.grids, given.device
         table = self._tables.get(key, lambda: image_table(given.grids, given.device))
         layout = lay_out(given, table, self.config.image_token_id)
         fields: dict[str, Any] = {}
         if given.grids:
             groups = group_by_grid(given.grids)
-            pixels = self.window_order(given.pixel_values, groups)
-            fields = {"pixel_values": pixels, "grids": tuple(groups), "images": image_places(groups)}
+            fields = {"grids": tuple(groups), "images": image_places(groups)}
+            if given.features is None:
+                fields["pixel_values"] = self.window_order(given.pixel_values, groups)
+            else:
+                fields["features"] = stack_by_grid(given.features, groups)
         batch = Batch(
             input_ids=given.input_ids,
+            inputs_embeds=given.inputs_embeds,
             attention_mask=layout.mask,
             rope_positions=layout.rope_positions,
             camera_ids=layout.camera_ids,
             feature_index=layout.feature_index,
             labels=given.labels,
             tokens=given.tokens,
-            is_padded=given.tokens != given.input_ids.numel(),
+            is_padded=given.tokens != layout.mask.numel(),
             answer_tokens=given.answer_tokens,
             **fields,
         )
@@ -286,12 +315,12 @@ class TensorProcessor:
 
     def _check_images(
         self, images: Images, camera_mask: Tensor | None, device: torch.device | str | None, factor: int
-    ) -> tuple[list[Tensor] | None, torch.device]:
+    ) -> tuple[list[Tensor], torch.device]:
         """The cameras' frames by size, and the device of the batch."""
         if images is None:
             if camera_mask is not None:
                 raise ValueError("camera_mask needs images, got images=None")
-            return None, _with_memory(resolve_device("cpu" if device is None else device))
+            return [], _with_memory(resolve_device("cpu" if device is None else device))
         groups = checks.check_frames(images, min_side=factor)
         device = groups[0].device if device is None else _with_memory(resolve_device(device))
         checks.check_device("images", groups[0], device)
@@ -300,6 +329,25 @@ class TensorProcessor:
             checks.check_camera_mask(camera_mask, groups[0].shape[0], cameras, device)
         checks.check_float_range(groups, camera_mask)
         return groups, device
+
+    def _check_features(
+        self,
+        image_features: FeatureMaps | Features,
+        images: Images,
+        camera_mask: Tensor | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> tuple[Features, torch.device]:
+        """The cameras' features, and the device of the batch."""
+        if images is not None:
+            raise ValueError("give either images or image_features, got both")
+        if device is None:
+            device = next((x.device for x in _pytree.tree_leaves(image_features) if isinstance(x, Tensor)), "cpu")
+        device = _with_memory(resolve_device(device))
+        features = read_features(image_features, self.config.vision, dtype, device)
+        if camera_mask is not None:
+            checks.check_camera_mask(camera_mask, batch_size(features), len(grids_of(features)), device)
+        return features, device
 
     def _target_size(self, frames: Tensor, resize: Resize, factor: int) -> tuple[int, int]:
         """The size in pixels at which the vision transformer sees these frames, in multiples of `factor`."""

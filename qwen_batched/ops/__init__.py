@@ -10,6 +10,7 @@ from qwen_batched.ops.add_norm import add_norm
 from qwen_batched.ops.causal_attention import causal_attention
 from qwen_batched.ops.decode_attention import decode_attention
 from qwen_batched.ops.expand_prompts import expand_prompts
+from qwen_batched.ops.extend_attention import extend_attention
 from qwen_batched.ops.frames_to_patches import frames_to_patches
 from qwen_batched.ops.gelu_linear import gelu, gelu_linear
 from qwen_batched.ops.linear import linear
@@ -33,6 +34,7 @@ __all__ = [
     "check_resample_backend",
     "decode_attention",
     "expand_prompts",
+    "extend_attention",
     "frames_to_patches",
     "gelu",
     "gelu_linear",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,13 @@ from qwen_batched.runtime.arena import Arena
 from qwen_batched.runtime.fast_path import has_global_hooks
 from qwen_batched.runtime.lru_cache import hold_values
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
+
+
+class Kept(Protocol):
+    """Tensors that never change, of several calls."""
+
+    tensors: Sequence[Tensor]
+
 
 Outputs = Any  # a pytree of tensors, and of what is the same at every call
 MAX_GRAPHS = 32
@@ -53,38 +61,41 @@ class CudaGraphs:
         *inputs: Tensor,
         device: torch.device,
         stateful: bool = False,
+        kept: Kept | None = None,
     ) -> Outputs:
-        """`function(*inputs)`, by a graph where there is one.
+        """`function(*inputs, *kept.tensors)`, by a graph where there is one.
 
         It reads parameters of `modules` and tensors, on `device` or on the host, must not wait for the device, and
         returns a pytree. `key` is all else that shapes what it does, but the shapes and dtypes of `inputs`. Where it is
-        `stateful`, it changes something and must not run in vain.
+        `stateful`, it changes something and must not run in vain. What is `kept` never changes, and is copied to a
+        graph once for all calls with it that follow each other.
         """
+        held = () if kept is None else kept.tensors
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
-            return function(*inputs)
+            return function(*inputs, *held)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
-        key = (key, device, torch.is_grad_enabled(), _numerics(), *((x.shape, x.dtype) for x in inputs))
+        key = (key, device, torch.is_grad_enabled(), _numerics(), *((x.shape, x.dtype) for x in (*inputs, *held)))
         obstacle = None
         with self._lock:
             self._release_finished()
             call = self._calls.get(key)
             earns_graph = call is None and self._earns_graph(key) and self._still_matches(modules)
             if earns_graph and hash(key) in self._ran_here():
-                call, obstacle = self._capture(key, function, inputs, device)
+                call, obstacle = self._capture(key, function, inputs, held, device)
                 earns_graph = False
             if call is not None and (not stateful or self._still_matches(modules)):
-                outputs = call.replay(inputs)
+                outputs = call.replay(inputs, kept)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._uses.note(key)
                     return outputs
         try:
-            outputs = function(*inputs)
+            outputs = function(*inputs, *held)
             if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
                 self._remember(modules, key)
                 if earns_graph:  # and this thread has run it now
                     with self._lock:
                         if key not in self._calls and self._still_matches(modules):
-                            _, obstacle = self._capture(key, function, inputs, device)
+                            _, obstacle = self._capture(key, function, inputs, held, device)
         finally:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
@@ -168,7 +179,12 @@ class CudaGraphs:
         )
 
     def _capture(
-        self, key: Hashable, function: Callable[..., Outputs], inputs: Sequence[Tensor], device: torch.device
+        self,
+        key: Hashable,
+        function: Callable[..., Outputs],
+        inputs: Sequence[Tensor],
+        held: Sequence[Tensor],
+        device: torch.device,
     ) -> tuple[CapturedCall | None, str | None]:
         """The call as a graph, or why there is none."""
         if len(self._calls) >= self.max_graphs:
@@ -177,11 +193,11 @@ class CudaGraphs:
         try:
             self._arena = Arena.of(device)
             try:
-                self._calls[key] = CapturedCall(function, inputs, self._arena)
+                self._calls[key] = CapturedCall(function, inputs, held, self._arena)
             except torch.OutOfMemoryError:
                 self._release_finished(wait=True)
                 torch.cuda.empty_cache()  # which the allocator cannot do by itself inside a capture
-                self._calls[key] = CapturedCall(function, inputs, self._arena)
+                self._calls[key] = CapturedCall(function, inputs, held, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
             return None, str(error)
@@ -202,20 +218,31 @@ class CudaGraphs:
 class CapturedCall:
     """A call as a CUDA graph, with the memory that it reads and writes."""
 
-    def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], arena: Arena) -> None:
-        """Captures `function(*inputs)`; it is not run. Raises `RuntimeError` where that cannot be done."""
+    def __init__(
+        self, function: Callable[..., Outputs], inputs: Sequence[Tensor], held: Sequence[Tensor], arena: Arena
+    ) -> None:
+        """Captures `function(*inputs, *held)`; it is not run. Raises `RuntimeError` where that cannot be done."""
         self.arena = arena
         self._done: torch.cuda.Event | None = None  # the last replay; None before the first
         # Outside inference mode: a graph captured within it is replayed outside it too.
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in inputs]
+            self.inputs, self.held = (
+                [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in tensors]
+                for tensors in (inputs, held)
+            )
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
             with hold_values() as self.tables, arena.capture() as self.graph, backend.reading_ahead():
-                self.outputs, self._spec = _pytree.tree_flatten(function(*self.inputs))
+                self.outputs, self._spec = _pytree.tree_flatten(function(*self.inputs, *self.held))
+        self._kept: weakref.ref[Kept] | None = None  # whose tensors are in `held`
 
-    def replay(self, inputs: Sequence[Tensor]) -> Outputs:
+    def replay(self, inputs: Sequence[Tensor], kept: Kept | None = None) -> Outputs:
         """The outputs for `inputs`, as copies."""
         with self.arena.in_turn() as self._done:
+            if kept is not None and (self._kept is None or self._kept() is not kept):
+                self._kept = None
+                for buffer, value in zip(self.held, kept.tensors, strict=True):
+                    buffer.copy_(value, non_blocking=True)
+                self._kept = weakref.ref(kept)
             for buffer, value in zip(self.inputs, inputs, strict=True):
                 buffer.copy_(value, non_blocking=True)
             self.graph.replay()

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from qwen_batched.runtime.lru_cache import LRUCache
 
@@ -28,6 +29,11 @@ def cached_h2d(cache: LRUCache, key: tuple[Hashable, ...], make: Callable[[], T]
         return value
 
     return cache.get((*key, torch.cuda.current_stream(device).cuda_stream), make_for_all)
+
+
+def to_device(values: T, device: torch.device) -> T:
+    """A pytree with its tensors on `device`; from pinned memory without a wait."""
+    return _pytree.tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), values)
 
 
 def h2d(device: torch.device, value: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ def test_one_return_type_and_none_for_what_was_not_asked_for(model, images, opti
         "position_ids",
         "input_ids",
         "image_features",
+        "keys_values",
         "logits",
         "loss",
     }

@@ -29,6 +29,7 @@ from qwen_batched.ops.triton.add_norm import add_norm, add_norm_backward
 from qwen_batched.ops.triton.column_sums import column_sums
 from qwen_batched.ops.triton.decode_attention import decode_attention
 from qwen_batched.ops.triton.expand_prompts import expand_prompts
+from qwen_batched.ops.triton.extend_attention import extend_attention
 from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
 from qwen_batched.ops.triton.linear import linear, swiglu_linear
 from qwen_batched.ops.triton.mixed_product import mixed_product
@@ -134,6 +135,16 @@ def launch_decoding(batch, capacity, heads, kv_heads, size, dtype, with_norms=Fa
     decode_attention(qkv, *tables, keys, values, zeros(batch, dtype=torch.int64), tickets, *norms)
 
 
+def launch_extension(batch, capacity, tokens, heads, kv_heads, size, dtype, with_norms=False, with_mask=False):
+    qkv = zeros(batch * tokens, (heads + 2 * kv_heads) * size, dtype=dtype)
+    tables = zeros(batch * tokens, size // 2), zeros(batch * tokens, size // 2)
+    keys, values = (zeros(batch, capacity, kv_heads, size, dtype=dtype) for _ in range(2))
+    lengths, tickets = zeros(batch, dtype=torch.int64), zeros(batch * tokens * heads, dtype=torch.int32)
+    mask = zeros(batch, tokens, capacity + tokens, dtype=torch.bool) if with_mask else None
+    norms = (zeros(size, dtype=dtype), zeros(size, dtype=dtype), 1e-6) if with_norms else ()
+    extend_attention(qkv, *tables, keys, values, lengths, tickets, not with_mask, mask, *norms)
+
+
 def launch_windows(images, count, length, heads, size, dtype):
     tokens = count * length
     tables = zeros(tokens, size // 2), zeros(tokens, size // 2)
@@ -188,6 +199,8 @@ def launch_real_shapes(dtype):
     launch_mrope(512, 32, 8, 128, dtype, with_slots=True, with_norms=True)
     launch_decoding(1, 512, 16, 2, 128, dtype)
     launch_decoding(1, 512, 32, 8, 128, dtype, with_norms=True)
+    launch_extension(1, 512, 8, 16, 2, 128, dtype)
+    launch_extension(1, 512, 8, 32, 8, 128, dtype, with_norms=True, with_mask=True)
     launch_windows(3, 4, 64, 16, 80, dtype)
     launch_rotary(3, 256, 16, 80, dtype)
     launch_frames((480, 640), (224, 224), torch.uint8, dtype)
@@ -216,6 +229,7 @@ def launch_odd_shapes(dtype):
     launch_mrope(1, 3, 1, 6, dtype, with_slots=True)
     launch_mrope(5, 5, 2, 24, dtype, with_slots=False, with_norms=True)
     launch_decoding(3, 49, 6, 2, 40, dtype)  # the context in one part
+    launch_extension(3, 49, 70, 6, 2, 40, dtype)  # and more new tokens than a tile has
     launch_windows(1, 5, 17, 1, 20, dtype)
     launch_windows(1, 1, 64, 1, 128, dtype)  # in float32 takes the most shared memory of all
     launch_rotary(1, 65, 3, 20, dtype)

@@ -62,6 +62,16 @@ CASES = {
         ),
         7,
     ),
+    "extend_attention": (
+        lambda qkv, cos, sin, *rest: ops.extend_attention(
+            *(x.flatten(0, 1) for x in (qkv, cos, sin)), *rest[:-1], rest[-1].flatten()
+        ),
+        lambda b: (
+            *(normal(b, 3, 32), normal(b, 3, 4), normal(b, 3, 4)),
+            *(normal(b, 9, 1, 8), normal(b, 9, 1, 8), torch.arange(b) % 9, torch.zeros(b, 6, dtype=torch.int32)),
+        ),
+        7,
+    ),
     "expand_prompts": (
         lambda prompts, grids: ops.expand_prompts(prompts, grids, None, 9, 0, 5 * prompts.shape[0], True),
         lambda b: (torch.tensor([[1, 9, 2]]).expand(b, -1).contiguous(), torch.tensor([[2, 3]])),

@@ -20,6 +20,13 @@ def decode_inputs(device="cpu"):
     return normal(3, 128).to(device), cos, sin, keys, values, torch.tensor([0, 5, 8], device=device), tickets
 
 
+def extend_inputs():
+    """Two samples of 0 and 6 tokens in a cache of 7, and three new tokens of each, with 4 heads on 2."""
+    keys, values = (normal(2, 7, 2, 16, seed=seed) for seed in (1, 2))
+    tickets = torch.zeros(24, dtype=torch.int32)
+    return normal(6, 128), *rope_tables(6, 16, "cpu"), keys, values, torch.tensor([0, 6]), tickets
+
+
 def prompt_inputs():
     """Two prompts of one image of 2 x 3 cells, token 9."""
     return torch.tensor([[1, 9, 2, -1], [1, 2, 9, 4]]), torch.tensor([[2, 3]])
@@ -99,6 +106,11 @@ def op_cases():
         ),
         "decode_attention": ("decode_attention", (*decode_inputs(), None, None, 0.0)),
         "decode_attention-norms": ("decode_attention", (*decode_inputs(), *norms)),
+        "extend_attention": ("extend_attention", (*extend_inputs(), True, None, None, None, 0.0)),
+        "extend_attention-mask": (
+            "extend_attention",
+            (*extend_inputs(), False, torch.ones(2, 3, 10) > 0, *norms),
+        ),
         "expand_prompts": ("expand_prompts", (*prompt_inputs(), None, 9, 3, 12, True)),
         "expand_prompts-mask": ("expand_prompts", (*prompt_inputs(), torch.ones(2, 1).bool(), 9, 3, 12, False)),
         "frames_to_patches": ("frames_to_patches", (noise(1, 1, 28, 28)[0], 28, 28, None, *how)),
@@ -159,6 +171,8 @@ def test_tensors_without_values_go_through_every_operation(dtype, kind):
         lengths, tickets = torch.zeros(2).long(), torch.zeros(2).int()
         out = ops.decode_attention(x[0, :2], torch.zeros(2, 8), torch.zeros(2, 8), *cache, lengths, tickets)
         assert (out.shape, out.dtype) == ((2, 48), dtype)
+        out = ops.extend_attention(x[0, :6], torch.zeros(6, 8), torch.zeros(6, 8), *cache, lengths, tickets)
+        assert (out.shape, out.dtype) == ((6, 48), dtype)
         prompts, grids = torch.zeros(2, 5).long(), torch.zeros(3, 2).long()
         assert ops.expand_prompts(prompts, grids, None, 9, 0, 12, True)[2].shape == (3, 2, 12)
         frames, tables = torch.zeros(2, 3, 30, 40, dtype=torch.uint8), tuple(torch.zeros(3) for _ in range(4))

@@ -4,7 +4,7 @@ Arithmetic is in float32 (float64 for float64 inputs) and rounds to the input's 
 """
 
 from qwen_batched.ops.reference.activations import gelu, quick_gelu, quick_gelu_backward, swiglu, swiglu_backward
-from qwen_batched.ops.reference.attention import causal_attention, decode_attention, rotary_attention
+from qwen_batched.ops.reference.attention import causal_attention, decode_attention, extend_attention, rotary_attention
 from qwen_batched.ops.reference.frames import frames_to_patches, patchify
 from qwen_batched.ops.reference.norms import add_norm, add_norm_backward
 from qwen_batched.ops.reference.products import add_low_rank, gelu_linear, linear, mixed_product, swiglu_linear
@@ -19,6 +19,7 @@ __all__ = [
     "causal_attention",
     "decode_attention",
     "expand_prompts",
+    "extend_attention",
     "frames_to_patches",
     "gelu",
     "gelu_linear",
