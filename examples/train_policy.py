@@ -4,6 +4,8 @@ With a small model of random weights, so that nothing is downloaded; minutes on 
     python examples/train_policy.py
 On several GPUs, with the real model:
     torchrun --nproc-per-node 8 examples/train_policy.py --model Qwen/Qwen2.5-VL-3B-Instruct --bf16
+With a frozen vision transformer, which runs once for a fixed set of scenes; later runs read its features from a file:
+    python examples/train_policy.py --cached-features features
 """
 
 import argparse
@@ -12,14 +14,15 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from feature_cache import cached_features, digest
 from PIL import Image, ImageDraw, ImageFont
-from reaching_task import CAMERAS, EDGE, FRONT, SIDE, Batch, Sample, draw_samples, make_batch, reached
+from reaching_task import CAMERAS, CUBES, EDGE, FRONT, SIDE, Batch, Sample, draw_samples, make_batch, reached
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -28,19 +31,23 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.integrations.lerobot import from_lerobot
 from qwen_batched.testing import write_checkpoint
 
-SAMPLES_PER_BATCH = 48  # when measuring
+SAMPLES_PER_BATCH = 48  # where there are no gradients
+CACHED_SCENES = 256
 
 
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
+    if args.cached_features is not None and args.scenes is None:
+        args.scenes = CACHED_SCENES
     device = join_processes(args.device)
     torch.manual_seed(args.seed)
     try:
         policy = Policy(load_backbone(args.model)).to(device)
-    except (OSError, ValueError) as error:  # a model that can't be had, for example
+        policy.backbone.visual.requires_grad_(not (args.freeze_vision or args.cached_features))
+        training_set = load_training_set(policy.backbone, args)
+    except (OSError, ValueError) as error:  # a model that can't be had, features of another one
         parser.error(" ".join(str(error).split()))
-    policy.backbone.visual.requires_grad_(not args.freeze_vision)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     report(f"model     {args.model or 'a small one with random weights'}, {trained / 1e6:.1f} M parameters to train")
 
@@ -50,7 +57,7 @@ def main() -> None:
     report(f"held out  {len(samples)} samples; before training {before:.1%} end above the cube that is meant\n")
 
     start = time.perf_counter()
-    losses = train(policy, args)
+    losses = train(policy, args, training_set)
     seconds = time.perf_counter() - start
     check_processes_agree(policy)
 
@@ -85,7 +92,7 @@ class Policy(nn.Module):
         self.act = nn.Sequential(nn.Linear(width + 2, 256), nn.GELU(), nn.Linear(256, 2))
 
     def forward(self, batch: Batch) -> Tensor:
-        out = self.backbone(**from_lerobot(batch, CAMERAS), template=self.TEMPLATE, resize=None)
+        out = self.backbone(**arguments(batch), template=self.TEMPLATE, resize=None)
         hidden_BSD = self.norm(out.last_hidden_state)
         # The last token, which has seen all others, looks at the image tokens, which are told where they are.
         nth_BS = (out.image_mask.cumsum(dim=1) - 1) % self.CELLS
@@ -94,6 +101,13 @@ class Policy(nn.Module):
             hidden_BSD[:, -1:], places_BSD, places_BSD, key_padding_mask=~out.image_mask, need_weights=False
         )
         return self.act(torch.cat([seen_B1D[:, 0], batch["observation.state"]], dim=1))
+
+
+def arguments(batch: Batch) -> dict[str, object]:
+    """What the backbone takes of a batch: its frames, or their features where it has them."""
+    if "image_features" not in batch:
+        return from_lerobot(batch, CAMERAS)
+    return {"images": None, "texts": batch["task"]} | {key: batch[key] for key in ("image_features", "camera_mask")}
 
 
 def load_backbone(name: str | None) -> QwenBatchedVL:
@@ -110,19 +124,76 @@ def load_backbone(name: str | None) -> QwenBatchedVL:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def train(policy: Policy, args: argparse.Namespace) -> list[float]:
+def load_training_set(backbone: QwenBatchedVL, args: argparse.Namespace) -> Batch | None:
+    """This process's `args.scenes` scenes as one batch, with features for frames where they are cached.
+
+    None without `args.scenes`: scenes are then drawn as they are needed.
+    """
+    if args.scenes is None:
+        return None
+    batch = make_batch(draw_samples(random.Random(scenes_of(args)), args.scenes))
+    if args.cached_features is None:
+        return batch
+
+    frames = {key: x for key, x in batch.items() if key.startswith("observation.images")}
+    origin = {
+        "model": digest(backbone.visual),
+        "frames": digest(frames),
+        "precision": "bf16" if args.bf16 else "float32",
+    }
+    path = args.cached_features / f"features-{rank()}-of-{processes()}.safetensors"
+    features = {
+        "image_features": cached_features(path, origin, lambda: run_tower(backbone, batch, args.bf16)),
+        "camera_mask": from_lerobot(batch, CAMERAS)["camera_mask"],
+    }
+    return {key: x for key, x in batch.items() if key not in frames} | features
+
+
+@torch.no_grad()
+def run_tower(backbone: QwenBatchedVL, batch: Batch, bf16: bool) -> Tensor:
+    """Image features (B, V, h, w, D), on the host."""
+    found = []
+    for rows in torch.arange(len(batch["task"])).split(SAMPLES_PER_BATCH):
+        given = from_lerobot(on_device(rows_of(batch, rows.tolist()), backbone.device), CAMERAS)
+        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=bf16):
+            features = backbone.encode_images(given["images"], camera_mask=given["camera_mask"], resize=None)
+        found.append(features.cpu())
+    return torch.cat(found)
+
+
+def training_batches(training_set: Batch | None, args: argparse.Namespace) -> Iterator[Batch]:
+    """Batches without end: of new scenes, or of the training set's, in another order each time."""
+    rng = random.Random(scenes_of(args))  # every process has scenes of its own
+    while training_set is None:
+        yield make_batch(draw_samples(rng, args.batch_size))
+    while True:
+        order = rng.sample(range(args.scenes), args.scenes)
+        for start in range(0, args.scenes, args.batch_size):
+            scenes = order[start : start + args.batch_size]
+            yield rows_of(training_set, [CUBES * scene + cube for scene in scenes for cube in range(CUBES)])
+
+
+def scenes_of(args: argparse.Namespace) -> str:
+    return f"training {args.seed} {rank()}"
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    return {key: x[rows] if isinstance(x, Tensor) else [x[row] for row in rows] for key, x in batch.items()}
+
+
+def train(policy: Policy, args: argparse.Namespace, training_set: Batch | None = None) -> list[float]:
     """The losses of all steps, each the mean over processes."""
     device = policy.backbone.device
     model = DistributedDataParallel(policy, find_unused_parameters=False) if dist.is_initialized() else policy
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
-    rng = random.Random(f"training {args.seed} {rank()}")  # every process has scenes of its own
+    batches = training_batches(training_set, args)
 
     losses = []
     with tqdm(range(args.steps), desc="training", unit="step", disable=rank() > 0) as progress:
         for _ in progress:
-            batch = on_device(make_batch(draw_samples(rng, args.batch_size)), device)
+            batch = on_device(next(batches), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 actions = model(batch)
             # Squared below 5 cm, absolute above: cubes that can't be told apart yet do not drown the others.
@@ -305,7 +376,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=positive, default=128, help="scenes to measure on (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--freeze-vision", action="store_true", help="train the decoder and the head only")
+    parser.add_argument("--freeze-vision", action="store_true", help="as --cached-features does: train the rest")
+    parser.add_argument("--scenes", type=positive, help="train on so many scenes, again and again (default: new ones)")
+    parser.add_argument("--cached-features", type=Path, metavar="FOLDER", help="keep the scenes' image features there")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; the weights stay float32")
     parser.add_argument("--output", type=Path, default="policy.png", help="the picture (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and of the head's weights")
