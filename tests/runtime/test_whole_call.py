@@ -444,3 +444,58 @@ def test_memory_is_flat_over_many_shapes(on_gpu):
     before = round_trip(90)
     assert round_trip(360) <= before + 2**20
     assert len(on_gpu._calls.whole) <= 4
+
+
+# --- a cached prompt ---
+
+
+def test_a_prompt_and_tokens_behind_it_are_captured(own, fake):
+    width = own.config.text.hidden_size
+    for count in range(4):
+        cache = own.prefill(frames(count), TEXTS)
+        assert fake.captured == (count > 0) and fake.replayed == count
+        want = call(own, frames(count), TEXTS, cuda_graph=False)
+        assert_equal(cache.output, want)
+    captured, replayed = fake.captured, fake.replayed
+    for count in range(4):
+        suffix = torch.randn(2, 3, width)
+        ours = own.extend(cache, suffix)
+        assert fake.captured == captured + (count > 0) and fake.replayed == replayed + count
+        assert torch.equal(ours, own.extend(cache, suffix, cuda_graph=False))
+
+
+def test_caches_in_turn_are_each_extended_and_copied_once_for_calls_that_follow_each_other(own, fake):
+    suffix = torch.randn(2, 3, own.config.text.hidden_size)
+    caches = [own.prefill(frames(seed), TEXTS) for seed in range(3)]
+    for _ in range(2):
+        own.extend(caches[0], suffix)
+    (graph,) = own._calls.suffixes._calls.values()
+    copies = []
+    for order in (0, 0, 1, 1, 1, 0, 2):
+        before = [buffer._version for buffer in graph.held]
+        ours = own.extend(caches[order], suffix)
+        copies.append(before != [buffer._version for buffer in graph.held])
+        assert torch.equal(ours, own.extend(caches[order], suffix, cuda_graph=False))
+    assert copies == [False, False, True, False, False, True, True]
+
+
+def test_features_in_place_of_frames_have_a_graph(own, fake):
+    features = own.encode_images(frames())
+    captured = fake.captured
+    for _ in range(2):
+        call(own, None, TEXTS, image_features=features)
+    assert fake.captured == captured + 1
+    assert_replayed(own, fake, None, TEXTS, image_features=own.encode_images(frames(3)))
+    embeds = torch.randn(*call(own, frames(), TEXTS).input_ids.shape, own.config.text.hidden_size)
+    for _ in range(2):
+        call(own, frames(), TEXTS, inputs_embeds=embeds)
+    assert_replayed(own, fake, frames(1), TEXTS, inputs_embeds=embeds + 1)
+    for _ in range(2):
+        call(own, frames(), TEXTS, keys_values=(0, 1))
+    before = fake.replayed
+    pairs = call(own, frames(2), TEXTS, keys_values=(0, 1)).keys_values
+    assert fake.replayed == before + 1
+    want = call(own, frames(2), TEXTS, keys_values=(0, 1), cuda_graph=False).keys_values
+    assert all(
+        torch.equal(x, y) for pair, other in zip(pairs, want, strict=True) for x, y in zip(pair, other, strict=True)
+    )
