@@ -29,6 +29,7 @@ from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.transformers_batch import NAMES
 from qwen_batched.linear.fused import pack
 from qwen_batched.model.client_methods import ClientMethods
+from qwen_batched.model.image_lists import WithImageLists
 from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.prompt_cache import WithPromptCache
 from qwen_batched.model.tensor_processor import TensorProcessor
@@ -40,7 +41,7 @@ from qwen_batched.training.model_config import ModelConfig
 from qwen_batched.training.tied_head import embedding_weight
 
 
-class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
+class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithVocabulary, ClientMethods):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:

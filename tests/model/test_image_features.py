@@ -233,3 +233,23 @@ def test_a_bad_call_of_the_prompt_cache_is_refused(sister):
     model.eval().to(torch.float64)
     with pytest.raises(ValueError, match="moved"):
         model.extend(cache, suffix.double())
+
+
+def test_a_list_of_images_of_any_sizes_is_encoded_image_by_image(sister):
+    f = sister.factor
+    sizes = [(2 * f, 3 * f), (f, f), (2 * f, 3 * f), (2 * f + 5, 3 * f - 3), (4 * f, f)]
+    images = [sister.photos(1, 1, 5, 5, seed=i)[0, 0, :, :h, :w].contiguous() for i, (h, w) in enumerate(sizes)]
+    images.append(images[0].float() / 255)
+    with torch.no_grad():
+        found = sister.model.encode_image_list(images)
+        for image, features in zip(images, found, strict=True):
+            assert_equal_to(features, sister.model.encode_images(image[None, None])[0, 0])
+        resized = sister.model.encode_image_list(images[:2], resize=(f, 2 * f), chunk_size=1)
+        assert [x.shape[:2] for x in resized] == [(1, 2), (1, 2)]
+    assert sister.model.encode_image_list([]) == []
+    for wrong in ([images[0][None]], [images[0][:2]], [images[0], images[1][0]]):
+        with pytest.raises(ValueError):
+            sister.model.encode_image_list(wrong)
+    for wrong in (images[0], ["a"]):
+        with pytest.raises(TypeError):
+            sister.model.encode_image_list(wrong)
