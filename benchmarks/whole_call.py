@@ -398,7 +398,7 @@ def measure_memory(run: Run) -> None:
         chance.choice(calls)()
         late = time.perf_counter() - started > options.memory_seconds
         if done % max(1, limit // 500) == 0 or done == limit or late:
-            samples.append({"calls": done, **measure.held_mib(device), "graphs": len(run.model._calls.whole)})
+            samples.append({"calls": done, **measure.held_mib(device), "graphs": len(run.model._calls.decoder)})
         if late:
             break
     last = samples[-1]

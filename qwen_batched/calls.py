@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,15 @@ from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import TransformersBatch
 from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
-from qwen_batched.model.embedding import block_outputs, image_features
-from qwen_batched.model.pipeline import Network, Prefilled, Wanted
+from qwen_batched.model.decoder import Decoder, DecoderBlock
+from qwen_batched.model.decoder_inputs import DecoderInputs
+from qwen_batched.model.embedding import block_outputs, embed, image_features, without_absent
+from qwen_batched.model.pipeline import Decoded, Network, Prefilled, Wanted
 from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
-
-T = TypeVar("T")
+from qwen_batched.runtime.fast_path import can_fuse, runs_own_code
 
 
 class Caller(NamedTuple):
@@ -45,7 +46,7 @@ class Caller(NamedTuple):
 
 # What a user gives: frames and texts, a batch that the processor prepared, or one of transformers'.
 Call = Request | Batch | TransformersBatch
-MAX_SUFFIX_GRAPHS = 8
+MAX_DECODER_GRAPHS, MAX_SUFFIX_GRAPHS = 64, 8
 IMAGE_FIELDS = ("pixel_values", "camera_present", "grids", "images", "as_list")
 
 
@@ -53,8 +54,8 @@ class Calls:
     """Runs the calls of one model, and keeps their graphs."""
 
     def __init__(self) -> None:
-        self.whole = CudaGraphs(prepare=pack)
-        self.tower = CudaGraphs(prepare=pack)  # of image features, which stay true whatever happens to the decoder
+        self.tower = CudaGraphs(prepare=pack)  # of image features
+        self.decoder = CudaGraphs(MAX_DECODER_GRAPHS, prepare=pack)  # from embeddings to hidden states and logits
         self.steps = CudaGraphs(max_graphs=1)  # of a step of generation, while there is one
         # Of tokens behind a prompt, of which each graph holds a copy.
         self.suffixes = CudaGraphs(MAX_SUFFIX_GRAPHS, prepare=pack)
@@ -67,25 +68,41 @@ class Calls:
             if may_use_graphs and not network.decoder.training and any(map(_is_trained, network)):
                 _log_advice()
             return pipeline.run(network, self.batch(caller, call), wanted)
+        return pipeline.output(*self._decoded(caller, call, wanted))
 
-        return self._whole(caller, call, wanted, pipeline.run)
-
+    @torch.no_grad()
     def prefill(self, caller: Caller, call: Call, wanted: Wanted) -> Prefilled:
         """A prompt, with what tokens behind it need."""
-        with torch.no_grad():
-            return self._whole(caller, call, wanted, pipeline.prefill)
+        return pipeline.prefilled(*self._decoded(caller, call, replace(wanted, cache=True)))
 
-    def _whole(self, caller: Caller, call: Call, wanted: Wanted, work: Callable[..., T]) -> T:
-        """`work` of network, batch and `wanted`, from the call on."""
-        network, processor, dtype, graph = caller
+    def _decoded(self, caller: Caller, call: Call, wanted: Wanted) -> tuple[Batch, Features | None, Decoded]:
+        """A call without gradients: image features by one graph, decoder and head by another.
 
-        def run(call: Call) -> T:
-            return work(network, _batch_of(call, processor, dtype), wanted)
+        Each is keyed by what shapes it, so that cameras and texts do not multiply; what lies between is a few launches.
+        """
+        (visual, decoder, head), processor, dtype, graph = caller
+        batch = self.batch(caller, call)
+        embedded = embed(visual, decoder, batch)
+        inputs = DecoderInputs.of(batch, embedded, wanted.logits)
+        length = inputs.length
+        if self._rounds_up(decoder, call.device):
+            inputs = inputs.rounded_up()
+        run = functools.partial(pipeline.decode, decoder, head, wanted)
+        if self._may_use_graphs(processor, call.device, graph):
+            modules = [decoder] if head is None else [decoder, head]
+            decoded = self._by_graph(self.decoder, modules, (wanted, dtype), run, inputs, call.device)
+        else:
+            decoded = run(inputs)
+        return batch, embedded.features, decoded if inputs.length == length else decoded.cut(length, wanted)
 
-        if not self._may_use_graphs(processor, call.device, graph):
-            return run(call)
-        modules = [module for module in network if module is not None]
-        return self._by_graph(self.whole, modules, (work, wanted, *_settings(processor, dtype)), run, call)
+    def _rounds_up(self, decoder: Decoder, device: torch.device) -> bool:
+        """Whether sequences get room for more tokens, with a graph or without, so that both compute the same.
+
+        Not where a hook would see it.
+        """
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return False
+        return runs_own_code(decoder) and all(can_fuse(block, DecoderBlock) for block in decoder.layers)
 
     @torch.no_grad()
     def extend(self, caller: Caller, cache: PromptCache, suffix: Suffix) -> Tensor:
@@ -94,7 +111,7 @@ class Calls:
         run = functools.partial(run_suffix, decoder)
         if not self._may_use_graphs(caller.processor, suffix.device, caller.graph):
             return run(suffix, *cache.tensors)
-        return self._by_graph(self.suffixes, [decoder], (caller.dtype,), run, suffix, kept=cache)
+        return self._by_graph(self.suffixes, [decoder], (caller.dtype,), run, suffix, suffix.device, kept=cache)
 
     def batch(self, caller: Caller, call: Call) -> Batch:
         """The batch of a call; on a GPU with `features` in place of pixels.
@@ -107,15 +124,23 @@ class Calls:
         if isinstance(call, Request):
             if not call.frames or not may_use_graphs:
                 return processor.batch(call, dtype)
-            features = self.encode(caller, replace(call, prompts=None))
+            features = self._features(caller, replace(call, prompts=None))
             return replace(processor.batch(replace(call, frames=()), dtype), features=features)
         batch = _batch_of(call, processor, dtype)
         if batch.pixel_values is None or not may_use_graphs:
             return batch
         images = Batch(**{name: getattr(batch, name) for name in IMAGE_FIELDS})
         key, run = ("batch", *_settings(processor, dtype)), functools.partial(image_features, visual)
-        features = self._by_graph(self.tower, [visual], key, run, images)
+        features = self._by_graph(self.tower, [visual], key, run, images, call.device)
         return replace(batch, pixel_values=None, features=features)
+
+    def _features(self, caller: Caller, request: Request) -> Features:
+        """Those that the decoder takes. A camera mask needs no graph of its own."""
+        mask = request.camera_mask
+        if mask is None or torch.is_grad_enabled():
+            return self.encode(caller, request)
+        features = self.encode(caller, replace(request, camera_mask=None))
+        return Features(without_absent(features.main, mask), [without_absent(maps, mask) for maps in features.deep])
 
     def encode(
         self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None
@@ -132,7 +157,7 @@ class Calls:
         if not self._may_use_graphs(processor, request.device, graph):
             return run(request)
         key = (repr(layers), chunk_size, *_settings(processor, dtype))
-        return self._by_graph(self.tower, [visual], key, run, request)
+        return self._by_graph(self.tower, [visual], key, run, request, request.device)
 
     @contextlib.contextmanager
     def stepping(self, decoding: Decoding, processor: TensorProcessor, graph: bool) -> Iterator[Callable[[], None]]:
@@ -151,9 +176,15 @@ class Calls:
         finally:
             self.steps.forget()
 
+    @contextlib.contextmanager
+    def admitting_all(self) -> Iterator[None]:
+        """Inside the `with` block second calls are captured, whatever has to give way."""
+        with self.tower.admitting_all(), self.decoder.admitting_all(), self.suffixes.admitting_all():
+            yield
+
     def clear(self) -> None:
         """Forgets all graphs, and frees their memory."""
-        for graphs in (self.tower, self.whole, self.steps, self.suffixes):
+        for graphs in (self.tower, self.decoder, self.steps, self.suffixes):
             graphs.clear()
 
     def _may_use_graphs(self, processor: TensorProcessor, device: torch.device, wanted: bool) -> bool:
@@ -169,7 +200,8 @@ class Calls:
         modules: Sequence[nn.Module],
         key: tuple[Hashable, ...],
         run: Callable[..., object],
-        call: Call | Suffix,
+        call: Call | DecoderInputs | Suffix,
+        device: torch.device,
         kept: PromptCache | None = None,
     ) -> object:
         """`run` of the call, and of what is `kept` for several."""
@@ -179,7 +211,7 @@ class Calls:
             return run(_pytree.tree_unflatten(given[: len(tensors)], spec), *given[len(tensors) :])
 
         key = (*key, type(call), spec.context)
-        return graphs.run(modules, key, on_tensors, *tensors, device=call.device, kept=kept)
+        return graphs.run(modules, key, on_tensors, *tensors, device=device, kept=kept)
 
 
 def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:

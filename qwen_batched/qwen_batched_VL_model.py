@@ -382,7 +382,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithVocabulary,
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
         """
-        with torch.no_grad(), self._calls.whole.admitting_all():
+        with torch.no_grad(), self._calls.admitting_all():
             for _ in range(2):  # the first compiles kernels and packs weights
                 self(images, texts, **arguments)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -34,14 +35,15 @@ class PromptCache:
     def __init__(self, prefilled: Prefilled, owner: object) -> None:
         self.output: VLOutput = prefilled.output
         self.owner = owner  # stands for the model as it is placed now
-        # Of B samples, a sample's tokens first: keys (L, B, S, K, E), rotated, values, lengths (B,), the position of
-        # the next token (B,); and the prompt's mask (B, S).
-        self.tensors = (*prefilled[1:], prefilled.output.attention_mask)
+        # Of B samples, a sample's tokens first: keys (L, B, C, K, E), rotated, values, lengths (B,), the position of
+        # the next token (B,); and the prompt's mask (B, C).
+        keys, mask = prefilled.keys_LBCKE, prefilled.output.attention_mask
+        self.tensors = (*prefilled[1:], F.pad(mask, (0, keys.shape[2] - mask.shape[1])))
 
     @property
     def shape(self) -> tuple[int, int]:
         """B samples, padded to S tokens."""
-        return tuple(self.tensors[-1].shape)
+        return tuple(self.output.attention_mask.shape)
 
     def __repr__(self) -> str:
         batch, length = self.shape
@@ -54,7 +56,7 @@ class Suffix:
 
     tokens: Tensor  # embeddings (B, T, D), or int64 ids (B, T); like the others on the host or on `device`
     position_ids: Tensor | None  # int64 (3, B, T); None for those that follow the prompt
-    attention_mask: Tensor | None  # bool (B, T), (B, S + T), (B, T, T) or (B, T, S + T)
+    attention_mask: Tensor | None  # bool (B, T), (B, C + T), (B, T, T) or (B, T, C + T)
     causal: bool
     is_checked: bool  # whether the host has seen the ids
     device: torch.device  # where it runs
@@ -83,13 +85,13 @@ def read_suffix(
     position_ids: Tensor | None,
     causal: bool,
     attention_mask: Tensor | None,
-    prompt: tuple[int, int],
+    cache: PromptCache,
     text: TextConfig,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> Suffix:
-    """A checked suffix behind prompts of this B and S; raises `TypeError` or `ValueError` where it does not fit."""
-    batch, length = prompt
+    """A checked suffix; raises `TypeError` or `ValueError` where it does not fit behind the cached prompts."""
+    batch, length = cache.shape
     named = {"embeds_or_ids": tokens, "position_ids": position_ids, "attention_mask": attention_mask}
     for name, value in named.items():
         if value is None and name != "embeds_or_ids":
@@ -123,6 +125,11 @@ def read_suffix(
         position_ids = given.long()
     if attention_mask is not None:
         attention_mask = _read_mask(attention_mask, batch, length, count)
+        if attention_mask.shape[-1] > count:  # of the prompt too
+            room = cache.tensors[-1].shape[1] - length
+            attention_mask = torch.cat(
+                (F.pad(attention_mask[..., :length], (0, room)), attention_mask[..., length:]), -1
+            )
     return Suffix(tokens, position_ids, attention_mask, causal, is_checked, device)
 
 
@@ -143,8 +150,8 @@ def _read_mask(mask: Tensor, batch: int, length: int, count: int) -> Tensor:
 def run_suffix(
     decoder: Decoder,
     suffix: Suffix,
-    keys_LBSKE: Tensor,
-    values_LBSKE: Tensor,
+    keys_LBCKE: Tensor,
+    values_LBCKE: Tensor,
     lengths: Tensor,
     next_positions: Tensor,
     prompt_mask: Tensor,
@@ -167,12 +174,12 @@ def run_suffix(
         positions = (next_positions[:, None] + steps).expand(3, -1, -1)
     causal = suffix.causal and (mask is None or mask.ndim == 2)
     visible = None if mask is None else _visible(mask, prompt_mask, count)
-    hidden = decoder.extend(embeds, positions, KVCache.holding(keys_LBSKE, values_LBSKE, lengths), causal, visible)
+    hidden = decoder.extend(embeds, positions, KVCache.holding(keys_LBCKE, values_LBCKE, lengths), causal, visible)
     return hidden if is_valid_B is None else hidden.masked_fill(~is_valid_B[:, None, None], torch.nan)
 
 
 def _visible(mask: Tensor, prompt_mask: Tensor, count: int) -> Tensor:
-    """A suffix's mask as bool (B, T, S + T), the prompt's places as the cache has them: its tokens first."""
+    """A suffix's mask as bool (B, T, C + T), the prompt's places as the cache has them: its tokens first."""
     batch, length = prompt_mask.shape
     of_prompt, of_suffix = mask[..., :-count], mask[..., -count:]
     if mask.ndim == 2:
@@ -270,7 +277,7 @@ class WithPromptCache(Trainable):
             raise ValueError("the cache is of another model, or the model was moved since: call prefill again")
         text, device = self.config.text, self.device
         rows = embeds_or_ids, position_ids, causal, attention_mask
-        suffix = read_suffix(*rows, cache.shape, text, device, self._embedding_dtype())
+        suffix = read_suffix(*rows, cache, text, device, self._embedding_dtype())
         self._check_no_gradient("extend", embeds_or_ids)
         return self._calls.extend(self._caller(cuda_graph), cache, suffix)
 

@@ -1,4 +1,4 @@
-"""The whole call as one graph: what shapes it is its key, all else are its inputs."""
+"""A call as two graphs, of image features and of the decoder: what shapes one is its key, all else are its inputs."""
 
 import dataclasses
 
@@ -20,6 +20,7 @@ TEXTS = ["Pick up the red block.", "a"]
 def own(load, fake, monkeypatch):
     """A model whose graphs only pretend to be CUDA's."""
     monkeypatch.setattr(Calls, "_may_use_graphs", lambda self, processor, device, wanted: wanted)
+    monkeypatch.setattr(Calls, "_rounds_up", lambda self, decoder, device: True)
     return load().requires_grad_(False)
 
 
@@ -48,11 +49,16 @@ def assert_same(ours, theirs, name):
         assert torch.equal(ours, theirs), name
 
 
+def graphs_of(images):
+    """One of the decoder, and one of the tower where there are frames."""
+    return 1 + (images is not None)
+
+
 def assert_replayed(model, fake, *arguments, **options):
     """A captured call gives what the call itself gives."""
     before = fake.replayed
     ours = call(model, *arguments, **options)
-    assert fake.replayed == before + 1
+    assert fake.replayed == before + graphs_of(arguments[0])
     assert_equal(ours, call(model, *arguments, cuda_graph=False, **options))
 
 
@@ -79,8 +85,8 @@ def test_the_second_call_is_captured_and_later_ones_replay(own, fake, name):
     for count in range(5):
         arguments, options = CALLS[name](count)
         ours = call(own, *arguments, **options)
-        assert fake.captured == (count > 0)
-        assert fake.replayed == count
+        assert fake.captured == graphs_of(arguments[0]) * (count > 0)
+        assert fake.replayed == graphs_of(arguments[0]) * count
         assert_equal(ours, call(own, *arguments, cuda_graph=False, **options))
 
 
@@ -90,7 +96,8 @@ def test_trap26_all_calls_in_turn_give_what_each_gives_alone(own, fake):
         for make in CALLS.values():
             arguments, options = make(seed)
             assert_equal(call(own, *arguments, **options), call(own, *arguments, cuda_graph=False, **options))
-    assert fake.captured == len(CALLS) - 1, "frames that have their size need no resize: two calls are one"
+    # Four kinds of frames, and nine of what is asked of the decoder: a mask or a resize is nothing to it.
+    assert len(own._calls.tower) == 4 and len(own._calls.decoder) == 9 and fake.captured == 13
 
 
 def test_trap26_prompts_of_one_length_share_a_graph_and_others_do_not(own, fake):
@@ -166,16 +173,16 @@ def test_what_happens_to_the_decoder_leaves_the_graphs_of_image_features(own, fa
 
 def test_capture_makes_the_graph_ahead_of_time(own, fake):
     own.capture(torch.zeros_like(frames()), TEXTS, logits="last")
-    assert fake.captured == 1
+    assert fake.captured == 2
     assert_replayed(own, fake, frames(), TEXTS, logits="last")
 
 
 def test_capture_makes_the_graph_though_all_places_are_taken(own, fake):
-    own._calls.whole.max_graphs = 1
+    own._calls.decoder.max_graphs = 1
     for _ in range(4):
         call(own, None, TEXTS)
     own.capture(torch.zeros_like(frames()), TEXTS)
-    assert fake.captured == 2
+    assert fake.captured == 3
     assert_replayed(own, fake, frames(), TEXTS)
 
 
@@ -192,12 +199,13 @@ def test_trap26_a_call_that_reaches_more_layers_leaves_earlier_graphs_true(own, 
         for options in calls:
             for _ in range(2):
                 run(frames(), **options)
-        assert fake.captured == len(calls)
+        captured = len(calls) + (first == "forward")  # and one tower for all
+        assert fake.captured == captured
         for options in calls:
             replayed = fake.replayed
             run(frames(), **options)
-            assert fake.replayed == replayed + 1
-    assert fake.captured == len(calls)
+            assert fake.replayed == replayed + (2 if first == "forward" else 1)
+    assert fake.captured == captured
     parts = own.visual.blocks if first == "encode_images" else (*own.visual.blocks, *own.model.layers)
     weights = [[block.mlp.gate_proj.weight, block.mlp.up_proj.weight] for block in parts]
     assert all(block.mlp._gate_up._weights.tensor(pair) is not None for block, pair in zip(parts, weights, strict=True))
@@ -233,7 +241,7 @@ def test_gradients_make_no_graph(own, fake):
 def test_a_prepared_batch_has_a_graph(own, fake):
     batch = own.processor(frames(), TEXTS)
     outs = [call(own, **batch).last_hidden_state for _ in range(3)]
-    assert fake.captured == 1
+    assert fake.captured == 2
     assert torch.equal(outs[0], call(own, frames(), TEXTS).last_hidden_state)
     assert all(torch.equal(out, outs[0]) for out in outs)
 
@@ -377,7 +385,7 @@ def test_a_graph_of_the_whole_call_gives_bitwise_what_the_call_gives(on_gpu, nam
         arguments = to_gpu(arguments)
         ours = call(on_gpu, *arguments, **options)
         assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
-    assert sum(map(bool, on_gpu._calls.whole._calls.values())) == 1
+    assert sum(map(bool, on_gpu._calls.decoder._calls.values())) == 1
 
 
 @pytest.mark.gpu
@@ -432,7 +440,7 @@ def test_pinned_host_frames_are_copied_without_a_stall(on_gpu):
 
 @pytest.mark.gpu
 def test_memory_is_flat_over_many_shapes(on_gpu):
-    on_gpu._calls.whole.max_graphs = 4
+    on_gpu._calls.decoder.max_graphs = 4
 
     def round_trip(calls):
         for index in range(calls):
@@ -443,7 +451,7 @@ def test_memory_is_flat_over_many_shapes(on_gpu):
     round_trip(90)
     before = round_trip(90)
     assert round_trip(360) <= before + 2**20
-    assert len(on_gpu._calls.whole) <= 4
+    assert len(on_gpu._calls.decoder) <= 4
 
 
 # --- a cached prompt ---
@@ -453,7 +461,7 @@ def test_a_prompt_and_tokens_behind_it_are_captured(own, fake):
     width = own.config.text.hidden_size
     for count in range(4):
         cache = own.prefill(frames(count), TEXTS)
-        assert fake.captured == (count > 0) and fake.replayed == count
+        assert fake.captured == 2 * (count > 0) and fake.replayed == 2 * count
         want = call(own, frames(count), TEXTS, cuda_graph=False)
         assert_equal(cache.output, want)
     captured, replayed = fake.captured, fake.replayed
@@ -494,7 +502,7 @@ def test_features_in_place_of_frames_have_a_graph(own, fake):
         call(own, frames(), TEXTS, keys_values=(0, 1))
     before = fake.replayed
     pairs = call(own, frames(2), TEXTS, keys_values=(0, 1)).keys_values
-    assert fake.replayed == before + 1
+    assert fake.replayed == before + 2
     want = call(own, frames(2), TEXTS, keys_values=(0, 1), cuda_graph=False).keys_values
     assert all(
         torch.equal(x, y) for pair, other in zip(pairs, want, strict=True) for x, y in zip(pair, other, strict=True)
