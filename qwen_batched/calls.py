@@ -176,6 +176,15 @@ class Calls:
         finally:
             self.steps.forget()
 
+    def makes_graphs(self, processor: TensorProcessor, device: torch.device) -> bool:
+        """Whether calls on this device may become graphs."""
+        return self._may_use_graphs(processor, device, True)
+
+    @property
+    def graph_count(self) -> int:
+        """How many there are."""
+        return sum(map(len, (self.tower, self.decoder, self.steps, self.suffixes)))
+
     @contextlib.contextmanager
     def admitting_all(self) -> Iterator[None]:
         """Inside the `with` block second calls are captured, whatever has to give way."""

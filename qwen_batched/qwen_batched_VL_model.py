@@ -34,6 +34,7 @@ from qwen_batched.model.pipeline import Network, Wanted
 from qwen_batched.model.prompt_cache import WithPromptCache
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.model.vocabulary import WithVocabulary
+from qwen_batched.model.warmup import WithWarmup
 from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.fast_path import check_placement
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
@@ -41,7 +42,7 @@ from qwen_batched.training.model_config import ModelConfig
 from qwen_batched.training.tied_head import embedding_weight
 
 
-class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithVocabulary, ClientMethods):
+class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, WithVocabulary, ClientMethods):
     """A Qwen VL model for a batch of samples, each with the frames of the same cameras and a text.
 
     Attributes:
@@ -370,21 +371,6 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithVocabulary,
         self._calls.tower.clear()
         # Raised out here, where nothing holds on to what the failed call had on the GPU.
         raise out_of_memory(images, chunk_size, reason)
-
-    def capture(self, images: Tensor | Sequence[Tensor] | None, texts: Sequence[str], **arguments: Any) -> None:
-        """Makes the CUDA graph of a call's shape ahead of time, so that the first real call replays it.
-
-        Args:
-            images: As for `forward`, of the shape and dtype that will come; their values do not matter.
-            texts: As for `forward`, of the length in tokens that will come.
-            **arguments: Those of `forward`.
-
-        Raises:
-            TypeError, ValueError: An argument is not as described. Nothing was done.
-        """
-        with torch.no_grad(), self._calls.admitting_all():
-            for _ in range(2):  # the first compiles kernels and packs weights
-                self(images, texts, **arguments)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> QwenBatchedVL:
         """`.to()` and the like: the graphs' memory must not stay behind."""

@@ -334,8 +334,8 @@ def check_decoder_inputs(
         tokens = as_int("tokens", tokens, 1, batch * length)
         if can_read(attention_mask) and attention_mask.sum() > tokens:
             raise ValueError(f"tokens must count all of attention_mask, got {tokens} for {attention_mask.sum()}")
-    if not is_padded and can_read(attention_mask) and not attention_mask.all():
-        raise ValueError("attention_mask must be True everywhere with is_padded=False, got False in it")
+    if not is_padded and can_read(attention_mask) and (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask must have padding at the end of rows only with is_padded=False, got it before")
 
 
 def check_same_device(name: str, tensors: Sequence[Tensor], parameter: Tensor) -> None:

@@ -127,7 +127,8 @@ class Decoder(GradientCheckpointing):
                 is left out without reading the mask back. None computes padding too.
             deep_features: Each (B, S, D), zero on tokens of text. The first is added to the output of the first block,
                 and so on; a layer's hidden states are those before that, as in transformers.
-            is_padded: False where `attention_mask` is True everywhere: tokens then stand where they are.
+            is_padded: False where padding, if there is any, stands at the end of rows, and is no reason to move tokens:
+                it is computed too, and reaches none of them.
 
         Returns:
             One (B, S, D) per layer, in the order of `layers`. Values on padding are finite and mean nothing.

@@ -1,6 +1,7 @@
 """A call as two graphs, of image features and of the decoder: what shapes one is its key, all else are its inputs."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding
+from qwen_batched.inputs.prompt_rows import PromptRows
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -507,3 +509,55 @@ def test_features_in_place_of_frames_have_a_graph(own, fake):
     assert all(
         torch.equal(x, y) for pair, other in zip(pairs, want, strict=True) for x, y in zip(pair, other, strict=True)
     )
+
+
+# --- warmup ---
+
+WORDS = ["pick", "up", "the", "red", "block", "and", "open", "a", "drawer"]
+
+
+def a_text(rng, tokens, most, model):
+    """A random text of at most so many tokens."""
+    while True:
+        text = " ".join(rng.choices(WORDS, k=rng.randint(0, most)))
+        if len(tokens(text).input_ids) <= most:
+            return text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [None, "host", "device"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_after_warmup_no_text_captures(own, fake, monkeypatch, size, mask):
+    rng, tokens, most = random.Random(0), own.processor.prompts.tokenizer, 40
+    images = frames()[:size]
+    if mask == "device":
+        monkeypatch.setattr(PromptRows, "lay_out", PromptRows.lay_out_on_device)
+        if size == 1:
+            monkeypatch.setattr("qwen_batched.model.warmup._knows_lengths", lambda mask: False)
+    given = None if mask is None else torch.ones(1, 2, dtype=torch.bool)
+    if mask == "device" and size == 2:
+        pytest.skip("pretending is done for one sample")
+    made = own.warmup(images, max_text_tokens=most, camera_mask=given, progress=False)
+    captured = fake.captured
+    assert made.graphs == captured == own.graph_count > 2
+    for _ in range(25):
+        texts = [a_text(rng, tokens, most, own) for _ in range(size)]
+        drawn = None if mask is None else torch.rand(size, 2) < 0.6
+        ours = call(own, frames(rng.randint(0, 9))[:size], texts, drawn)
+        assert fake.captured == captured, texts
+        assert ours.last_hidden_state.isfinite().all()
+    own.clear_graphs()
+    assert own.graph_count == 0
+
+
+def test_warmup_refuses_what_cannot_be(own, fake):
+    for wrong in ({"max_text_tokens": 0}, {"max_text_tokens": 10**6}, {"max_text_tokens": 5, "batch_sizes": ()}):
+        with pytest.raises(ValueError):
+            own.warmup(frames(), progress=False, **wrong)
+    own._calls.decoder.max_graphs = 2
+    with pytest.raises(ValueError, match="graphs"):
+        own.warmup(frames(), max_text_tokens=60, progress=False)
+    with pytest.raises(ValueError, match="int"):
+        own.warmup(frames(), max_text_tokens="a", progress=False)
+    assert fake.captured == 0
+    assert call(own, frames(), TEXTS).last_hidden_state.isfinite().all()

@@ -1,0 +1,235 @@
+"""Graphs made ahead of time: of one call's shape, or of all that a robot or a simulator will need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen_batched.arguments import as_int
+from qwen_batched.inputs import checks
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, ROW_STEPS, TOKEN_STEPS, round_up
+from qwen_batched.training.api import Trainable
+
+WORD = " a"  # texts of any length are made of it
+
+
+class Warmup(NamedTuple):
+    """What a model holds after `warmup`."""
+
+    graphs: int  # CUDA graphs in all
+    mebibytes: float  # how much more memory of the GPU is allocated than before
+
+
+class WithWarmup(Trainable):
+    """A model whose calls run as CUDA graphs."""
+
+    def capture(self, images: Tensor | Sequence[Tensor] | None, texts: Sequence[str], **arguments: Any) -> None:
+        """Makes the CUDA graphs of a call's shape ahead of time, so that the first real call replays them.
+
+        Args:
+            images: As for `forward`, of the shape and dtype that will come; their values do not matter.
+            texts: As for `forward`, of about the length in tokens that will come.
+            **arguments: Those of `forward`.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described. Nothing was done.
+        """
+        with torch.no_grad(), self._calls.admitting_all():
+            for _ in range(2):  # the first compiles kernels and packs weights
+                self(images, texts, **arguments)
+
+    def warmup(
+        self,
+        images: Tensor | Sequence[Tensor] | None,
+        *,
+        max_text_tokens: int,
+        max_new_tokens: int = 0,
+        batch_sizes: Sequence[int] | None = None,
+        progress: bool = True,
+        **forward_arguments: Any,
+    ) -> Warmup:
+        """Makes all CUDA graphs that calls with such images and any texts will need; on a CPU none.
+
+        No later call within these bounds compiles a kernel or captures a graph.
+
+        Args:
+            images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
+                of cameras and sizes that will come to a call of its own.
+            max_text_tokens: Most tokens of a text, the template's not counted.
+            max_new_tokens: Most new tokens of `generate`; 0 where it is not used.
+            batch_sizes: Numbers of samples that will come; None for that of the images.
+            progress: Shows a progress bar on stderr.
+            **forward_arguments: `camera_mask`, `template`, `resize`, `system`, `layers` and the like, as they will
+                come. With a camera mask, on the host or on the GPU, all numbers of cameras are covered.
+
+        Returns:
+            How many graphs the model has, and how much memory they took.
+
+        Raises:
+            TypeError: An argument is of another type.
+            ValueError: The bounds exceed the model's maximum, the number of graphs that a model keeps, or what memory
+                holds. Nothing was captured, and the model works as before.
+        """
+        longest = as_int("max_text_tokens", max_text_tokens, 1)
+        new = as_int("max_new_tokens", max_new_tokens, 0)
+        if images is None and batch_sizes is None:
+            batch_sizes = (1,)
+        first = images if images is None or isinstance(images, Tensor) else images[0]
+        sizes = [len(first)] if batch_sizes is None else [as_int("batch_sizes", size, 1) for size in batch_sizes]
+        if not sizes:
+            raise ValueError("batch_sizes must hold at least one number, got none")
+        mask = forward_arguments.pop("camera_mask", None)
+        plans = [plan for size in sizes for plan in self._plans(images, size, longest, new, mask, forward_arguments)]
+        room = self._calls.decoder.max_graphs
+        if len(plans) > room:
+            raise ValueError(
+                f"these bounds need {len(plans)} graphs of the decoder, and a model keeps at most {room}: lower "
+                "max_text_tokens, or give fewer batch_sizes"
+            )
+        if not self._calls.makes_graphs(self.processor, self.device):
+            return Warmup(0, 0.0)
+        before = _allocated(self.device)
+        self._check_memory(plans[0], forward_arguments)
+        with torch.no_grad(), self._calls.admitting_all():
+            for plan in tqdm(plans, desc="warmup", disable=not progress):
+                for _ in range(2):
+                    self(*plan, **forward_arguments)
+                if new:
+                    self._warm_generation(*plan, new, forward_arguments)
+        return Warmup(self.graph_count, (_allocated(self.device) - before) / 2**20)
+
+    def _warm_generation(
+        self, images: Any, texts: list[str], mask: Tensor | None, new: int, arguments: dict[str, Any]
+    ) -> None:
+        options = {name: arguments[name] for name in ("template", "resize", "system") if name in arguments}
+        for _ in range(2):
+            self.generate(images, texts, max_new_tokens=new, camera_mask=mask, **options)
+
+    def _check_memory(self, plan: tuple, arguments: dict[str, Any]) -> None:
+        """Raises `ValueError` where the largest call does not fit beside what is there, with the batch that does."""
+        images, texts, mask = plan
+        size = fitting = len(texts)
+        while fitting:
+            try:
+                with torch.no_grad():
+                    one = None if mask is None else mask[:fitting]
+                    self(_repeated(images, fitting), texts[:fitting], one, cuda_graph=False, **arguments)
+                break
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                fitting //= 2
+        if fitting < size:
+            hint = f"batch_sizes up to {fitting} fit" if fitting else "not even one sample fits"
+            raise ValueError(f"calls of {size} samples exceed the GPU's memory: {hint}")
+
+    def clear_graphs(self) -> None:
+        """Forgets all CUDA graphs and gives their memory back; later calls make new ones."""
+        self._calls.clear()
+
+    @property
+    def graph_count(self) -> int:
+        """How many CUDA graphs there are."""
+        return self._calls.graph_count
+
+    def _plans(
+        self,
+        images: Tensor | Sequence[Tensor] | None,
+        size: int,
+        longest: int,
+        new: int,
+        mask: Tensor | None,
+        arguments: dict[str, Any],
+    ) -> list[tuple[Any, list[str], Tensor | None]]:
+        """Calls of `size` samples, one for each graph of the decoder, the largest first: images, texts, camera mask."""
+        layout = {name: arguments[name] for name in ("template", "resize", "system") if name in arguments}
+        frames = _repeated(images, size)
+        plans = []
+        for present in _masks(images, mask):
+            one = None if present is None else present[:1]
+            texts = self._texts_by_length(_repeated(images, 1), one, longest, new, layout)
+            chosen = list(_choose(texts, size, _knows_lengths(present)))
+            plans += [(frames, row, None if present is None else present.expand(size, -1)) for row in chosen]
+        unique = {_shape_of(self.processor, plan, layout): plan for plan in reversed(plans)}
+        return sorted(unique.values(), key=lambda plan: -_shape_of(self.processor, plan, layout)[0])
+
+    def _texts_by_length(
+        self, images: Any, mask: Tensor | None, longest: int, new: int, layout: dict[str, Any]
+    ) -> dict[int, str]:
+        """A text for each length of a prompt that one of at most `longest` tokens leads to."""
+        found: dict[int, str] = {}
+        for words in itertools.count():
+            text = WORD * words
+            options = {"max_new_tokens": new, "device": self.device, **layout}
+            prompts = self.processor.request(images, [text], mask, **options).prompts
+            found.setdefault(prompts.length, text)
+            if prompts.length - min(found) >= longest:
+                return found
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _knows_lengths(mask: Tensor | None) -> bool:
+    """Whether the host knows how long prompts with this camera mask are."""
+    return mask is None or mask.device.type == "cpu"
+
+
+def _repeated(images: Tensor | Sequence[Tensor] | None, size: int) -> Any:
+    if images is None:
+        return None
+    if isinstance(images, Tensor):
+        return images[:1].expand(size, *images.shape[1:])
+    return [camera[:1].expand(size, *camera.shape[1:]) for camera in images]
+
+
+def _masks(images: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Iterator[Tensor | None]:
+    """(1, V) each: every number of present cameras; any one where only the device knows it."""
+    if mask is None:
+        yield None
+        return
+    cameras = images.shape[1] if isinstance(images, Tensor) else len(images)
+    checks.check_camera_mask(mask, len(mask), cameras, mask.device)
+    for present in range(cameras, -1 if mask.device.type == "cpu" else cameras - 1, -1):
+        yield (torch.arange(cameras, device=mask.device) < present)[None]
+
+
+def _choose(texts: dict[int, str], size: int, knows_lengths: bool) -> Iterator[list[str]]:
+    """Texts of `size` samples, for each pair of a sequence length and a number of tokens after rounding up."""
+    lengths = sorted(texts)
+    if not knows_lengths:
+        for longest in _last_of_each(lengths, ROW_STEPS):
+            yield [texts[longest]] * size
+        return
+    for longest in _last_of_each(lengths, TOKEN_STEPS):
+        yield [texts[longest]] * size
+    for longest in _last_of_each(lengths, ROW_STEPS) if size > 1 else ():
+        least, most = longest + (size - 1) * lengths[0], size * longest - 1
+        totals = range(least, most + 1)
+        for total in _last_of_each(totals, PACKED_TOKEN_STEPS):
+            each, more = divmod(total - longest, size - 1)
+            rest = [each + (index < more) for index in range(size - 1)]
+            yield [texts[longest], *(texts[max(x for x in lengths if x <= length)] for length in rest)]
+
+
+def _last_of_each(counts: Sequence[int], steps: int) -> list[int]:
+    """The largest of the counts that are rounded up to the same."""
+    return sorted({round_up(count, steps): count for count in counts}.values(), reverse=True)
+
+
+def _shape_of(processor: Any, plan: tuple, layout: dict[str, Any]) -> tuple[int, int, bool]:
+    """Tokens and rows of a call after rounding up."""
+    images, texts, mask = plan
+    prompts = processor.request(images, texts, mask, **layout).prompts
+    size = len(texts)
+    is_padded = prompts.tokens != size * prompts.length
+    rows = round_up(prompts.length, ROW_STEPS if is_padded else TOKEN_STEPS)
+    if not is_padded:
+        return size * rows, rows, False
+    tokens = size * rows if prompts.tokens is None else min(round_up(prompts.tokens, PACKED_TOKEN_STEPS), size * rows)
+    return tokens, rows, True
