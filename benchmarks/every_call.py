@@ -201,16 +201,18 @@ def run_all(options: Namespace, temporary: str) -> int:
         camera = run.shapes.camera
         frames = run.frames(camera.batch, camera.cameras, camera.size)
         masks = torch.ones(1, camera.cameras, dtype=torch.bool)
-        run.report["warmup"] = str(run.model.warmup(frames, max_text_tokens=MAX_TEXT_TOKENS, resize=None))
-        run.model.warmup(frames, max_text_tokens=MAX_TEXT_TOKENS, resize=None, camera_mask=masks)
-        note(run.report["warmup"])
+        for mask in (None, masks, masks.to(run.device)):
+            options_of_loop = {"max_text_tokens": MAX_TEXT_TOKENS, "progress": False, "resize": None}
+            run.report["warmup"] = str(run.model.warmup(frames, camera_mask=mask, **options_of_loop))
+            note(run.report["warmup"])
         after = run.report["after"] = measure_loop(run, "after warmup")
     run.report["generation"] = generation = measure_generation(run, "generate")
     run.report["environments"] = environments = measure_environments(run, "environments")
     if has_warmup and options.calls:
+        run.model.clear_graphs()
         for c in range(1, 5):
             for size in run.shapes.sizes:
-                run.model.warmup(run.frames(1, c, size), max_text_tokens=256, resize=None)
+                run.model.warmup(run.frames(1, c, size), max_text_tokens=256, progress=False, resize=None)
         run.report["long"] = long = measure_long_run(run, options.calls)
         run.goals += [
             Goal("graphs after the long run", long["graphs"], 64, 40, ""),

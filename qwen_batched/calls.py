@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from qwen_batched.generation import Decoding
+from qwen_batched.generation import Decoding, DecodingKind, DecodingPool, Rules, Sampling
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
 from qwen_batched.inputs.prepared import check_on_device
 from qwen_batched.inputs.request import Request
@@ -46,7 +46,7 @@ class Caller(NamedTuple):
 
 # What a user gives: frames and texts, a batch that the processor prepared, or one of transformers'.
 Call = Request | Batch | TransformersBatch
-MAX_DECODER_GRAPHS, MAX_SUFFIX_GRAPHS = 64, 8
+MAX_DECODER_GRAPHS, MAX_SUFFIX_GRAPHS, MAX_STEP_GRAPHS = 64, 8, 8
 IMAGE_FIELDS = ("pixel_values", "camera_present", "grids", "images", "as_list")
 
 
@@ -56,9 +56,13 @@ class Calls:
     def __init__(self) -> None:
         self.tower = CudaGraphs(prepare=pack)  # of image features
         self.decoder = CudaGraphs(MAX_DECODER_GRAPHS, prepare=pack)  # from embeddings to hidden states and logits
-        self.steps = CudaGraphs(max_graphs=1)  # of a step of generation, while there is one
+        self.steps = CudaGraphs(MAX_STEP_GRAPHS)  # of generations, each bound to its state
+        self.idle = DecodingPool(lambda decoding: self.steps.drop(decoding.token))  # those states
         # Of tokens behind a prompt, of which each graph holds a copy.
         self.suffixes = CudaGraphs(MAX_SUFFIX_GRAPHS, prepare=pack)
+
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
+        return Calls, ()  # a copied or unpickled model begins anew
 
     def forward(self, caller: Caller, call: Call, wanted: Wanted) -> VLOutput:
         """The result of a call with texts."""
@@ -160,21 +164,33 @@ class Calls:
         return self._by_graph(self.tower, [visual], key, run, request, request.device)
 
     @contextlib.contextmanager
-    def stepping(self, decoding: Decoding, processor: TensorProcessor, graph: bool) -> Iterator[Callable[[], None]]:
-        """`decoding.step`, or its CUDA graph, which is gone after the `with` block: it holds the cache."""
-        device = decoding.tokens.device
-        if not self._may_use_graphs(processor, device, graph):
-            yield decoding.step
+    def decoding(
+        self, caller: Caller, prefilled: Prefilled, sampling: Sampling, rules: Rules
+    ) -> Iterator[tuple[Decoding, Callable[[], None]]]:
+        """The state of a generation behind its prompts, with the first token, and its step, by a graph where it may be.
+
+        After the `with` block the state and its graph serve the next generation of the kind.
+        """
+        (_, decoder, head), processor, _, graph = caller
+        kind = DecodingKind.of(prefilled, sampling, rules)
+        if not self._may_use_graphs(processor, kind.device, graph):
+            decoding = Decoding(decoder, head, kind)
+            decoding.begin(decoder, head, prefilled, sampling, rules)
+            yield decoding, decoding.step
             return
+        idle, epoch = self.idle.take(kind)
+        decoding = idle or Decoding(decoder, head, kind)
 
         @torch.no_grad()
         def step() -> None:
-            self.steps.run(decoding.modules, decoding, decoding.step, device=device, stateful=True)
+            run, modules = decoding.step, decoding.modules
+            self.steps.run(modules, decoding.token, run, device=kind.device, stateful=True)
 
         try:
-            yield step
+            decoding.begin(decoder, head, prefilled, sampling, rules)
+            yield decoding, step
         finally:
-            self.steps.forget()
+            self.idle.give(decoding, epoch)
 
     def makes_graphs(self, processor: TensorProcessor, device: torch.device) -> bool:
         """Whether calls on this device may become graphs."""
@@ -195,6 +211,7 @@ class Calls:
         """Forgets all graphs, and frees their memory."""
         for graphs in (self.tower, self.decoder, self.steps, self.suffixes):
             graphs.clear()
+        self.idle.clear()
 
     def _may_use_graphs(self, processor: TensorProcessor, device: torch.device, wanted: bool) -> bool:
         """What a call decides before its tensors are looked at; `CudaGraphs.run` looks at these."""

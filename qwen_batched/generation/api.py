@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from qwen_batched.arguments import integer, shown
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation.arguments import INERT, GenerationArguments, read_arguments
-from qwen_batched.generation.decoding import Decoding
 from qwen_batched.generation.loop import generate_texts
 from qwen_batched.generation.rules import AllowedTokens, Rules
 from qwen_batched.generation.sampling import Sampling
@@ -23,6 +22,7 @@ from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import INERT as FORWARD_INERT
 from qwen_batched.inputs.transformers_batch import NAMES, TransformersBatch
+from qwen_batched.model.pipeline import Wanted
 from qwen_batched.outputs import GenerateOutput
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 
@@ -180,8 +180,7 @@ class Generative:
         progress: bool,
         cuda_graph: bool,
     ) -> GenerateOutput:
-        with torch.no_grad():
-            batch = self._calls.batch(self._caller(cuda_graph), call)
-        decoding = Decoding(self._network, batch, sampling, rules)
-        with self._calls.stepping(decoding, self.processor, cuda_graph) as step:
+        caller = self._caller(cuda_graph)
+        prefilled = self._calls.prefill(caller, call, Wanted((), "post", "last"))
+        with self._calls.decoding(caller, prefilled, sampling, rules) as (decoding, step):
             return generate_texts(decoding, step, self.processor.prompts, rules, stream=stream, progress=progress)

@@ -193,13 +193,6 @@ class KVCache:
         """The prompt, of `lengths` (B,) tokens, is stored in every block."""
         self.lengths.copy_(lengths)
 
-    def repeat_samples(self, copies: int) -> None:
-        """Puts `copies` of each sample side by side, in place of it."""
-        self.keys_LBCKE = self.keys_LBCKE.repeat_interleave(copies, dim=1)
-        self.values_LBCKE = self.values_LBCKE.repeat_interleave(copies, dim=1)
-        self.lengths = self.lengths.repeat_interleave(copies)
-        self.tickets = self.tickets.repeat(copies)
-
     def end_token(self) -> None:
         """One more token is stored in every block."""
         self.lengths += 1

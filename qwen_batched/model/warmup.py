@@ -148,12 +148,14 @@ class WithWarmup(Trainable):
         """Calls of `size` samples, one for each graph of the decoder, the largest first: images, texts, camera mask."""
         layout = {name: arguments[name] for name in ("template", "resize", "system") if name in arguments}
         frames = _repeated(images, size)
-        plans = []
+        prompts: dict[int, tuple[str, Tensor | None]] = {}
         for present in _masks(images, mask):
-            one = None if present is None else present[:1]
-            texts = self._texts_by_length(_repeated(images, 1), one, longest, new, layout)
-            chosen = list(_choose(texts, size, _knows_lengths(present)))
-            plans += [(frames, row, None if present is None else present.expand(size, -1)) for row in chosen]
+            texts = self._texts_by_length(_repeated(images, 1), present, longest, new, layout)
+            prompts |= {length: (text, present) for length, text in texts.items()}
+        plans = []
+        for row in _choose(sorted(prompts), size, _knows_lengths(mask)):
+            texts, masks = zip(*(prompts[length] for length in row), strict=True)
+            plans.append((frames, [*texts], None if mask is None else torch.cat(masks)))
         unique = {_shape_of(self.processor, plan, layout): plan for plan in reversed(plans)}
         return sorted(unique.values(), key=lambda plan: -_shape_of(self.processor, plan, layout)[0])
 
@@ -199,22 +201,19 @@ def _masks(images: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Ite
         yield (torch.arange(cameras, device=mask.device) < present)[None]
 
 
-def _choose(texts: dict[int, str], size: int, knows_lengths: bool) -> Iterator[list[str]]:
-    """Texts of `size` samples, for each pair of a sequence length and a number of tokens after rounding up."""
-    lengths = sorted(texts)
+def _choose(lengths: Sequence[int], size: int, knows_lengths: bool) -> Iterator[list[int]]:
+    """Of each of `size` samples one of `lengths`, for every sequence length and number of tokens after rounding up."""
+    for longest in _last_of_each(lengths, TOKEN_STEPS if knows_lengths else ROW_STEPS):
+        yield [longest] * size
     if not knows_lengths:
-        for longest in _last_of_each(lengths, ROW_STEPS):
-            yield [texts[longest]] * size
         return
-    for longest in _last_of_each(lengths, TOKEN_STEPS):
-        yield [texts[longest]] * size
     for longest in _last_of_each(lengths, ROW_STEPS) if size > 1 else ():
         least, most = longest + (size - 1) * lengths[0], size * longest - 1
         totals = range(least, most + 1)
         for total in _last_of_each(totals, PACKED_TOKEN_STEPS):
             each, more = divmod(total - longest, size - 1)
             rest = [each + (index < more) for index in range(size - 1)]
-            yield [texts[longest], *(texts[max(x for x in lengths if x <= length)] for length in rest)]
+            yield [longest, *(max(x for x in lengths if x <= length) for length in rest)]
 
 
 def _last_of_each(counts: Sequence[int], steps: int) -> list[int]:

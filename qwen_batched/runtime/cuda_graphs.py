@@ -120,6 +120,13 @@ class CudaGraphs:
             self._uses.clear()
             self._snapshot = None  # the last to go: it keeps what running graphs read
 
+    def drop(self, key: Hashable) -> None:
+        """Forgets the calls of one key, whatever their inputs were."""
+        with self._lock:
+            for full in [full for full in self._calls if full[0] is key]:
+                self._evict(full)
+            self._release_finished()
+
     def clear(self) -> None:
         """Forgets all calls, and lets go of their memory."""
         with self._lock:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qwen_batched.checkpoint.generation_config import GenerationConfig
-from qwen_batched.generation import Decoding, Rules, Sampling, generate_texts
+from qwen_batched.generation import Rules, Sampling, generate_texts
+from qwen_batched.model.pipeline import Wanted
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.model.test_generation import MIN_PIXELS, TEXTS, assert_draws_follow, frames, tokens
@@ -190,12 +191,13 @@ def test_samples_that_stop_leave_the_others_alone(endless):
 
 def test_no_end_token_comes_before_min_new_tokens_as_in_transformers(model, reference):
     request = model.processor.request(None, TEXTS, device=model.device)
-    batch = model.processor.batch(request, model.dtype)
     free = tokens(model.generate(None, TEXTS, max_new_tokens=STEPS))
     ends = [free[0][0], free[1][1]]
     rules = Rules.read(vocabulary(model), GenerationConfig(), STEPS, Sampling(), end_tokens=ends, min_new_tokens=4)
-    decoding = Decoding(model._network, batch, Sampling(), rules)
-    out = generate_texts(decoding, decoding.step, model.processor.prompts, rules)
+    caller = model._caller(True)
+    prefilled = model._calls.prefill(caller, request, Wanted((), "post", "last"))
+    with model._calls.decoding(caller, prefilled, Sampling(), rules) as (decoding, step):
+        out = generate_texts(decoding, step, model.processor.prompts, rules)
     for i, text in enumerate(TEXTS):
         expected, _ = by_transformers(reference, text, eos_token_id=ends, min_new_tokens=4)
         assert tokens(out)[i] == expected

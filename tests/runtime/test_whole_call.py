@@ -280,24 +280,66 @@ def assert_generates_the_same(model, **options):
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_steps_after_the_first_replay(own, fake, name, penalty):
     own.generation_config = GenerationConfig(eos_token_ids=(), repetition_penalty=penalty)
-    for count in (1, 2):
+    assert_generates_the_same(own, **GENERATE[name])
+    assert fake.captured == 1
+    assert fake.replayed == 10, "of 12 tokens one is the prompt's, one a first step's"
+    for count in (1, 2):  # from now on all of it comes from graphs: features, prompt, every step
         assert_generates_the_same(own, **GENERATE[name])
-        tower = count - 1  # the second time, the frames' features come from a graph too
-        assert fake.captured == count + tower
-        assert fake.replayed == 10 * count + tower, "of 12 tokens one is the prompt's, one a first step's"
+        assert fake.captured == 3 and fake.replayed == 10 + 13 * count
+    assert len(own._calls.idle._idle) == 1
 
 
-def test_a_step_leaves_nothing_behind(own, fake):
-    own.generate(frames(), TEXTS, max_new_tokens=4)
-    assert len(own._calls.steps) == 0
-    assert own._calls.steps._snapshot is None
-
-
-def test_an_error_in_the_stream_leaves_nothing_behind(own, fake):
+def test_an_error_in_the_stream_leaves_a_state_that_serves_again(own, fake):
     with pytest.raises(ZeroDivisionError):
         own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: 1 / 0)
-    assert len(own._calls.steps) == 0
+    assert len(own._calls.idle._idle) == 1
     assert_generates_the_same(own)
+
+
+def test_generations_of_one_kind_follow_each_other_in_one_state(own, fake):
+    """Whatever the last one left there: longer prompts, more tokens, drawn ones, NaN."""
+    own.generation_config = GenerationConfig(eos_token_ids=())
+    options = {"temperature": 1.0, "allowed_tokens": list(range(300)), "logprobs": True}
+    kinds = [{}, {"camera_mask": MASK}, {"max_new_tokens": 3}, {"max_new_tokens": 20}, {"seed": 4}]
+    for kind in (*kinds, *kinds):
+        chosen = {"max_new_tokens": 12, "seed": 1, **options, **kind}
+        ours = own.generate(frames(), TEXTS, **chosen)
+        theirs = own.generate(frames(), TEXTS, cuda_graph=False, **chosen)
+        assert ours.texts == theirs.texts
+        assert all(torch.equal(x, y) for x, y in zip(ours.logprobs, theirs.logprobs, strict=True))
+        sick = frames().float() / 255
+        sick[0] = torch.nan
+        reasons = own.generate(sick, TEXTS, **chosen).finish_reasons
+        assert reasons == ["invalid", "length"]
+    assert len(own._calls.idle._idle) <= 4
+
+
+def test_a_stream_that_generates_and_a_second_thread_get_states_of_their_own(own, fake):
+    own.generation_config = GenerationConfig(eos_token_ids=())
+    want = own.generate(frames(), TEXTS, max_new_tokens=8, cuda_graph=False).texts
+    inner = []
+
+    def stream(pieces):
+        if len(inner) < 3:
+            inner.append(own.generate(frames(), TEXTS, max_new_tokens=8).texts)
+
+    assert own.generate(frames(), TEXTS, max_new_tokens=8, stream=stream).texts == want
+    assert inner == [want] * 3
+    own.to(torch.float32)  # forgets all
+    assert own._calls.idle._idle == []
+
+
+def test_a_state_that_was_lent_when_all_were_forgotten_is_not_kept(own, fake):
+    own.generation_config = GenerationConfig(eos_token_ids=())
+    own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: own.clear_graphs())
+    assert own._calls.idle._idle == []
+
+
+def test_idle_states_are_few(own, fake):
+    for count in (10, 40, 70, 130, 260, 520):
+        own.generate(None, ["a"], max_new_tokens=count, stop="\n")
+    assert len(own._calls.idle._idle) == 4
+    assert len(own._calls.steps) <= 4
 
 
 @pytest.mark.parametrize("change", ["mode", "hook", "weights"])
