@@ -28,7 +28,7 @@ class PromptCache:
     """A prompt's keys and values, for `extend` of the model that made it. It never changes.
 
     Attributes:
-        output: The prompt's `VLOutput`, as `forward` returns it: hidden states, masks, positions.
+        output: The prompt's `VLOutput`, as `forward` returns it but without logits: hidden states, masks, positions.
     """
 
     def __init__(self, prefilled: Prefilled, owner: object) -> None:
@@ -217,7 +217,7 @@ class WithPromptCache(Trainable):
             **batch: A prepared batch or one of transformers', as for `forward`.
 
         Returns:
-            The cache; its `output` is what `forward` returns for the prompt.
+            The cache; its `output` is what `forward` returns for the prompt, without logits.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or gradients are wanted: of embeddings or features,
@@ -227,7 +227,7 @@ class WithPromptCache(Trainable):
         batch |= {"inputs_embeds": inputs_embeds, "image_features": image_features}
         options = {"camera_mask": camera_mask, "template": template, "resize": resize, "system": system}
         call = self._read(images, texts, batch, **options)
-        wanted = self._check_wanted(layers, norm, None, has_targets=False)
+        wanted = self._check_wanted(layers, norm, None, has_targets=batch.get("labels") is not None)
         return PromptCache(self._calls.prefill(self._caller(cuda_graph), call, wanted), self._placement)
 
     @without_idle_autocast

@@ -233,3 +233,14 @@ def test_a_bad_call_of_the_prompt_cache_is_refused(sister):
     model.eval().to(torch.float64)
     with pytest.raises(ValueError, match="moved"):
         model.extend(cache, suffix.double())
+
+
+def test_labels_in_a_prompt_need_the_output_projection(sister):
+    headless = sister.load(lm_head=False)
+    batch = transformers_batch(sister.reference, sister.factor, [1, 0], seed=3, labels=True)
+    prepared = headless.processor(sister.photos(2, 1, 2, 2), TEXTS, targets=["x", "y"], resize=None)
+    for given in (batch, prepared):
+        with pytest.raises(ValueError, match="output projection"):
+            headless.prefill(**given)
+    output = sister.model.prefill(**batch).output
+    assert torch.equal(output.loss, sister.model(**batch).loss) and output.logits is None
