@@ -35,8 +35,8 @@ class PromptCache:
         self.output: VLOutput = prefilled.output
         self.owner = owner  # stands for the model as it is placed now
         # Of B samples, a sample's tokens first: keys (L, B, S, K, E), rotated, values, lengths (B,), the position of
-        # the next token (B,); and the prompt's mask (B, S).
-        self.tensors = (*prefilled[1:], prefilled.output.attention_mask)
+        # the next token (B,); and the prompt's mask (B, S), apart from the output's and the batch's, which callers own.
+        self.tensors = (*prefilled[1:], prefilled.output.attention_mask.clone())
 
     @property
     def shape(self) -> tuple[int, int]:
