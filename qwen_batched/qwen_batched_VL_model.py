@@ -231,7 +231,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
         num_items_in_batch: int | Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         image_features: FeatureMaps | Features | None = None,
-        keys_values: Sequence[int] = (),
+        keys_values: Sequence[int] | None = (),
         **batch: Any,
     ) -> VLOutput | tuple[Any, ...]:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
@@ -283,7 +283,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
                 vision transformer does not run. Of a model with deep features `Features`, see there. With transformers'
                 batch one (h, w, D) or (h * w, D) for each image, or what `get_image_features` gave.
             keys_values: Decoder blocks, 0 the first, whose keys and values are returned, gradients included; negative
-                ones count from the end.
+                ones count from the end. Empty or None for none.
             **batch: The rest of what `processor(images, texts, ...)` returned, in place of images, texts and targets,
                 or of some rows of it. What is on the host is checked; of what is on the GPU, a sample that does not fit
                 becomes NaN. And what transformers' models take too, where it changes no result (`use_cache`).
@@ -415,7 +415,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
         norm: str,
         logits: str | int | None,
         has_targets: bool,
-        keys_values: Sequence[int] = (),
+        keys_values: Sequence[int] | None = (),
     ) -> Wanted:
         """What a call asks for, where it can be given."""
         blocks = self.config.text.num_hidden_layers
@@ -424,7 +424,8 @@ class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
             checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
-        of_blocks = resolve_layers(keys_values, blocks, "keys_values") if len(keys_values) else ()
+        is_none = keys_values is None or (isinstance(keys_values, (list, tuple)) and not keys_values)
+        of_blocks = () if is_none else resolve_layers(keys_values, blocks, "keys_values")
         return Wanted(tuple(resolve_layers(layers, blocks + 1)), norm, logits, keys_values=tuple(of_blocks))
 
 

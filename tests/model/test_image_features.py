@@ -244,3 +244,12 @@ def test_labels_in_a_prompt_need_the_output_projection(sister):
             headless.prefill(**given)
     output = sister.model.prefill(**batch).output
     assert torch.equal(output.loss, sister.model(**batch).loss) and output.logits is None
+
+
+def test_keys_and_values_of_no_block_are_none(sister):
+    for none in (None, (), []):
+        with torch.no_grad():
+            assert sister.model(None, ["a"], keys_values=none).keys_values is None
+    for wrong in (0, -1, "0", {0}, iter([0])):
+        with pytest.raises(TypeError, match="keys_values must be a list or tuple of ints"):
+            sister.model(None, ["a"], keys_values=wrong)
