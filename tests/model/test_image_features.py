@@ -253,3 +253,12 @@ def test_keys_and_values_of_no_block_are_none(sister):
     for wrong in (0, -1, "0", {0}, iter([0])):
         with pytest.raises(TypeError, match="keys_values must be a list or tuple of ints"):
             sister.model(None, ["a"], keys_values=wrong)
+
+
+def test_stored_features_load_without_pickle(sister, tmp_path):
+    features = encode(sister, sister.photos(2, 2, 2, 3))
+    torch.save(features, tmp_path / "features.pt")
+    loaded = torch.load(tmp_path / "features.pt", weights_only=True)
+    with torch.no_grad():
+        found = sister.model(None, TEXTS, image_features=loaded).last_hidden_state
+        assert torch.equal(found, sister.model(None, TEXTS, image_features=features).last_hidden_state)
