@@ -17,7 +17,7 @@ from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, can_read
 from qwen_batched.inputs.faults import find_label_faults, make_safe, refuse
-from qwen_batched.inputs.given_features import batch_size, grids_of, read_features
+from qwen_batched.inputs.given_features import batch_size, grids_of, hide_absent, read_features
 from qwen_batched.inputs.sequence import NO_LABEL
 from qwen_batched.runtime.host_copies import to_device
 
@@ -163,10 +163,13 @@ def restore(
         pixels = pixels.to(device, non_blocking=True)
     elif pixels is not None:
         pixels = [part.to(device, non_blocking=True) for part in pixels]
+    layout = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
+    if features is not None:
+        features = hide_absent(to_device(features, device), layout.get("camera_present"))
     return Batch(
-        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
+        **layout,
         pixel_values=pixels,
-        features=None if features is None else to_device(features, device),
+        features=features,
         inputs_embeds=None if embeds is None else to_device(embeds, device),
         grids=tuple(grids),
         as_list=as_list,

@@ -262,3 +262,32 @@ def test_stored_features_load_without_pickle(sister, tmp_path):
     with torch.no_grad():
         found = sister.model(None, TEXTS, image_features=loaded).last_hidden_state
         assert torch.equal(found, sister.model(None, TEXTS, image_features=features).last_hidden_state)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_given_features_of_absent_cameras_are_zero_whatever_they_were(sister, as_list):
+    model, images, mask = sister.load(), sister.photos(2, 2, 2, 3), torch.tensor([[True, False], [True, True]])
+    images = [*images.unbind(1)] if as_list else images
+
+    def poisoned(maps):
+        maps = [camera.clone() for camera in maps] if as_list else maps.clone()
+        (maps[1] if as_list else maps[:, 1])[0] = float("nan")
+        leaves = maps if as_list else [maps]
+        assert all(x.requires_grad_() is x for x in leaves)
+        return maps
+
+    with torch.no_grad():
+        features = encode(sister, images)
+        want = model(images, TEXTS, camera_mask=mask, resize=None)
+    is_deep = isinstance(features, Features)
+    given = Features(poisoned(features.main), [*map(poisoned, features.deep)]) if is_deep else poisoned(features)
+    for out in (
+        model(None, TEXTS, camera_mask=mask, image_features=given),
+        model(**model.processor(None, TEXTS, camera_mask=mask, image_features=given, device=sister.device)),
+    ):
+        assert torch.equal(out.last_hidden_state, want.last_hidden_state)
+        pairs = zip(out.image_features, want.image_features, strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs)
+    out.last_hidden_state.sum().backward()
+    leaves = given if not is_deep else given.main
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (leaves if as_list else [leaves]))
