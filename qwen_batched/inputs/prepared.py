@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
@@ -110,6 +111,12 @@ def _given_features(batch: Mapping[str, Any]) -> FeatureMaps | Features | None:
     main, deep = batch.get("image_features"), batch.get("deep_features")
     if deep is None:
         return main
+    parts, ndim = ([deep], 6) if isinstance(deep, Tensor) else (deep, 5)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(x, Tensor) and x.ndim == ndim for x in parts):
+        found = checks.describe_tensor(deep) if isinstance(deep, Tensor) else shown(deep)
+        raise ValueError(f"deep_features must be (B, L, V, h, w, D), or a list of (B, L, h, w, D), got {found}")
+    if len(counts := sorted({x.shape[1] for x in parts})) > 1:
+        raise ValueError(f"deep_features must have the same L for each camera, got {counts}")
     if isinstance(deep, Tensor):
         return Features(main, list(deep.unbind(1)))
     return Features(main, [list(maps) for maps in zip(*(camera.unbind(1) for camera in deep), strict=True)])

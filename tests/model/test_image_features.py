@@ -291,3 +291,12 @@ def test_given_features_of_absent_cameras_are_zero_whatever_they_were(sister, as
     out.last_hidden_state.sum().backward()
     leaves = given if not is_deep else given.main
     assert all(x.grad.isfinite().all() and x.grad.any() for x in (leaves if as_list else [leaves]))
+
+
+def test_deep_features_of_a_prepared_batch_are_checked(sister):
+    model, images = sister.model, sister.photos(2, 2, 2, 3)
+    batch = model.processor(None, TEXTS, image_features=encode(sister, images))
+    vector, map_ = torch.zeros(4), torch.zeros(2, 1, 2, 3, model.config.vision.out_hidden_size)
+    for deep in ("x", [1], [vector], vector, 3, [map_, map_.expand(-1, 2, -1, -1, -1)], map_):
+        with pytest.raises(ValueError, match="deep_features must"), torch.no_grad():
+            model(**{**batch, "deep_features": deep})
