@@ -83,6 +83,8 @@ def read_image_features(
     """
     if hasattr(given, "pooler_output"):
         given = Features(given.pooler_output, list(getattr(given, "deepstack_features", None) or []))
+    elif type(given) is tuple and len(given) == 2 and all(isinstance(part, (list, tuple)) for part in given):
+        given = Features(*given)  # as before transformers 5
     named = _named(_with_deep(given, vision))
     main, *deep = (_of_images(name, maps, grids, vision, dtype, device) for name, maps in named)
     return Features(main, deep)

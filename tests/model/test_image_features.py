@@ -101,8 +101,8 @@ def test_transformers_batches_take_features_in_every_form(sister):
         deep = theirs.deepstack_features if hasattr(theirs, "deepstack_features") else theirs[1]
     forms = [Features(main, deep), Features([x.flatten(0, 1) for x in main], deep)]
     forms.append(Features(torch.cat([x.flatten(0, 1) for x in main]), deep))
-    if hasattr(theirs, "pooler_output"):
-        forms.append(theirs)
+    forms.append(theirs)
+    forms.append((main, deep) if is_deep else tuple(main))  # as before transformers 5
     for features in forms:
         with torch.no_grad():
             out = model(**batch, image_features=features)
