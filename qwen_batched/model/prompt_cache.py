@@ -159,10 +159,12 @@ def run_suffix(
             ids = ids.clamp(0, rows - 1)
         embeds = decoder.embed_tokens(ids)
     batch, count = embeds.shape[:2]
+    is_token = None if mask is None or mask.ndim != 2 else mask[:, -count:]
+    if is_token is not None:
+        embeds = embeds.masked_fill(~is_token[..., None], 0)  # of what it holds a NaN would survive a weight of 0
     if positions is None:
-        is_token = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
-        if mask is not None and mask.ndim == 2:
-            is_token = mask[:, -count:]
+        if is_token is None:
+            is_token = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
         steps = is_token.long().cumsum(1).sub(1).clamp(min=0)
         positions = (next_positions[:, None] + steps).expand(3, -1, -1)
     causal = suffix.causal and (mask is None or mask.ndim == 2)

@@ -348,3 +348,14 @@ def test_a_cache_is_not_changed_through_the_callers_masks(sister):
     for own in (batch["attention_mask"], cache.output.attention_mask):
         own.fill_(True)
         assert torch.equal(model.extend(cache, suffix, attention_mask=mask), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_among_new_tokens_may_hold_anything(sister, causal):
+    batch = make(sister, [1, 0], seed=4, side="left")
+    cache, suffix = sister.model.prefill(**batch), drawn(sister, 2, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]], device=sister.device)
+    want = sister.model.extend(cache, suffix, causal=causal, attention_mask=mask)
+    suffix[mask == 0] = float("nan")
+    found = sister.model.extend(cache, suffix, causal=causal, attention_mask=mask)
+    assert found.isfinite().all() and torch.equal(found[mask == 1], want[mask == 1])
