@@ -400,8 +400,9 @@ class QwenBatchedVL(Generative, WithPromptCache, WithVocabulary, ClientMethods):
 
     def _read(self, images: object, texts: object, batch: Mapping[str, Any], **layout: Any) -> Call:
         """The call that a user makes, checked."""
+        device = self.device
         dtype = self._embedding_dtype()
-        return read_call(self.processor, self.config, self.device, dtype, images, texts, batch, **layout)
+        return read_call(self.processor, self.config, device, dtype, images, texts, batch, **layout)
 
     def _embedding_dtype(self) -> torch.dtype | None:
         """What embeddings and image features must have; None where they are cast."""
