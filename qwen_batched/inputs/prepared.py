@@ -7,6 +7,7 @@ break one. What only the host knows travels beside them, as numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,8 +102,9 @@ def _prepared_features(features: Features) -> dict[str, Tensor | list[Tensor]]:
             return torch.stack(list(maps), dim=1)
         return [torch.stack(cameras, dim=1) for cameras in zip(*maps, strict=True)]
 
+    own = partial(torch.clone, memory_format=torch.contiguous_format)
     main = features.main
-    main = main.clone() if isinstance(main, Tensor) else [camera.clone() for camera in main]
+    main = own(main) if isinstance(main, Tensor) else [own(camera) for camera in main]
     return {"image_features": main} | ({"deep_features": copied(features.deep)} if features.deep else {})
 
 

@@ -300,3 +300,21 @@ def test_deep_features_of_a_prepared_batch_are_checked(sister):
     for deep in ("x", [1], [vector], vector, 3, [map_, map_.expand(-1, 2, -1, -1, -1)], map_):
         with pytest.raises(ValueError, match="deep_features must"), torch.no_grad():
             model(**{**batch, "deep_features": deep})
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_prepared_features_are_contiguous_and_own_their_memory(sister, as_list):
+    features = encode(sister, sister.photos(2, 2, 2, 3))
+    main, deep = features if isinstance(features, Features) else (features, [])
+
+    def channels_first(x):
+        x = x.movedim(-1, 2).contiguous().movedim(2, -1)
+        return [*x.unbind(1)] if as_list else x
+
+    given = Features(channels_first(main), [channels_first(x) for x in deep])
+    batch = sister.model.processor(None, TEXTS, image_features=given)
+    for name in {"image_features", "deep_features"} & batch.keys():
+        for x in batch[name] if as_list else [batch[name]]:
+            assert x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            x.fill_(7)
+    assert not (torch.stack(given.main) == 7).any() if as_list else not (given.main == 7).any()
