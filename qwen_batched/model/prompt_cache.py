@@ -15,6 +15,9 @@ from qwen_batched.checkpoint.config import TextConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, can_read, describe_tensor
+from qwen_batched.inputs.prepared import EARLIER_NAMES
+from qwen_batched.inputs.prepared import NAMES as PREPARED_NAMES
+from qwen_batched.inputs.transformers_batch import INERT, NAMES
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.pipeline import Prefilled
@@ -60,6 +63,7 @@ class Suffix:
     device: torch.device  # where it runs
 
 
+BATCH_NAMES = {*PREPARED_NAMES, *EARLIER_NAMES, *NAMES, *INERT}  # entries of batches that `prefill` takes
 TENSORS = ("tokens", "position_ids", "attention_mask")
 FACTS = ("causal", "is_checked", "device")
 
@@ -225,6 +229,9 @@ class WithPromptCache(Trainable):
             TypeError, ValueError: An argument is not as described, or gradients are wanted: of embeddings or features,
                 or of parameters of a model in training mode. Raised before any work.
         """
+        given = {name for name, value in batch.items() if value is not None}
+        if unexpected := sorted(given - BATCH_NAMES):
+            raise TypeError(f"prefill() got an unexpected argument {unexpected[0]!r}")
         self._check_no_gradient("prefill", inputs_embeds, *_pytree.tree_leaves(image_features))
         batch |= {"inputs_embeds": inputs_embeds, "image_features": image_features}
         options = {"camera_mask": camera_mask, "template": template, "resize": resize, "system": system}

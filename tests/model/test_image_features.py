@@ -247,6 +247,15 @@ def test_labels_in_a_prompt_need_the_output_projection(sister):
     assert output.logits is None
 
 
+@pytest.mark.parametrize("name", ["logits", "keys_values", "targets", "output_hidden_states", "return_dict", "layer"])
+def test_prefill_names_an_argument_that_it_does_not_take(sister, name):
+    batch = transformers_batch(sister.reference, sister.factor, [1, 0], seed=3)
+    for given in ({"texts": TEXTS}, batch):
+        with pytest.raises(TypeError, match=rf"prefill\(\) got an unexpected argument '{name}'"):
+            sister.model.prefill(**given, **{name: ("x",)})
+        sister.model.prefill(**given, **{name: None})
+
+
 def test_keys_and_values_of_no_block_are_none(sister):
     for none in (None, (), []):
         with torch.no_grad():
