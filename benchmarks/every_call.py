@@ -35,8 +35,6 @@ WORDS = [
     *("grasp", "lift", "move", "put", "down", "handle", "table", "corner", "near", "far", "first", "then", "next"),
 ]
 WORD_BOUNDS, LONG_BOUNDS = (6, 60), (1, 200)
-MAX_TEXT_TOKENS = 80  # of texts within `WORD_BOUNDS`
-NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,11 @@ SMOKE = Shapes(Work(1, 1, (56, 56)), ((56, 56), (56, 84)), 2, 6, 2)
 
 class Run(runs.Run):
     """With what the rows ask of the model."""
+
+    def most_tokens(self, words: int) -> int:
+        """Of a text of so many words."""
+        encode = self.model.processor.prompts.encode
+        return words * max(len(encode(f" {word}", "plain", 0)) for word in WORDS)
 
     def frames(self, batch: int, cameras: int, size: tuple[int, int]) -> Tensor:
         return measure.random_frames(Work(batch, cameras, size), 1, self.device)[0]
@@ -202,7 +205,7 @@ def run_all(options: Namespace, temporary: str) -> int:
         frames = run.frames(camera.batch, camera.cameras, camera.size)
         masks = torch.ones(1, camera.cameras, dtype=torch.bool)
         for mask in (None, masks, masks.to(run.device)):
-            options_of_loop = {"max_text_tokens": MAX_TEXT_TOKENS, "progress": False, "resize": None}
+            options_of_loop = {"max_text_tokens": run.most_tokens(WORD_BOUNDS[1]), "progress": False, "resize": None}
             run.report["warmup"] = str(run.model.warmup(frames, camera_mask=mask, **options_of_loop))
             note(run.report["warmup"])
         after = run.report["after"] = measure_loop(run, "after warmup")
@@ -212,7 +215,9 @@ def run_all(options: Namespace, temporary: str) -> int:
         run.model.clear_graphs()
         for c in range(1, 5):
             for size in run.shapes.sizes:
-                run.model.warmup(run.frames(1, c, size), max_text_tokens=256, progress=False, resize=None)
+                run.model.warmup(
+                    run.frames(1, c, size), max_text_tokens=run.most_tokens(LONG_BOUNDS[1]), progress=False, resize=None
+                )
         run.report["long"] = long = measure_long_run(run, options.calls)
         run.goals += [
             Goal("graphs after the long run", long["graphs"], 64, 40, ""),

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from qwen_batched.generation import Decoding, DecodingKind, DecodingPool, Rules, Sampling
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
+from qwen_batched.inputs.given_features import hide_absent
 from qwen_batched.inputs.prepared import check_on_device
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import TransformersBatch
@@ -26,7 +27,7 @@ from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
 from qwen_batched.model.decoder import Decoder, DecoderBlock
 from qwen_batched.model.decoder_inputs import DecoderInputs
-from qwen_batched.model.embedding import block_outputs, embed, image_features, without_absent
+from qwen_batched.model.embedding import block_outputs, embed, image_features
 from qwen_batched.model.pipeline import Decoded, Network, Prefilled, Wanted
 from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
@@ -143,8 +144,7 @@ class Calls:
         mask = request.camera_mask
         if mask is None or torch.is_grad_enabled():
             return self.encode(caller, request)
-        features = self.encode(caller, replace(request, camera_mask=None))
-        return Features(without_absent(features.main, mask), [without_absent(maps, mask) for maps in features.deep])
+        return hide_absent(self.encode(caller, replace(request, camera_mask=None)), mask)
 
     def encode(
         self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None

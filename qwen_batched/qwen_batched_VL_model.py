@@ -233,7 +233,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
         num_items_in_batch: int | Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         image_features: FeatureMaps | Features | None = None,
-        keys_values: Sequence[int] = (),
+        keys_values: Sequence[int] | None = (),
         **batch: Any,
     ) -> VLOutput | tuple[Any, ...]:
         """Hidden states of a batch, and the loss of its answers where there are `targets`.
@@ -285,7 +285,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
                 vision transformer does not run. Of a model with deep features `Features`, see there. With transformers'
                 batch one (h, w, D) or (h * w, D) for each image, or what `get_image_features` gave.
             keys_values: Decoder blocks, 0 the first, whose keys and values are returned, gradients included; negative
-                ones count from the end.
+                ones count from the end. Empty or None for none.
             **batch: The rest of what `processor(images, texts, ...)` returned, in place of images, texts and targets,
                 or of some rows of it. What is on the host is checked; of what is on the GPU, a sample that does not fit
                 becomes NaN. And what transformers' models take too, where it changes no result (`use_cache`).
@@ -387,8 +387,9 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
 
     def _read(self, images: object, texts: object, batch: Mapping[str, Any], **layout: Any) -> Call:
         """The call that a user makes, checked."""
+        device = self.device
         dtype = self._embedding_dtype()
-        return read_call(self.processor, self.config, self.device, dtype, images, texts, batch, **layout)
+        return read_call(self.processor, self.config, device, dtype, images, texts, batch, **layout)
 
     def _embedding_dtype(self) -> torch.dtype | None:
         """What embeddings and image features must have; None where they are cast."""
@@ -402,7 +403,7 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
         norm: str,
         logits: str | int | None,
         has_targets: bool,
-        keys_values: Sequence[int] = (),
+        keys_values: Sequence[int] | None = (),
     ) -> Wanted:
         """What a call asks for, where it can be given."""
         blocks = self.config.text.num_hidden_layers
@@ -411,7 +412,8 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
             checks.check_choice("logits", logits, None, "last", "all")
         if logits is not None or has_targets:
             self._check_lm_head()
-        of_blocks = resolve_layers(keys_values, blocks, "keys_values") if len(keys_values) else ()
+        is_none = keys_values is None or (isinstance(keys_values, (list, tuple)) and not keys_values)
+        of_blocks = () if is_none else resolve_layers(keys_values, blocks, "keys_values")
         return Wanted(tuple(resolve_layers(layers, blocks + 1)), norm, logits, keys_values=tuple(of_blocks))
 
 

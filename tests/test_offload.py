@@ -50,6 +50,9 @@ def test_offloaded_parts_give_the_same_results(load, device, tmp_path, place):
     assert (
         model.generate(frames, TEXTS, max_new_tokens=3).texts == whole.generate(frames, TEXTS, max_new_tokens=3).texts
     )
+    embeds = model.get_input_embeddings()(torch.tensor([[5, 6], [7, 8]], device=device))
+    behind = (each.extend(each.prefill(frames, TEXTS), embeds) for each in (model, whole))
+    assert_equal_to(*behind)
 
 
 def test_an_offloaded_tower_runs_by_itself(checkpoint, model, device):
@@ -75,6 +78,7 @@ def test_a_model_without_values_is_refused_before_any_work(load, device, tmp_pat
         lambda: model(FRAMES.to(device), TEXTS),
         lambda: model(**batch),
         lambda: model.generate(FRAMES.to(device), TEXTS),
+        lambda: model.prefill(FRAMES.to(device), TEXTS),
         lambda: model.encode_images(FRAMES.to(device)),
     ):
         with pytest.raises(ValueError, match=r"no values.*meta device.*offload"):

@@ -27,6 +27,9 @@ class Features(NamedTuple):
     deep: list[FeatureMaps]
 
 
+torch.serialization.add_safe_globals([Features])  # so that torch.load reads stored ones without pickle's dangers
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first.

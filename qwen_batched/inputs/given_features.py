@@ -51,6 +51,20 @@ def batch_size(features: Features) -> int:
     return len(features.main) if isinstance(features.main, Tensor) else len(features.main[0])
 
 
+def hide_absent(features: Features, camera_present: Tensor | None) -> Features:
+    """Features with zeros for cameras that are absent, by (B, V), as `encode_images` gives them; None where none is."""
+    if camera_present is None:
+        return features
+    is_absent = ~camera_present[:, :, None, None, None]
+
+    def hide(maps: FeatureMaps) -> FeatureMaps:
+        if isinstance(maps, Tensor):
+            return maps.masked_fill(is_absent, 0)
+        return [camera.masked_fill(is_absent[:, index], 0) for index, camera in enumerate(maps)]
+
+    return Features(hide(features.main), [hide(maps) for maps in features.deep])
+
+
 def grids_of_images(given: object) -> tuple[Grid, ...]:
     """The grid of each image where `given` says it, as one (h, w, D) for each; otherwise empty."""
     maps = given.main if isinstance(given, Features) else given
@@ -69,6 +83,8 @@ def read_image_features(
     """
     if hasattr(given, "pooler_output"):
         given = Features(given.pooler_output, list(getattr(given, "deepstack_features", None) or []))
+    elif type(given) is tuple and len(given) == 2 and all(isinstance(part, (list, tuple)) for part in given):
+        given = Features(*given)  # as before transformers 5
     named = _named(_with_deep(given, vision))
     main, *deep = (_of_images(name, maps, grids, vision, dtype, device) for name, maps in named)
     return Features(main, deep)

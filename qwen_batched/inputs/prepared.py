@@ -7,17 +7,19 @@ break one. What only the host knows travels beside them, as numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import IMAGE_NAMES, TEXT_NAMES, can_read
 from qwen_batched.inputs.faults import find_label_faults, make_safe, refuse
-from qwen_batched.inputs.given_features import batch_size, grids_of, read_features
+from qwen_batched.inputs.given_features import batch_size, grids_of, hide_absent, read_features
 from qwen_batched.inputs.sequence import NO_LABEL
 from qwen_batched.runtime.host_copies import to_device
 
@@ -100,8 +102,9 @@ def _prepared_features(features: Features) -> dict[str, Tensor | list[Tensor]]:
             return torch.stack(list(maps), dim=1)
         return [torch.stack(cameras, dim=1) for cameras in zip(*maps, strict=True)]
 
+    own = partial(torch.clone, memory_format=torch.contiguous_format)
     main = features.main
-    main = main.clone() if isinstance(main, Tensor) else [camera.clone() for camera in main]
+    main = own(main) if isinstance(main, Tensor) else [own(camera) for camera in main]
     return {"image_features": main} | ({"deep_features": copied(features.deep)} if features.deep else {})
 
 
@@ -110,6 +113,12 @@ def _given_features(batch: Mapping[str, Any]) -> FeatureMaps | Features | None:
     main, deep = batch.get("image_features"), batch.get("deep_features")
     if deep is None:
         return main
+    parts, ndim = ([deep], 6) if isinstance(deep, Tensor) else (deep, 5)
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(x, Tensor) and x.ndim == ndim for x in parts):
+        found = checks.describe_tensor(deep) if isinstance(deep, Tensor) else shown(deep)
+        raise ValueError(f"deep_features must be (B, L, V, h, w, D), or a list of (B, L, h, w, D), got {found}")
+    if len(counts := sorted({x.shape[1] for x in parts})) > 1:
+        raise ValueError(f"deep_features must have the same L for each camera, got {counts}")
     if isinstance(deep, Tensor):
         return Features(main, list(deep.unbind(1)))
     return Features(main, [list(maps) for maps in zip(*(camera.unbind(1) for camera in deep), strict=True)])
@@ -163,10 +172,13 @@ def restore(
         pixels = pixels.to(device, non_blocking=True)
     elif pixels is not None:
         pixels = [part.to(device, non_blocking=True) for part in pixels]
+    layout = {name: value.to(device, non_blocking=True) for name, value in layout.items()}
+    if features is not None:
+        features = hide_absent(to_device(features, device), layout.get("camera_present"))
     return Batch(
-        **{name: value.to(device, non_blocking=True) for name, value in layout.items()},
+        **layout,
         pixel_values=pixels,
-        features=None if features is None else to_device(features, device),
+        features=features,
         inputs_embeds=None if embeds is None else to_device(embeds, device),
         grids=tuple(grids),
         as_list=as_list,

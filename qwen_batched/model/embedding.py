@@ -66,14 +66,6 @@ def block_outputs(
     return [_as_given(maps, batch) for maps in outputs]
 
 
-def without_absent(maps: FeatureMaps, camera_mask: Tensor) -> FeatureMaps:
-    """Feature maps that are zero for absent cameras."""
-    absent = ~camera_mask[:, :, None, None, None]
-    if isinstance(maps, Tensor):
-        return maps.masked_fill(absent, 0)
-    return [camera.masked_fill(absent[:, index], 0) for index, camera in enumerate(maps)]
-
-
 def features_of_images(maps: FeatureMaps, batch: Batch) -> FeatureMaps:
     """What callers get: as cameras were given, or one (h, w, D) for each of the batch's own images."""
     return maps if batch.images is None else [maps[group][row] for group, row in batch.images]

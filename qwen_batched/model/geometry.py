@@ -57,9 +57,11 @@ class Taps:
     rows: Tensor  # int64 (P, 4)
     weights: Tensor  # float32 (P, 4)
 
-    def of(self, table: Tensor) -> Tensor:
-        """(P, C) of a table (rows, C), in its dtype; summed in float32."""
-        return (table[self.rows] * self.weights[..., None]).sum(dim=1).to(table.dtype)
+
+def look_up(taps: Taps, table: Tensor) -> Tensor:
+    """(P, C) of a table (rows, C), in its dtype; summed in float32."""
+    # No method: torch.compile takes plans as constants, and calls no methods of these.
+    return (table[taps.rows] * taps.weights[..., None]).sum(dim=1).to(table.dtype)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

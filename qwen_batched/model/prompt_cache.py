@@ -16,6 +16,9 @@ from qwen_batched.checkpoint.config import TextConfig
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, can_read, describe_tensor
+from qwen_batched.inputs.prepared import EARLIER_NAMES
+from qwen_batched.inputs.prepared import NAMES as PREPARED_NAMES
+from qwen_batched.inputs.transformers_batch import INERT, NAMES
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.pipeline import Prefilled
@@ -29,15 +32,15 @@ class PromptCache:
     """A prompt's keys and values, for `extend` of the model that made it. It never changes.
 
     Attributes:
-        output: The prompt's `VLOutput`, as `forward` returns it: hidden states, masks, positions.
+        output: The prompt's `VLOutput`, as `forward` returns it but without logits: hidden states, masks, positions.
     """
 
     def __init__(self, prefilled: Prefilled, owner: object) -> None:
         self.output: VLOutput = prefilled.output
         self.owner = owner  # stands for the model as it is placed now
         # Of B samples, a sample's tokens first: keys (L, B, C, K, E), rotated, values, lengths (B,), the position of
-        # the next token (B,); and the prompt's mask (B, C).
-        keys, mask = prefilled.keys_LBCKE, prefilled.output.attention_mask
+        # the next token (B,); and the prompt's mask (B, C), apart from the output's and the batch's, which callers own.
+        keys, mask = prefilled.keys_LBCKE, prefilled.output.attention_mask.clone()
         self.tensors = (*prefilled[1:], F.pad(mask, (0, keys.shape[2] - mask.shape[1])))
 
     @property
@@ -62,6 +65,7 @@ class Suffix:
     device: torch.device  # where it runs
 
 
+BATCH_NAMES = {*PREPARED_NAMES, *EARLIER_NAMES, *NAMES, *INERT}  # entries of batches that `prefill` takes
 TENSORS = ("tokens", "position_ids", "attention_mask")
 FACTS = ("causal", "is_checked", "device")
 
@@ -166,10 +170,12 @@ def run_suffix(
             ids = ids.clamp(0, rows - 1)
         embeds = decoder.embed_tokens(ids)
     batch, count = embeds.shape[:2]
+    is_token = None if mask is None or mask.ndim != 2 else mask[:, -count:]
+    if is_token is not None:
+        embeds = embeds.masked_fill(~is_token[..., None], 0)  # of what it holds a NaN would survive a weight of 0
     if positions is None:
-        is_token = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
-        if mask is not None and mask.ndim == 2:
-            is_token = mask[:, -count:]
+        if is_token is None:
+            is_token = torch.ones(batch, count, dtype=torch.bool, device=embeds.device)
         steps = is_token.long().cumsum(1).sub(1).clamp(min=0)
         positions = (next_positions[:, None] + steps).expand(3, -1, -1)
     causal = suffix.causal and (mask is None or mask.ndim == 2)
@@ -224,17 +230,20 @@ class WithPromptCache(Trainable):
             **batch: A prepared batch or one of transformers', as for `forward`.
 
         Returns:
-            The cache; its `output` is what `forward` returns for the prompt.
+            The cache; its `output` is what `forward` returns for the prompt, without logits.
 
         Raises:
             TypeError, ValueError: An argument is not as described, or gradients are wanted: of embeddings or features,
                 or of parameters of a model in training mode. Raised before any work.
         """
+        given = {name for name, value in batch.items() if value is not None}
+        if unexpected := sorted(given - BATCH_NAMES):
+            raise TypeError(f"prefill() got an unexpected argument {unexpected[0]!r}")
         self._check_no_gradient("prefill", inputs_embeds, *_pytree.tree_leaves(image_features))
         batch |= {"inputs_embeds": inputs_embeds, "image_features": image_features}
         options = {"camera_mask": camera_mask, "template": template, "resize": resize, "system": system}
         call = self._read(images, texts, batch, **options)
-        wanted = self._check_wanted(layers, norm, None, has_targets=False)
+        wanted = self._check_wanted(layers, norm, None, has_targets=batch.get("labels") is not None)
         return PromptCache(self._calls.prefill(self._caller(cuda_graph), call, wanted), self._placement)
 
     @without_idle_autocast

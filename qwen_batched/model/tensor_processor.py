@@ -26,7 +26,7 @@ from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, Grid
 from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.faults import find_label_faults, make_safe
-from qwen_batched.inputs.given_features import batch_size, grids_of, read_features, stack_by_grid
+from qwen_batched.inputs.given_features import batch_size, grids_of, hide_absent, read_features, stack_by_grid
 from qwen_batched.inputs.prepared import HostFacts, prepare
 from qwen_batched.inputs.prompt import PromptEncoder, load_tokenizer
 from qwen_batched.inputs.prompt_rows import PromptRows, TextCall
@@ -243,7 +243,8 @@ class TensorProcessor:
         if request.frames:
             fields = {"pixel_values": self._pixels(request, dtype), "grids": request.grids}
         elif request.features is not None:
-            fields = {"features": to_device(request.features, request.device), "grids": request.grids}
+            features = to_device(request.features, request.device)
+            fields = {"features": hide_absent(features, request.camera_mask), "grids": request.grids}
         if request.prompts is not None:
             sequences, prompts = self._sequences(request), request.prompts
             fields |= vars(sequences) | {"tokens": prompts.tokens}

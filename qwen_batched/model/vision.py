@@ -23,7 +23,7 @@ from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import FeatureMaps, Features, Grid
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.linear.fused import pack
-from qwen_batched.model.geometry import IMAGE, MAX_PLANS, WINDOWS, VisionPlan, split_into_passes, vision_plan
+from qwen_batched.model.geometry import IMAGE, MAX_PLANS, WINDOWS, VisionPlan, look_up, split_into_passes, vision_plan
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster, without_leading
 from qwen_batched.model.parts.norms import AddNorm, stream_of
 from qwen_batched.model.parts.patches import PatchEmbed
@@ -199,7 +199,7 @@ class VisionTransformer(GradientCheckpointing):
             if config.leading_tokens:
                 x_IPC = torch.cat((self.class_embedding.expand(group.count, -1, -1), x_IPC), dim=1)
             if group.plan.taps is not None:
-                x_IPC = x_IPC + group.plan.taps.of(self.pos_embed.weight)
+                x_IPC = x_IPC + look_up(group.plan.taps, self.pos_embed.weight)
             parts.append(x_IPC.flatten(0, 1))
         return join(parts)
 

@@ -15,6 +15,7 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.families import FAMILIES, family_of
 from qwen_batched.linear.fused import pack
 from qwen_batched.lora import load_adapter
+from qwen_batched.model.geometry import look_up
 from qwen_batched.model.parts.ropes import sectioned
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
@@ -196,7 +197,7 @@ def test_trap_qwen3_position_table_at_grids_of_its_size_below_and_above(real_tab
 def test_trap_qwen3_a_grid_of_the_tables_size_takes_its_rows_as_they_are(real_table):
     visual = real_table.model.visual
     taps = visual.plan(24, 24, visual.pos_embed.weight.device).taps
-    rows = taps.of(visual.pos_embed.weight)  # by cells of 2 x 2 patches
+    rows = look_up(taps, visual.pos_embed.weight)  # by cells of 2 x 2 patches
     table = visual.pos_embed.weight.view(24, 2, 24, 2, -1).transpose(1, 2).flatten(0, 3)
     assert torch.equal(rows, table)
 

@@ -101,8 +101,8 @@ def test_transformers_batches_take_features_in_every_form(sister):
         deep = theirs.deepstack_features if hasattr(theirs, "deepstack_features") else theirs[1]
     forms = [Features(main, deep), Features([x.flatten(0, 1) for x in main], deep)]
     forms.append(Features(torch.cat([x.flatten(0, 1) for x in main]), deep))
-    if hasattr(theirs, "pooler_output"):
-        forms.append(theirs)
+    forms.append(theirs)
+    forms.append((main, deep) if is_deep else tuple(main))  # as before transformers 5
     for features in forms:
         with torch.no_grad():
             out = model(**batch, image_features=features)
@@ -253,3 +253,99 @@ def test_a_list_of_images_of_any_sizes_is_encoded_image_by_image(sister):
     for wrong in (images[0], ["a"]):
         with pytest.raises(TypeError):
             sister.model.encode_image_list(wrong)
+
+
+def test_labels_in_a_prompt_need_the_output_projection(sister):
+    headless = sister.load(lm_head=False)
+    batch = transformers_batch(sister.reference, sister.factor, [1, 0], seed=3, labels=True)
+    prepared = headless.processor(sister.photos(2, 1, 2, 2), TEXTS, targets=["x", "y"], resize=None)
+    for given in (batch, prepared):
+        with pytest.raises(ValueError, match="output projection"):
+            headless.prefill(**given)
+    output = sister.model.prefill(**batch).output
+    assert_equal_to(output.loss, sister.model(**batch).loss)
+    assert output.logits is None
+
+
+@pytest.mark.parametrize("name", ["logits", "keys_values", "targets", "output_hidden_states", "return_dict", "layer"])
+def test_prefill_names_an_argument_that_it_does_not_take(sister, name):
+    batch = transformers_batch(sister.reference, sister.factor, [1, 0], seed=3)
+    for given in ({"texts": TEXTS}, batch):
+        with pytest.raises(TypeError, match=rf"prefill\(\) got an unexpected argument '{name}'"):
+            sister.model.prefill(**given, **{name: ("x",)})
+        sister.model.prefill(**given, **{name: None})
+
+
+def test_keys_and_values_of_no_block_are_none(sister):
+    for none in (None, (), []):
+        with torch.no_grad():
+            assert sister.model(None, ["a"], keys_values=none).keys_values is None
+    for wrong in (0, -1, "0", {0}, iter([0])):
+        with pytest.raises(TypeError, match="keys_values must be a list or tuple of ints"):
+            sister.model(None, ["a"], keys_values=wrong)
+
+
+def test_stored_features_load_without_pickle(sister, tmp_path):
+    features = encode(sister, sister.photos(2, 2, 2, 3))
+    torch.save(features, tmp_path / "features.pt")
+    loaded = torch.load(tmp_path / "features.pt", weights_only=True)
+    with torch.no_grad():
+        found = sister.model(None, TEXTS, image_features=loaded).last_hidden_state
+        assert torch.equal(found, sister.model(None, TEXTS, image_features=features).last_hidden_state)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_given_features_of_absent_cameras_are_zero_whatever_they_were(sister, as_list):
+    model, images, mask = sister.load(), sister.photos(2, 2, 2, 3), torch.tensor([[True, False], [True, True]])
+    images = [*images.unbind(1)] if as_list else images
+
+    def poisoned(maps):
+        maps = [camera.clone() for camera in maps] if as_list else maps.clone()
+        (maps[1] if as_list else maps[:, 1])[0] = float("nan")
+        leaves = maps if as_list else [maps]
+        assert all(x.requires_grad_() is x for x in leaves)
+        return maps
+
+    with torch.no_grad():
+        features = encode(sister, images)
+        want = model(images, TEXTS, camera_mask=mask, resize=None)
+    is_deep = isinstance(features, Features)
+    given = Features(poisoned(features.main), [*map(poisoned, features.deep)]) if is_deep else poisoned(features)
+    for out in (
+        model(None, TEXTS, camera_mask=mask, image_features=given),
+        model(**model.processor(None, TEXTS, camera_mask=mask, image_features=given, device=sister.device)),
+    ):
+        assert_equal_to(out.last_hidden_state, want.last_hidden_state)
+        for found, expected in zip(out.image_features, want.image_features, strict=True):
+            assert_equal_to(found, expected)
+        assert not (out.image_features[1][0] if as_list else out.image_features[0, 1]).any()
+    out.last_hidden_state.sum().backward()
+    leaves = given if not is_deep else given.main
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (leaves if as_list else [leaves]))
+
+
+def test_deep_features_of_a_prepared_batch_are_checked(sister):
+    model, images = sister.model, sister.photos(2, 2, 2, 3)
+    batch = model.processor(None, TEXTS, image_features=encode(sister, images))
+    vector, map_ = torch.zeros(4), torch.zeros(2, 1, 2, 3, model.config.vision.out_hidden_size)
+    for deep in ("x", [1], [vector], vector, 3, [map_, map_.expand(-1, 2, -1, -1, -1)], map_):
+        with pytest.raises(ValueError, match="deep_features must"), torch.no_grad():
+            model(**{**batch, "deep_features": deep})
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_prepared_features_are_contiguous_and_own_their_memory(sister, as_list):
+    features = encode(sister, sister.photos(2, 2, 2, 3))
+    main, deep = features if isinstance(features, Features) else (features, [])
+
+    def channels_first(x):
+        x = x.movedim(-1, 2).contiguous().movedim(2, -1)
+        return [*x.unbind(1)] if as_list else x
+
+    given = Features(channels_first(main), [channels_first(x) for x in deep])
+    batch = sister.model.processor(None, TEXTS, image_features=given)
+    for name in {"image_features", "deep_features"} & batch.keys():
+        for x in batch[name] if as_list else [batch[name]]:
+            assert x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+            x.fill_(7)
+    assert not (torch.stack(given.main) == 7).any() if as_list else not (given.main == 7).any()

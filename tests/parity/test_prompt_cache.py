@@ -336,3 +336,26 @@ def test_a_prompt_of_frames_texts_and_a_camera_mask(sister):
         assert_equal_to(model.extend(cache, suffix)[:1], model.extend(alone, suffix[:1]))
         prepared = model.processor(images, texts, camera_mask=mask, resize=None, device=sister.device)
         assert torch.equal(model.extend(model.prefill(**prepared), suffix), model.extend(cache, suffix))
+
+
+def test_a_cache_is_not_changed_through_the_callers_masks(sister):
+    model = sister.model
+    batch = model.processor(sister.photos(2, 1, 2, 2), ["a", "Pick up the red block."], resize=None)
+    batch = {name: x.to(sister.device) for name, x in batch.items()}
+    cache, suffix = model.prefill(**batch), drawn(sister, 2, 3)
+    mask = torch.cat((batch["attention_mask"], torch.ones(2, 3, dtype=torch.bool, device=sister.device)), dim=1)
+    want = model.extend(cache, suffix, attention_mask=mask)
+    for own in (batch["attention_mask"], cache.output.attention_mask):
+        own.fill_(True)
+        assert torch.equal(model.extend(cache, suffix, attention_mask=mask), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_among_new_tokens_may_hold_anything(sister, causal):
+    batch = make(sister, [1, 0], seed=4, side="left")
+    cache, suffix = sister.model.prefill(**batch), drawn(sister, 2, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]], device=sister.device)
+    want = sister.model.extend(cache, suffix, causal=causal, attention_mask=mask)
+    suffix[mask == 0] = float("nan")
+    found = sister.model.extend(cache, suffix, causal=causal, attention_mask=mask)
+    assert found.isfinite().all() and torch.equal(found[mask == 1], want[mask == 1])

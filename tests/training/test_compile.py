@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.testing import write_checkpoint
+from tests.sisters import FACTORS
 from tests.support import assert_equal_to, noise
 from tests.training.gradients import assert_gradients_equal, gradients, probe_loss
 
@@ -60,6 +61,21 @@ def test_of_the_whole_model_one_graph_is_made_and_serves_other_texts(model):
     for texts in (TEXTS, TEXTS[::-1]):
         assert_equal_results(results(whole, texts), results(model, texts))
     assert compiled.frame_count == 1
+
+
+@pytest.mark.parametrize("preset", FACTORS)
+def test_of_each_family_one_graph_is_made(preset, tmp_path):
+    side = 2 * FACTORS[preset]
+    write_checkpoint(tmp_path / "checkpoint", preset, image={"min_pixels": side * side})
+    model = QwenBatchedVL.from_pretrained(tmp_path / "checkpoint", device="cpu")
+    torch._dynamo.reset()
+    compiled = CompileCounterWithBackend("eager")
+    given = noise(2, 2, side, side), TEXTS
+    found, expected = (call(*given, keys_values=(1,)) for call in (torch.compile(model, backend=compiled), model))
+    assert_equal_to(found.last_hidden_state, expected.last_hidden_state, TOLERANCE)
+    assert_equal_to(found.keys_values[0][0], expected.keys_values[0][0], TOLERANCE)
+    assert compiled.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_compiled_blocks_infer_without_gradients(model):
