@@ -166,8 +166,8 @@ class Calls:
     @contextlib.contextmanager
     def decoding(
         self, caller: Caller, prefilled: Prefilled, sampling: Sampling, rules: Rules
-    ) -> Iterator[tuple[Decoding, Callable[[], None]]]:
-        """The state of a generation behind its prompts, with the first token, and its step, by a graph where it may be.
+    ) -> Iterator[tuple[Decoding, Callable[[int], None]]]:
+        """The state of a generation behind its prompts, with the first token, and what runs so many steps more.
 
         After the `with` block the state and its graph serve the next generation of the kind.
         """
@@ -176,19 +176,18 @@ class Calls:
         if not self._may_use_graphs(processor, kind.device, graph):
             decoding = Decoding(decoder, head, kind)
             decoding.begin(decoder, head, prefilled, sampling, rules)
-            yield decoding, decoding.step
+            yield decoding, decoding.run
             return
         idle, epoch = self.idle.take(kind)
         decoding = idle or Decoding(decoder, head, kind)
 
         @torch.no_grad()
-        def step() -> None:
-            run, modules = decoding.step, decoding.modules
-            self.steps.run(modules, decoding.token, run, device=kind.device, stateful=True)
+        def run(steps: int) -> None:
+            self.steps.repeat(decoding.modules, decoding.token, decoding.step, steps, kind.device)
 
         try:
             decoding.begin(decoder, head, prefilled, sampling, rules)
-            yield decoding, step
+            yield decoding, run
         finally:
             self.idle.give(decoding, epoch)
 

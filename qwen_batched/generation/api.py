@@ -182,5 +182,5 @@ class Generative:
     ) -> GenerateOutput:
         caller = self._caller(cuda_graph)
         prefilled = self._calls.prefill(caller, call, Wanted((), "post", "last"))
-        with self._calls.decoding(caller, prefilled, sampling, rules) as (decoding, step):
-            return generate_texts(decoding, step, self.processor.prompts, rules, stream=stream, progress=progress)
+        with self._calls.decoding(caller, prefilled, sampling, rules) as (decoding, run):
+            return generate_texts(decoding, run, self.processor.prompts, rules, stream=stream, progress=progress)

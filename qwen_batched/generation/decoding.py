@@ -148,6 +148,11 @@ class Decoding:
         hidden_BD = self._decoder.step(embeds_BD, self._positions_R.expand(3, -1), self._cache)
         self._append(apply_linear(self._head, hidden_BD).float())
 
+    def run(self, steps: int) -> None:
+        """So many more tokens for each sample."""
+        for _ in range(steps):
+            self.step()
+
     @property
     def modules(self) -> list[nn.Module]:
         """Whose parameters a step reads."""

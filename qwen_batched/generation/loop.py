@@ -37,7 +37,7 @@ class HostCopy:
 
 def generate_texts(
     decoding: Decoding,
-    step: Callable[[], None],
+    run: Callable[[int], None],
     prompts: PromptEncoder,
     rules: Rules,
     stream: Callable[[list[str]], None] | None = None,
@@ -45,14 +45,14 @@ def generate_texts(
 ) -> GenerateOutput:
     """Runs a batch to its end.
 
-    `step` is `decoding.step`, or its graph. `stream` takes the text that has come since its last call, a string for
-    each sample; none after a sample's end, and none that may be the beginning of a stop string.
+    `run` is `decoding.run`, or the same by a graph. `stream` takes the text that has come since its last call, a string
+    for each sample; none after a sample's end, and none that may be the beginning of a stop string.
     """
     samples, total = decoding.tokens.shape
     ends = Ends(prompts, rules, samples)
     pieces = TextStream(prompts, samples) if stream is not None and ends.stops is None else None
     with tqdm(total=total, desc="tokens", disable=not progress) as bar:
-        for new in _token_chunks(decoding.tokens, step):
+        for new in _token_chunks(decoding.tokens, run):
             fresh = ends.take(new)
             bar.update(len(new[0]))
             if stream is not None:
@@ -107,15 +107,14 @@ def _first(values_RN: Tensor, lengths: list[int]) -> list[Tensor]:
     return [row[:length].clone() for row, length in zip(values_RN, lengths, strict=True)]
 
 
-def _token_chunks(tokens_BN: Tensor, step: Callable[[], None]) -> Iterator[list[list[int]]]:
+def _token_chunks(tokens_BN: Tensor, run: Callable[[int], None]) -> Iterator[list[list[int]]]:
     """Tokens as they reach the host, some columns at a time; a GPU is already at the next chunk meanwhile."""
     on_gpu, total = tokens_BN.is_cuda, tokens_BN.shape[1]
     width = STEPS_PER_POLL if on_gpu else 1
     copies: deque[HostCopy] = deque()
     for start in range(0, total, width):
         stop = min(start + width, total)
-        for _ in range(max(start, 1), stop):  # the first column is there
-            step()
+        run(stop - max(start, 1))  # the first column is there
         copies.append(HostCopy(tokens_BN[:, start:stop]))
         if len(copies) > on_gpu:
             yield copies.popleft().rows()

@@ -50,7 +50,7 @@ class CudaGraphs:
         self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
-        self._thread = threading.local()  # `admits_all` and `ran`, of the calls of a thread
+        self._thread = threading.local()  # `admits_all`, `ran` and `replayed`, of the calls of a thread
         self._lock = threading.RLock()
 
     def run(
@@ -70,7 +70,7 @@ class CudaGraphs:
         `stateful`, it changes something and must not run in vain. What is `kept` never changes, and is copied to a
         graph once for all calls with it that follow each other.
         """
-        held = () if kept is None else kept.tensors
+        held, self._thread.replayed = () if kept is None else kept.tensors, None
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
             return function(*inputs, *held)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
@@ -87,6 +87,7 @@ class CudaGraphs:
                 outputs = call.replay(inputs, kept)
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._uses.note(key)
+                    self._thread.replayed = call if stateful else None
                     return outputs
         try:
             outputs = function(*inputs, *held)
@@ -101,6 +102,26 @@ class CudaGraphs:
                 message = f"no CUDA graph for this shape, it runs without: {obstacle}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
         return outputs
+
+    def repeat(
+        self,
+        modules: Sequence[nn.Module],
+        key: Hashable,
+        function: Callable[[], None],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        """`function()` so often, by a graph where there is one: it changes something, and nothing else does meanwhile.
+
+        So the modules are looked at once.
+        """
+        while count > 0:
+            self.run(modules, key, function, device=device, stateful=True)
+            call, count = self._thread.replayed, count - 1
+            self._thread.replayed = None
+            while call is not None and count > 0:
+                call.replay(())
+                count -= 1
 
     @contextlib.contextmanager
     def admitting_all(self) -> Iterator[None]:

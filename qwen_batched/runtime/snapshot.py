@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from operator import is_
 
 from torch import Tensor, nn
@@ -23,13 +25,16 @@ class ModuleSnapshot:
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
         children = [child for module in modules for child in module.modules()]
-        self._types = [(child, type(child)) for child in children]
-        # Each dict beside a copy of it. Values that are the same object are equal without being looked into.
-        self._dicts = [(part, dict(part)) for child in children for part in _dicts(child)]
-        tensor_dicts = [part for child in children for part in (child._parameters, child._buffers) if part]
-        self._tensors = [(part, tuple(part.values())) for part in tensor_dicts]
+        # Lists beside lists of the same length, which one comparison in C tells apart: this is asked at every replay.
+        self._children, self._types = children, [*map(type, children)]
+        # Values that are the same object are equal without being looked into.
+        self._dicts = [part for child in children for part in _dicts(child)]
+        self._copies = [*map(dict, self._dicts)]
+        self._tensor_dicts = [part for child in children for part in (child._parameters, child._buffers) if part]
+        self._sizes, self._held = [*map(len, self._tensor_dicts)], [*_values(self._tensor_dicts)]
+        self._ids = [*map(id, self._held)]
         # All parameters and buffers.
-        self.tensors = [tensor for _, tensors in self._tensors for tensor in tensors if tensor is not None]
+        self.tensors = [tensor for tensor in self._held if tensor is not None]
         self._layouts = _layouts(self.tensors)
         self._memory = [tensor.detach() for tensor in self.tensors]
 
@@ -38,9 +43,10 @@ class ModuleSnapshot:
         return (
             len(modules) == len(self._modules)
             and all(map(is_, modules, self._modules))
-            and all(type(child) is before for child, before in self._types)
-            and all(_equal(now, before) for now, before in self._dicts)
-            and all(len(now) == len(before) and all(map(is_, now.values(), before)) for now, before in self._tensors)
+            and [*map(type, self._children)] == self._types
+            and _equal(self._dicts, self._copies)
+            and [*map(len, self._tensor_dicts)] == self._sizes
+            and [*map(id, _values(self._tensor_dicts))] == self._ids
             and _layouts(self.tensors) == self._layouts
         )
 
@@ -58,7 +64,11 @@ def is_capturable(*modules: nn.Module) -> bool:
     )
 
 
-def _equal(now: dict, before: dict) -> bool:
+def _values(dicts: list[dict]) -> Iterator[Tensor | None]:
+    return itertools.chain.from_iterable(map(dict.values, dicts))
+
+
+def _equal(now: list[dict], before: list[dict]) -> bool:
     try:
         return now == before
     except Exception:  # a value of the user's that cannot be compared with what stood there before

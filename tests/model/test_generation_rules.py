@@ -196,8 +196,8 @@ def test_no_end_token_comes_before_min_new_tokens_as_in_transformers(model, refe
     rules = Rules.read(vocabulary(model), GenerationConfig(), STEPS, Sampling(), end_tokens=ends, min_new_tokens=4)
     caller = model._caller(True)
     prefilled = model._calls.prefill(caller, request, Wanted((), "post", "last"))
-    with model._calls.decoding(caller, prefilled, Sampling(), rules) as (decoding, step):
-        out = generate_texts(decoding, step, model.processor.prompts, rules)
+    with model._calls.decoding(caller, prefilled, Sampling(), rules) as (decoding, run):
+        out = generate_texts(decoding, run, model.processor.prompts, rules)
     for i, text in enumerate(TEXTS):
         expected, _ = by_transformers(reference, text, eos_token_id=ends, min_new_tokens=4)
         assert tokens(out)[i] == expected
