@@ -34,6 +34,7 @@ class DecoderInputs:
     tokens: int | None  # see `Batch`, like the others
     is_padded: bool
     answer_tokens: int | None
+    has_spare: bool = False  # whether more tokens may be counted than there are, so that padding is computed
 
     @classmethod
     def of(cls, batch: Batch, embedded: Embedded, logits: str | int | None) -> DecoderInputs:
@@ -69,15 +70,16 @@ class DecoderInputs:
         batch, length = self.attention_mask.shape
         if not self.is_padded:
             more = round_up(length, TOKEN_STEPS) - length
-            tokens = None
+            tokens, has_spare = None, False
         else:
             more = round_up(length, ROW_STEPS) - length
             most = batch * (length + more)
             tokens = most if self.tokens is None else min(round_up(self.tokens, PACKED_TOKEN_STEPS), most)
+            has_spare = self.tokens is not None
         answers = self.answer_tokens
         if answers is not None:
             answers = min(round_up(answers, ANSWER_STEPS), batch * (length + more))
-        changed = {"tokens": tokens, "answer_tokens": answers}
+        changed = {"tokens": tokens, "answer_tokens": answers, "has_spare": has_spare}
         if more:
             changed |= {
                 "inputs_embeds": F.pad(self.inputs_embeds, (0, 0, 0, more)),
@@ -96,7 +98,7 @@ def round_up(count: int, steps: int) -> int:
 
 
 TENSORS = (*("inputs_embeds", "rope_positions", "attention_mask", "deep", "kept", "labels", "labels_valid"),)
-FACTS = ("tokens", "is_padded", "answer_tokens")
+FACTS = ("tokens", "is_padded", "answer_tokens", "has_spare")
 
 
 def _flatten(inputs: DecoderInputs) -> tuple[list[Any], Hashable]:

@@ -84,6 +84,8 @@ def decode(decoder: Decoder, head: nn.Module | None, wanted: Wanted, inputs: Dec
     options = {"tokens": inputs.tokens, "deep_features": inputs.deep, "is_padded": inputs.is_padded}
     options["cache"] = keys_values if cache is None else cache
     hidden_states = decoder(inputs.inputs_embeds, position_ids, mask, layers, wanted.norm, **options)
+    if inputs.has_spare:  # zeros on padding, as where it is not computed
+        hidden_states = [x.masked_fill(~mask[..., None], 0) for x in hidden_states]
     logits = loss = None
     if needs_last:
         last = hidden_states.pop()

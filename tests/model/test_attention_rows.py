@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_batched.model.attention import AttentionRows, unpad
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up
 from tests.support import assert_equal_to, photos
 
 TEXTS = ["Pick up the red block.", "a", "open the top drawer\n" * 6]
@@ -73,8 +74,10 @@ def test_padding_is_not_computed(load, device, side):
     out = model(photos(3, 2, 56, 84).to(device), TEXTS, camera_mask=mask)
     model.generate(None, TEXTS, max_new_tokens=1)
     hook.remove()
-    assert seen[0] == int(out.attention_mask.sum()) < out.attention_mask.numel()
-    assert seen[1] == sum(int(model(None, [text]).attention_mask.sum()) for text in TEXTS)
+    counts = [int(out.attention_mask.sum()), sum(int(model(None, [text]).attention_mask.sum()) for text in TEXTS)]
+    if device == "cuda":  # where a few tokens more let other texts share a graph
+        counts = [round_up(count, PACKED_TOKEN_STEPS) for count in counts]
+    assert seen[:2] == counts and seen[0] < out.attention_mask.numel()
 
 
 def test_a_prepared_batch_leaves_padding_out_too(model):

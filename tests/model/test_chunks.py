@@ -127,7 +127,7 @@ def test_the_whole_model_equals_itself_in_passes(model, passes, monkeypatch):
         whole = model(UNIFORM.to(model.device), texts).last_hidden_state
         passes.clear()
         monkeypatch.setattr(geometry, "PATCHES_PER_PASS", 100)
-        assert_equal_to(model(UNIFORM.to(model.device), texts).last_hidden_state, whole)
+        assert_equal_to(model(UNIFORM.to(model.device), texts, cuda_graph=False).last_hidden_state, whole)
     assert len(passes) == 4
 
 
