@@ -18,6 +18,7 @@ from qwen_batched.model.embedding import Embedded
 # Steps an octave. Of tokens that all blocks compute each one more costs time; rows of padding cost attention only.
 TOKEN_STEPS, PACKED_TOKEN_STEPS, ROW_STEPS, ANSWER_STEPS = 16, 64, 8, 4
 LEAST_STEP = 16
+FEW_TOKENS = 224  # up to which sizes are twice as far apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +70,10 @@ class DecoderInputs:
         """
         batch, length = self.attention_mask.shape
         if not self.is_padded:
-            more = round_up(length, TOKEN_STEPS) - length
+            more = rows_of(batch, length, False) - length
             tokens, has_spare = None, False
         else:
-            more = round_up(length, ROW_STEPS) - length
+            more = rows_of(batch, length, True) - length
             most = batch * (length + more)
             tokens = most if self.tokens is None else min(round_up(self.tokens, PACKED_TOKEN_STEPS), most)
             has_spare = self.tokens is not None
@@ -91,9 +92,17 @@ class DecoderInputs:
         return replace(self, **changed)
 
 
-def round_up(count: int, steps: int) -> int:
-    """The next size that is no less than `count`, of `steps` for each doubling, multiples of 16 at least."""
-    step = max(LEAST_STEP, (1 << max(count.bit_length() - 1, 0)) // steps)
+def rows_of(batch: int, length: int, is_padded: bool) -> int:
+    """How many places each of so many sequences gets."""
+    if is_padded:
+        return round_up(length, ROW_STEPS)
+    # Few tokens in all take about as long as a few more.
+    return round_up(length, TOKEN_STEPS, 2 * LEAST_STEP if batch * length <= FEW_TOKENS else LEAST_STEP)
+
+
+def round_up(count: int, steps: int, least: int = LEAST_STEP) -> int:
+    """The next size that is no less than `count`, of `steps` for each doubling, multiples of `least` at least."""
+    step = max(least, (1 << max(count.bit_length() - 1, 0)) // steps)
     return -(-count // step) * step
 
 

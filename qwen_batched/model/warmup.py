@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from qwen_batched.arguments import as_int
 from qwen_batched.inputs import checks
-from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, ROW_STEPS, TOKEN_STEPS, round_up
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
 from qwen_batched.training.api import Trainable
 
 WORD = " a"  # texts of any length are made of it
@@ -203,22 +203,22 @@ def _masks(images: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Ite
 
 def _choose(lengths: Sequence[int], size: int, knows_lengths: bool) -> Iterator[list[int]]:
     """Of each of `size` samples one of `lengths`, for every sequence length and number of tokens after rounding up."""
-    for longest in _last_of_each(lengths, TOKEN_STEPS if knows_lengths else ROW_STEPS):
+    for longest in _last_of_each(lengths, lambda length: rows_of(size, length, not knows_lengths)):
         yield [longest] * size
     if not knows_lengths:
         return
-    for longest in _last_of_each(lengths, ROW_STEPS) if size > 1 else ():
+    for longest in _last_of_each(lengths, lambda length: rows_of(size, length, True)) if size > 1 else ():
         least, most = longest + (size - 1) * lengths[0], size * longest - 1
         totals = range(least, most + 1)
-        for total in _last_of_each(totals, PACKED_TOKEN_STEPS):
+        for total in _last_of_each(totals, lambda total: round_up(total, PACKED_TOKEN_STEPS)):
             each, more = divmod(total - longest, size - 1)
             rest = [each + (index < more) for index in range(size - 1)]
             yield [longest, *(max(x for x in lengths if x <= length) for length in rest)]
 
 
-def _last_of_each(counts: Sequence[int], steps: int) -> list[int]:
+def _last_of_each(counts: Sequence[int], rounded: Callable[[int], int]) -> list[int]:
     """The largest of the counts that are rounded up to the same."""
-    return sorted({round_up(count, steps): count for count in counts}.values(), reverse=True)
+    return sorted({rounded(count): count for count in counts}.values(), reverse=True)
 
 
 def _shape_of(processor: Any, plan: tuple, layout: dict[str, Any]) -> tuple[int, int, bool]:
@@ -227,7 +227,7 @@ def _shape_of(processor: Any, plan: tuple, layout: dict[str, Any]) -> tuple[int,
     prompts = processor.request(images, texts, mask, **layout).prompts
     size = len(texts)
     is_padded = prompts.tokens != size * prompts.length
-    rows = round_up(prompts.length, ROW_STEPS if is_padded else TOKEN_STEPS)
+    rows = rows_of(size, prompts.length, is_padded)
     if not is_padded:
         return size * rows, rows, False
     tokens = size * rows if prompts.tokens is None else min(round_up(prompts.tokens, PACKED_TOKEN_STEPS), size * rows)

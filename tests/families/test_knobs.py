@@ -13,7 +13,7 @@ from qwen_batched.inputs.batch import Batch, Features
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.embedding import embed, image_features
-from qwen_batched.model.geometry import IMAGE, make_vision_plan
+from qwen_batched.model.geometry import IMAGE, look_up, make_vision_plan
 from qwen_batched.model.parts.mlps import MLP, SwiGLU
 from qwen_batched.model.parts.norms import AddLayerNorm, AddRMSNorm
 from qwen_batched.model.parts.patches import PatchMerger
@@ -356,7 +356,7 @@ def test_taps_of_a_position_table_equal_its_interpolation(h, w):
     resized = F.interpolate(table.T.view(1, 3, 48, 48), size=(2 * h, 2 * w), mode="bilinear", align_corners=True)
     cells = resized[0].permute(1, 2, 0).unflatten(0, (h, 2)).unflatten(2, (w, 2)).transpose(1, 2)
     # Positions of two rules of float32 differ by 1e-6 of the table's side.
-    torch.testing.assert_close(taps.of(table), cells.flatten(0, 3), atol=2e-4, rtol=0)
+    torch.testing.assert_close(look_up(taps, table), cells.flatten(0, 3), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("entries", [24, 26])

@@ -333,6 +333,6 @@ def test_trap_all_families_in_one_process_share_no_graph_plan_or_cache(tmp_path)
             out = models[index](frames, texts, resize=None)
             assert torch.equal(out.last_hidden_state, alone[index].last_hidden_state)
             assert torch.equal(out.image_features, alone[index].image_features)
-    for name in ("whole", "tower", "steps"):
+    for name in ("tower", "decoder", "steps", "suffixes", "idle"):
         assert len({id(getattr(model._calls, name)) for model in models}) == len(models)
     assert len({id(model.visual.plans) for model in models}) == len(models)

@@ -75,8 +75,8 @@ def test_padding_is_not_computed(load, device, side):
     model.generate(None, TEXTS, max_new_tokens=1)
     hook.remove()
     counts = [int(out.attention_mask.sum()), sum(int(model(None, [text]).attention_mask.sum()) for text in TEXTS)]
-    if device == "cuda":  # where a few tokens more let other texts share a graph
-        counts = [round_up(count, PACKED_TOKEN_STEPS) for count in counts]
+    if device == "cuda":  # without gradients a few tokens more let other texts share a graph
+        counts[1] = round_up(counts[1], PACKED_TOKEN_STEPS)
     assert seen[:2] == counts and seen[0] < out.attention_mask.numel()
 
 

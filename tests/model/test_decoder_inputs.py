@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched.model import pipeline
-from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, TOKEN_STEPS, DecoderInputs, round_up
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, TOKEN_STEPS, DecoderInputs, round_up, rows_of
 from qwen_batched.model.embedding import embed
 from tests.sisters import FACTORS, Sister
 from tests.support import assert_equal_to
@@ -23,12 +23,17 @@ def test_sizes_grow_by_little(count):
         rounded = round_up(count, steps)
         assert rounded >= count and rounded % 16 == 0 and round_up(rounded, steps) == rounded
         assert rounded - count < max(16, count / steps)
-    if count >= 241:
-        assert round_up(count, TOKEN_STEPS) <= 1.07 * count
+
+
+@given(length=st.integers(241, 10_000), batch=st.integers(1, 64))
+def test_sequences_of_one_length_grow_by_at_most_seven_percent(length, batch):
+    assert length <= rows_of(batch, length, False) <= 1.07 * length
+    assert rows_of(batch, length, True) >= length
 
 
 def test_sizes_are_few():
-    assert len({round_up(count, TOKEN_STEPS) for count in range(64, 1024)}) <= 45
+    """Of one sample, for texts up to 200 words beside 1 to 4 cameras."""
+    assert len({rows_of(1, length, False) for length in range(20, 1000)}) <= 52
 
 
 @given(
