@@ -186,9 +186,11 @@ class Calls:
             self.steps.repeat(decoding.modules, decoding.token, decoding.step, steps, kind.device)
 
         try:
+            decoding.lend()
             decoding.begin(decoder, head, prefilled, sampling, rules)
             yield decoding, run
         finally:
+            decoding.give_back()
             self.idle.give(decoding, epoch)
 
     def makes_graphs(self, processor: TensorProcessor, device: torch.device) -> bool:

@@ -96,6 +96,7 @@ class Decoding:
             ends = [token for token in set(rules.end_tokens) if token < kind.vocabulary]
             self._ends_E = h2d(device, torch.tensor(ends, dtype=torch.int64, device="cpu"))
         self._steps = 0
+        self._last_use: torch.cuda.Event | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -122,6 +123,21 @@ class Decoding:
         if rules.allowed is not None:
             self._forbidden_NW[: len(rules.allowed)] = h2d(self.kind.device, ~rules.allowed)
         self._append(each(prefilled.output.logits).float())
+
+    def lend(self) -> None:
+        """Whatever comes now on this thread's stream waits for what the last generation left running on its own."""
+        if self._last_use is not None:
+            torch.cuda.current_stream(self.kind.device).wait_event(self._last_use)
+
+    def give_back(self) -> None:
+        """The generation ends here; its last steps may still run."""
+        if self.kind.device.type == "cuda":
+            self._last_use = torch.cuda.current_stream(self.kind.device).record_event()
+
+    def wait(self) -> None:
+        """Returns when the device is through with the last generation: then the memory may be someone else's."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
 
     @property
     def tokens(self) -> Tensor:

@@ -36,10 +36,15 @@ class DecodingPool:
                 return
             self._idle.append(decoding)
             while len(self._idle) > MAX_IDLE or sum(each.nbytes for each in self._idle) > MAX_BYTES:
-                self._forget(self._idle.pop(0))
+                self._give_up(self._idle.pop(0))
 
     def clear(self) -> None:
         """Forgets all, those too that are lent."""
         with self._lock:
             self._epoch += 1
-            self._idle.clear()
+            while self._idle:
+                self._give_up(self._idle.pop())
+
+    def _give_up(self, decoding: Decoding) -> None:
+        decoding.wait()
+        self._forget(decoding)
