@@ -169,6 +169,10 @@ class WithWarmup(Trainable):
             options = {"max_new_tokens": new, "device": self.device, **layout}
             prompts = self.processor.request(images, [text], mask, **options).prompts
             found.setdefault(prompts.length, text)
+            most = self.config.text.max_position_embeddings
+            if words == 0 and prompts.length + longest + new > most:
+                sizes = f"{prompts.length} of the template, max_text_tokens={longest} and max_new_tokens={new}"
+                raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {sizes}")
             if prompts.length - min(found) >= longest:
                 return found
 

@@ -43,7 +43,7 @@ def test_sizes_are_few():
     norm=st.sampled_from(["post", "pre"]),
     data=st.data(),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_output_is_that_without_the_room(sister, texts, side, logits, norm, data):
     model = sister.models[side]
     images, mask = sister.photos(len(texts), 2, 2, 1), None

@@ -205,7 +205,7 @@ def test_keys_and_values_need_no_later_block(sister):
     side=st.sampled_from(["left", "right"]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=7, deadline=None)
 def test_extensions_equal_full_forwards(sister, counts, tokens, causal, side, seed):
     """Each sample alone through transformers: prompt and suffix in one sequence, with a mask of four dimensions."""
     batch = make(sister, counts, seed=seed, side=side)

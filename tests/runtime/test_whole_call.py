@@ -570,7 +570,7 @@ def a_text(rng, tokens, most, model):
 @pytest.mark.parametrize("mask", [None, "host", "device"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_after_warmup_no_text_captures(own, fake, monkeypatch, size, mask):
-    rng, tokens, most = random.Random(0), own.processor.prompts.tokenizer, 40
+    rng, tokens, most = random.Random(0), own.processor.prompts.tokenizer, 20
     images = frames()[:size]
     if mask == "device":
         monkeypatch.setattr(PromptRows, "lay_out", PromptRows.lay_out_on_device)
@@ -582,7 +582,7 @@ def test_after_warmup_no_text_captures(own, fake, monkeypatch, size, mask):
     made = own.warmup(images, max_text_tokens=most, camera_mask=given, progress=False)
     captured = fake.captured
     assert made.graphs == captured == own.graph_count > 2
-    for _ in range(25):
+    for _ in range(12):
         texts = [a_text(rng, tokens, most, own) for _ in range(size)]
         drawn = None if mask is None else torch.rand(size, 2) < 0.6
         ours = call(own, frames(rng.randint(0, 9))[:size], texts, drawn)
