@@ -47,7 +47,7 @@ class Caller(NamedTuple):
 
 # What a user gives: frames and texts, a batch that the processor prepared, or one of transformers'.
 Call = Request | Batch | TransformersBatch
-MAX_DECODER_GRAPHS, MAX_SUFFIX_GRAPHS, MAX_STEP_GRAPHS = 64, 8, 8
+MAX_DECODER_GRAPHS, MAX_SUFFIX_GRAPHS, MAX_STEP_GRAPHS = 64, 8, 16
 IMAGE_FIELDS = ("pixel_values", "camera_present", "grids", "images", "as_list")
 
 

@@ -12,12 +12,13 @@ from qwen_batched.generation.sampling import Sampling
 from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
-from qwen_batched.model.decoder_inputs import ROW_STEPS, round_up
+from qwen_batched.model.decoder_inputs import round_up
 from qwen_batched.model.pipeline import Prefilled
 from qwen_batched.runtime.host_copies import h2d
 
 # Stands for a token in `Decoding.tokens` where a sample's logits were not finite. No token has this id.
 INVALID = -1
+CAPACITY_STEPS, LEAST_CAPACITY = 4, 128  # of caches: room costs memory, and no time
 LEAST_STEPS = 32  # that there is room for; beyond it for the next power of two
 
 
@@ -54,7 +55,7 @@ class DecodingKind:
         fewest = rules.min_new_tokens if rules.end_tokens else 0
         return cls(
             samples * rules.num_return_sequences,
-            round_up(keys.shape[2] + room, ROW_STEPS),
+            round_up(keys.shape[2] + room, CAPACITY_STEPS, LEAST_CAPACITY),
             room,
             vocabulary,
             keys.dtype,

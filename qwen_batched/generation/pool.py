@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from qwen_batched.generation.decoding import Decoding, DecodingKind
 
-MAX_IDLE = 4
+MAX_IDLE = 16
 MAX_BYTES = 4 << 30  # of all idle states
 
 

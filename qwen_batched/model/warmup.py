@@ -61,7 +61,8 @@ class WithWarmup(Trainable):
             images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
                 of cameras and sizes that will come to a call of its own.
             max_text_tokens: Most tokens of a text, the template's not counted.
-            max_new_tokens: Most new tokens of `generate`; 0 where it is not used.
+            max_new_tokens: Most new tokens of `generate`; 0 where it is not used. Greedy steps are made; those with a
+                temperature or other rules are captured when they first come.
             batch_sizes: Numbers of samples that will come; None for that of the images.
             progress: Shows a progress bar on stderr.
             **forward_arguments: `camera_mask`, `template`, `resize`, `system`, `layers` and the like, as they will

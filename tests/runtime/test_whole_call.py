@@ -10,7 +10,7 @@ from torch import nn
 from qwen_batched import QwenBatchedVL
 from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
-from qwen_batched.generation import Decoding
+from qwen_batched.generation import Decoding, pool
 from qwen_batched.inputs.prompt_rows import PromptRows
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
@@ -311,7 +311,7 @@ def test_generations_of_one_kind_follow_each_other_in_one_state(own, fake):
         sick[0] = torch.nan
         reasons = own.generate(sick, TEXTS, **chosen).finish_reasons
         assert reasons == ["invalid", "length"]
-    assert len(own._calls.idle._idle) <= 4
+    assert len(own._calls.idle._idle) <= 5
 
 
 def test_a_stream_that_generates_and_a_second_thread_get_states_of_their_own(own, fake):
@@ -335,11 +335,16 @@ def test_a_state_that_was_lent_when_all_were_forgotten_is_not_kept(own, fake):
     assert own._calls.idle._idle == []
 
 
-def test_idle_states_are_few(own, fake):
-    for count in (10, 40, 70, 130, 260, 520):
-        own.generate(None, ["a"], max_new_tokens=count, stop="\n")
-    assert len(own._calls.idle._idle) == 4
-    assert len(own._calls.steps) <= 4
+def test_idle_states_are_few(own, fake, monkeypatch):
+    monkeypatch.setattr(pool, "MAX_IDLE", 3)
+    own.generation_config = GenerationConfig(eos_token_ids=())
+    for count in (4, 40, 70, 130, 4):
+        own.generate(None, ["a"], max_new_tokens=count)
+    assert len(own._calls.idle._idle) == 3
+    assert len(own._calls.steps) == 3, "a state that is given up takes its graph with it"
+    monkeypatch.setattr(pool, "MAX_BYTES", own._calls.idle._idle[-1].nbytes)
+    own.generate(None, ["a"], max_new_tokens=4)
+    assert len(own._calls.idle._idle) == 1
 
 
 @pytest.mark.parametrize("change", ["mode", "hook", "weights"])
