@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -205,15 +207,40 @@ def _choose(lengths: Sequence[int], size: int, knows_lengths: bool) -> Iterator[
     """Of each of `size` samples one of `lengths`, for every sequence length and number of tokens after rounding up."""
     for longest in _last_of_each(lengths, lambda length: rows_of(size, length, not knows_lengths)):
         yield [longest] * size
-    if not knows_lengths:
-        return
-    for longest in _last_of_each(lengths, lambda length: rows_of(size, length, True)) if size > 1 else ():
-        least, most = longest + (size - 1) * lengths[0], size * longest - 1
-        totals = range(least, most + 1)
-        for total in _last_of_each(totals, lambda total: round_up(total, PACKED_TOKEN_STEPS)):
-            each, more = divmod(total - longest, size - 1)
-            rest = [each + (index < more) for index in range(size - 1)]
-            yield [longest, *(max(x for x in lengths if x <= length) for length in rest)]
+    if knows_lengths and size > 1:
+        yield from _choose_ragged(lengths, size)
+
+
+def _choose_ragged(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Those where the samples differ in length. Lengths may have gaps, as those of prompts with fewer cameras do."""
+    for most in _last_of_each(lengths, lambda length: rows_of(size, length, True)):
+        fitting = [length for length in lengths if length <= most]
+        longest = [length for length in fitting if rows_of(size, length, True) == rows_of(size, most, True)]
+        sums = [1]  # bit t of sums[k]: k of the lengths that fit add up to t
+        for _ in range(size - 1):
+            sums.append(_moved(sums[-1], fitting))
+        totals, found = _moved(sums[-1], longest), set()
+        for total in range(size * most, 0, -1):
+            rounded = round_up(total, PACKED_TOKEN_STEPS)
+            if rounded in found or not _has(totals, total):
+                continue
+            # The longest that there can be, then the shortest: all are the same only where nothing else adds up to it.
+            row = [max(length for length in longest if _has(sums[-1], total - length))]
+            for left in reversed(sums[:-1]):
+                rest = total - sum(row)
+                row.append(min(length for length in fitting if _has(left, rest - length)))
+            if len({*row}) > 1:
+                found.add(rounded)
+                yield row
+
+
+def _moved(bits: int, lengths: Sequence[int]) -> int:
+    """The sums that come of adding one of the lengths to one of the sums that `bits` stands for."""
+    return functools.reduce(operator.or_, (bits << length for length in lengths))
+
+
+def _has(bits: int, total: int) -> bool:
+    return total >= 0 and bool(bits >> total & 1)
 
 
 def _last_of_each(counts: Sequence[int], rounded: Callable[[int], int]) -> list[int]:

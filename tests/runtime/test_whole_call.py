@@ -1,6 +1,7 @@
 """A call as two graphs, of image features and of the decoder: what shapes one is its key, all else are its inputs."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,8 @@ from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding
 from qwen_batched.inputs.prompt_rows import PromptRows
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
+from qwen_batched.model.warmup import _choose
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -603,3 +606,21 @@ def test_warmup_refuses_what_cannot_be(own, fake):
         own.warmup(frames(), max_text_tokens="a", progress=False)
     assert fake.captured == 0
     assert call(own, frames(), TEXTS).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "lengths", [[*range(10, 50)], [*range(20, 40), *range(84, 110), *range(150, 170)], [7], [7, 300]]
+)
+def test_warmup_chooses_a_call_for_every_shape_that_lengths_lead_to_and_none_twice(lengths, size):
+    """Gaps between lengths are the tokens of cameras that are absent."""
+
+    def shape(row):
+        is_padded = len({*row}) > 1
+        rows = rows_of(size, max(row), is_padded)
+        tokens = round_up(sum(row), PACKED_TOKEN_STEPS) if is_padded else size * rows
+        return min(tokens, size * rows), rows, is_padded
+
+    chosen = [shape(row) for row in _choose(lengths, size, True)]
+    assert {*chosen} == {shape(row) for row in itertools.combinations_with_replacement(lengths, size)}
+    assert len({*chosen}) == len(chosen)
