@@ -79,18 +79,21 @@ class WithWarmup(Trainable):
         """
         longest = as_int("max_text_tokens", max_text_tokens, 1)
         new = as_int("max_new_tokens", max_new_tokens, 0)
-        if images is None and batch_sizes is None:
-            batch_sizes = (1,)
-        first = images if images is None or isinstance(images, Tensor) else images[0]
-        sizes = [len(first)] if batch_sizes is None else [as_int("batch_sizes", size, 1) for size in batch_sizes]
+        if new:
+            self._check_lm_head()
+        batch = 1 if images is None else len(checks.check_frames(images, 1)[0])
+        # The largest calls first: they show whether there is memory, and what smaller ones take lies in theirs.
+        given = (batch,) if batch_sizes is None else batch_sizes
+        sizes = sorted({as_int("batch_sizes", size, 1) for size in given}, reverse=True)
         if not sizes:
             raise ValueError("batch_sizes must hold at least one number, got none")
         mask = forward_arguments.pop("camera_mask", None)
         plans = [plan for size in sizes for plan in self._plans(images, size, longest, new, mask, forward_arguments)]
         room = self._calls.decoder.max_graphs
-        if len(plans) > room:
+        needed = len(plans) * (2 if new else 1)  # prompts of `generate` have graphs of their own
+        if needed > room:
             raise ValueError(
-                f"these bounds need {len(plans)} graphs of the decoder, and a model keeps at most {room}: lower "
+                f"these bounds need {needed} graphs of the decoder, and a model keeps at most {room}: lower "
                 "max_text_tokens, or give fewer batch_sizes"
             )
         if not self._calls.makes_graphs(self.processor, self.device):
@@ -151,7 +154,7 @@ class WithWarmup(Trainable):
         layout = {name: arguments[name] for name in ("template", "resize", "system") if name in arguments}
         frames = _repeated(images, size)
         prompts: dict[int, tuple[str, Tensor | None]] = {}
-        for present in _masks(images, mask):
+        for present in _masks(images, mask, self.device):
             texts = self._texts_by_length(_repeated(images, 1), present, longest, new, layout)
             prompts |= {length: (text, present) for length, text in texts.items()}
         plans = []
@@ -192,13 +195,16 @@ def _repeated(images: Tensor | Sequence[Tensor] | None, size: int) -> Any:
     return [camera[:1].expand(size, *camera.shape[1:]) for camera in images]
 
 
-def _masks(images: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Iterator[Tensor | None]:
+def _masks(
+    images: Tensor | Sequence[Tensor] | None, mask: Tensor | None, device: torch.device
+) -> Iterator[Tensor | None]:
     """(1, V) each: every number of present cameras; any one where only the device knows it."""
     if mask is None:
         yield None
         return
-    cameras = images.shape[1] if isinstance(images, Tensor) else len(images)
-    checks.check_camera_mask(mask, len(mask), cameras, mask.device)
+    cameras = images.shape[1] if isinstance(images, Tensor) else len(images or ())
+    rows = len(mask) if isinstance(mask, Tensor) and mask.ndim else 1
+    checks.check_camera_mask(mask, rows, cameras, device)
     for present in range(cameras, -1 if mask.device.type == "cpu" else cameras - 1, -1):
         yield (torch.arange(cameras, device=mask.device) < present)[None]
 

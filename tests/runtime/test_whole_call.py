@@ -599,13 +599,38 @@ def test_warmup_refuses_what_cannot_be(own, fake):
     for wrong in ({"max_text_tokens": 0}, {"max_text_tokens": 10**6}, {"max_text_tokens": 5, "batch_sizes": ()}):
         with pytest.raises(ValueError):
             own.warmup(frames(), progress=False, **wrong)
+    for wrong in ([], {"camera": frames()}, frames()[0], frames()[:0]):
+        with pytest.raises((TypeError, ValueError), match="images"):
+            own.warmup(wrong, max_text_tokens=5, progress=False)
+    for wrong in ([[True, True]], torch.tensor(True), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises((TypeError, ValueError), match="camera_mask"):
+            own.warmup(frames(), max_text_tokens=5, camera_mask=wrong, progress=False)
     own._calls.decoder.max_graphs = 2
     with pytest.raises(ValueError, match="graphs"):
         own.warmup(frames(), max_text_tokens=60, progress=False)
+    own._calls.decoder.max_graphs = 3
+    with pytest.raises(ValueError, match="need 4 graphs"):  # prompts of `generate` have graphs of their own
+        own.warmup(frames()[:1], max_text_tokens=20, max_new_tokens=3, progress=False)
     with pytest.raises(ValueError, match="int"):
         own.warmup(frames(), max_text_tokens="a", progress=False)
     assert fake.captured == 0
     assert call(own, frames(), TEXTS).last_hidden_state.isfinite().all()
+
+
+def test_warmup_needs_the_output_projection_only_to_generate(own, fake):
+    own.has_lm_head = False
+    with pytest.raises(ValueError, match="lm_head"):
+        own.warmup(frames()[:1], max_text_tokens=5, max_new_tokens=3, progress=False)
+    assert fake.captured == 0
+    assert own.warmup(frames()[:1], max_text_tokens=5, progress=False).graphs == fake.captured > 1
+
+
+def test_warmup_looks_for_memory_with_the_largest_batch_and_makes_no_graph_twice(own, fake, monkeypatch):
+    tried = []
+    monkeypatch.setattr(type(own), "_check_memory", lambda self, plan, arguments: tried.append(len(plan[1])))
+    made = own.warmup(frames(), max_text_tokens=5, batch_sizes=(1, 3, 1), progress=False)
+    assert tried == [3]
+    assert made.graphs == fake.captured
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
