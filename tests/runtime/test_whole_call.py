@@ -336,6 +336,15 @@ def test_a_state_that_was_lent_when_all_were_forgotten_is_not_kept(own, fake):
     own.generation_config = GenerationConfig(eos_token_ids=())
     own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: own.clear_graphs())
     assert own._calls.idle._idle == []
+    calls = []
+
+    def clear_once(pieces):
+        calls.append(pieces)
+        if len(calls) == 2:
+            own.clear_graphs()
+
+    own.generate(frames(), TEXTS, max_new_tokens=8, stream=clear_once)
+    assert own._calls.idle._idle == [] and own.graph_count == 0, "nor is its graph, captured afterwards"
 
 
 def test_idle_states_are_few(own, fake):
