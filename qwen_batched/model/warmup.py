@@ -58,6 +58,7 @@ class WithWarmup(Trainable):
         """Makes all CUDA graphs that calls with such images and any texts will need; on a CPU none.
 
         No later call within these bounds compiles a kernel or captures a graph.
+        Of `generate` that holds for the prompts; steps have a graph for the four kinds of generation that came last.
 
         Args:
             images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
@@ -198,15 +199,23 @@ def _repeated(images: Tensor | Sequence[Tensor] | None, size: int) -> Any:
 def _masks(
     images: Tensor | Sequence[Tensor] | None, mask: Tensor | None, device: torch.device
 ) -> Iterator[Tensor | None]:
-    """(1, V) each: every number of present cameras; any one where only the device knows it."""
+    """(1, V) each: every number of present cameras of each shape; all where only the device knows it."""
     if mask is None:
         yield None
         return
     cameras = images.shape[1] if isinstance(images, Tensor) else len(images or ())
     rows = len(mask) if isinstance(mask, Tensor) and mask.ndim else 1
     checks.check_camera_mask(mask, rows, cameras, device)
-    for present in range(cameras, -1 if mask.device.type == "cpu" else cameras - 1, -1):
-        yield (torch.arange(cameras, device=mask.device) < present)[None]
+    if not _knows_lengths(mask):
+        yield torch.ones(1, cameras, dtype=torch.bool, device=mask.device)
+        return
+    shapes = [None] * cameras if isinstance(images, Tensor) else [frames.shape for frames in images]
+    of_a_shape = [[camera for camera, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+    for counts in itertools.product(*(range(len(alike), -1, -1) for alike in of_a_shape)):
+        present = torch.zeros(1, cameras, dtype=torch.bool, device="cpu")
+        for alike, count in zip(of_a_shape, counts, strict=True):
+            present[:, alike[:count]] = True
+        yield present
 
 
 def _choose(lengths: Sequence[int], size: int, knows_lengths: bool) -> Iterator[list[int]]:

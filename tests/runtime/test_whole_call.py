@@ -14,7 +14,7 @@ from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding
 from qwen_batched.inputs.prompt_rows import PromptRows
 from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
-from qwen_batched.model.warmup import _choose
+from qwen_batched.model.warmup import _choose, _masks
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -658,3 +658,11 @@ def test_warmup_chooses_a_call_for_every_shape_that_lengths_lead_to_and_none_twi
     chosen = [shape(row) for row in _choose(lengths, size, True)]
     assert {*chosen} == {shape(row) for row in itertools.combinations_with_replacement(lengths, size)}
     assert len({*chosen}) == len(chosen)
+
+
+def test_warmup_leaves_out_every_camera_of_a_list_whose_sizes_differ():
+    small, large = torch.zeros(1, 3, 28, 28), torch.zeros(1, 3, 56, 56)
+    masks = {tuple(mask[0].tolist()) for mask in _masks([small, large], torch.ones(1, 2).bool(), torch.device("cpu"))}
+    assert masks == {(True, True), (True, False), (False, True), (False, False)}
+    alike = [*_masks([small] * 4, torch.ones(1, 4).bool(), torch.device("cpu"))]
+    assert [int(mask.sum()) for mask in alike] == [4, 3, 2, 1, 0]
