@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +58,7 @@ class WithWarmup(Trainable):
         """Makes all CUDA graphs that calls with such images and any texts will need; on a CPU none.
 
         No later call within these bounds compiles a kernel or captures a graph.
+        Of `generate` that holds for the prompts; steps have a graph for the four kinds of generation that came last.
 
         Args:
             images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
@@ -78,18 +81,21 @@ class WithWarmup(Trainable):
         """
         longest = as_int("max_text_tokens", max_text_tokens, 1)
         new = as_int("max_new_tokens", max_new_tokens, 0)
-        if images is None and batch_sizes is None:
-            batch_sizes = (1,)
-        first = images if images is None or isinstance(images, Tensor) else images[0]
-        sizes = [len(first)] if batch_sizes is None else [as_int("batch_sizes", size, 1) for size in batch_sizes]
+        if new:
+            self._check_lm_head()
+        batch = 1 if images is None else len(checks.check_frames(images, 1)[0])
+        # The largest calls first: they show whether there is memory, and what smaller ones take lies in theirs.
+        given = (batch,) if batch_sizes is None else batch_sizes
+        sizes = sorted({as_int("batch_sizes", size, 1) for size in given}, reverse=True)
         if not sizes:
             raise ValueError("batch_sizes must hold at least one number, got none")
         mask = forward_arguments.pop("camera_mask", None)
         plans = [plan for size in sizes for plan in self._plans(images, size, longest, new, mask, forward_arguments)]
         room = self._calls.decoder.max_graphs
-        if len(plans) > room:
+        needed = len(plans) * (2 if new else 1)  # prompts of `generate` have graphs of their own
+        if needed > room:
             raise ValueError(
-                f"these bounds need {len(plans)} graphs of the decoder, and a model keeps at most {room}: lower "
+                f"these bounds need {needed} graphs of the decoder, and a model keeps at most {room}: lower "
                 "max_text_tokens, or give fewer batch_sizes"
             )
         if not self._calls.makes_graphs(self.processor, self.device):
@@ -150,7 +156,7 @@ class WithWarmup(Trainable):
         layout = {name: arguments[name] for name in ("template", "resize", "system") if name in arguments}
         frames = _repeated(images, size)
         prompts: dict[int, tuple[str, Tensor | None]] = {}
-        for present in _masks(images, mask):
+        for present in _masks(images, mask, self.device):
             texts = self._texts_by_length(_repeated(images, 1), present, longest, new, layout)
             prompts |= {length: (text, present) for length, text in texts.items()}
         plans = []
@@ -195,30 +201,66 @@ def _repeated(images: Tensor | Sequence[Tensor] | None, size: int) -> Any:
     return [camera[:1].expand(size, *camera.shape[1:]) for camera in images]
 
 
-def _masks(images: Tensor | Sequence[Tensor] | None, mask: Tensor | None) -> Iterator[Tensor | None]:
-    """(1, V) each: every number of present cameras; any one where only the device knows it."""
+def _masks(
+    images: Tensor | Sequence[Tensor] | None, mask: Tensor | None, device: torch.device
+) -> Iterator[Tensor | None]:
+    """(1, V) each: every number of present cameras of each shape; all where only the device knows it."""
     if mask is None:
         yield None
         return
-    cameras = images.shape[1] if isinstance(images, Tensor) else len(images)
-    checks.check_camera_mask(mask, len(mask), cameras, mask.device)
-    for present in range(cameras, -1 if mask.device.type == "cpu" else cameras - 1, -1):
-        yield (torch.arange(cameras, device=mask.device) < present)[None]
+    cameras = images.shape[1] if isinstance(images, Tensor) else len(images or ())
+    rows = len(mask) if isinstance(mask, Tensor) and mask.ndim else 1
+    checks.check_camera_mask(mask, rows, cameras, device)
+    if not _knows_lengths(mask):
+        yield torch.ones(1, cameras, dtype=torch.bool, device=mask.device)
+        return
+    shapes = [None] * cameras if isinstance(images, Tensor) else [frames.shape for frames in images]
+    of_a_shape = [[camera for camera, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+    for counts in itertools.product(*(range(len(alike), -1, -1) for alike in of_a_shape)):
+        present = torch.zeros(1, cameras, dtype=torch.bool, device="cpu")
+        for alike, count in zip(of_a_shape, counts, strict=True):
+            present[:, alike[:count]] = True
+        yield present
 
 
 def _choose(lengths: Sequence[int], size: int, knows_lengths: bool) -> Iterator[list[int]]:
     """Of each of `size` samples one of `lengths`, for every sequence length and number of tokens after rounding up."""
     for longest in _last_of_each(lengths, lambda length: rows_of(size, length, not knows_lengths)):
         yield [longest] * size
-    if not knows_lengths:
-        return
-    for longest in _last_of_each(lengths, lambda length: rows_of(size, length, True)) if size > 1 else ():
-        least, most = longest + (size - 1) * lengths[0], size * longest - 1
-        totals = range(least, most + 1)
-        for total in _last_of_each(totals, lambda total: round_up(total, PACKED_TOKEN_STEPS)):
-            each, more = divmod(total - longest, size - 1)
-            rest = [each + (index < more) for index in range(size - 1)]
-            yield [longest, *(max(x for x in lengths if x <= length) for length in rest)]
+    if knows_lengths and size > 1:
+        yield from _choose_ragged(lengths, size)
+
+
+def _choose_ragged(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Those where the samples differ in length. Lengths may have gaps, as those of prompts with fewer cameras do."""
+    for most in _last_of_each(lengths, lambda length: rows_of(size, length, True)):
+        fitting = [length for length in lengths if length <= most]
+        longest = [length for length in fitting if rows_of(size, length, True) == rows_of(size, most, True)]
+        sums = [1]  # bit t of sums[k]: k of the lengths that fit add up to t
+        for _ in range(size - 1):
+            sums.append(_moved(sums[-1], fitting))
+        totals, found = _moved(sums[-1], longest), set()
+        for total in range(size * most, 0, -1):
+            rounded = round_up(total, PACKED_TOKEN_STEPS)
+            if rounded in found or not _has(totals, total):
+                continue
+            # The longest that there can be, then the shortest: all are the same only where nothing else adds up to it.
+            row = [max(length for length in longest if _has(sums[-1], total - length))]
+            for left in reversed(sums[:-1]):
+                rest = total - sum(row)
+                row.append(min(length for length in fitting if _has(left, rest - length)))
+            if len({*row}) > 1:
+                found.add(rounded)
+                yield row
+
+
+def _moved(bits: int, lengths: Sequence[int]) -> int:
+    """The sums that come of adding one of the lengths to one of the sums that `bits` stands for."""
+    return functools.reduce(operator.or_, (bits << length for length in lengths))
+
+
+def _has(bits: int, total: int) -> bool:
+    return total >= 0 and bool(bits >> total & 1)
 
 
 def _last_of_each(counts: Sequence[int], rounded: Callable[[int], int]) -> list[int]:

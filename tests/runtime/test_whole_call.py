@@ -1,6 +1,7 @@
 """A call as two graphs, of image features and of the decoder: what shapes one is its key, all else are its inputs."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,8 @@ from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding, pool
 from qwen_batched.inputs.prompt_rows import PromptRows
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
+from qwen_batched.model.warmup import _choose, _masks
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -333,6 +336,15 @@ def test_a_state_that_was_lent_when_all_were_forgotten_is_not_kept(own, fake):
     own.generation_config = GenerationConfig(eos_token_ids=())
     own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: own.clear_graphs())
     assert own._calls.idle._idle == []
+    calls = []
+
+    def clear_once(pieces):
+        calls.append(pieces)
+        if len(calls) == 2:
+            own.clear_graphs()
+
+    own.generate(frames(), TEXTS, max_new_tokens=8, stream=clear_once)
+    assert own._calls.idle._idle == [] and own.graph_count == 0, "nor is its graph, captured afterwards"
 
 
 def test_idle_states_are_few(own, fake, monkeypatch):
@@ -601,10 +613,61 @@ def test_warmup_refuses_what_cannot_be(own, fake):
     for wrong in ({"max_text_tokens": 0}, {"max_text_tokens": 10**6}, {"max_text_tokens": 5, "batch_sizes": ()}):
         with pytest.raises(ValueError):
             own.warmup(frames(), progress=False, **wrong)
+    for wrong in ([], {"camera": frames()}, frames()[0], frames()[:0]):
+        with pytest.raises((TypeError, ValueError), match="images"):
+            own.warmup(wrong, max_text_tokens=5, progress=False)
+    for wrong in ([[True, True]], torch.tensor(True), torch.ones(2, 3, dtype=torch.bool)):
+        with pytest.raises((TypeError, ValueError), match="camera_mask"):
+            own.warmup(frames(), max_text_tokens=5, camera_mask=wrong, progress=False)
     own._calls.decoder.max_graphs = 2
     with pytest.raises(ValueError, match="graphs"):
         own.warmup(frames(), max_text_tokens=60, progress=False)
+    own._calls.decoder.max_graphs = 3
+    with pytest.raises(ValueError, match="need 4 graphs"):  # prompts of `generate` have graphs of their own
+        own.warmup(frames()[:1], max_text_tokens=20, max_new_tokens=3, progress=False)
     with pytest.raises(ValueError, match="int"):
         own.warmup(frames(), max_text_tokens="a", progress=False)
     assert fake.captured == 0
     assert call(own, frames(), TEXTS).last_hidden_state.isfinite().all()
+
+
+def test_warmup_needs_the_output_projection_only_to_generate(own, fake):
+    own.has_lm_head = False
+    with pytest.raises(ValueError, match="lm_head"):
+        own.warmup(frames()[:1], max_text_tokens=5, max_new_tokens=3, progress=False)
+    assert fake.captured == 0
+    assert own.warmup(frames()[:1], max_text_tokens=5, progress=False).graphs == fake.captured > 1
+
+
+def test_warmup_looks_for_memory_with_the_largest_batch_and_makes_no_graph_twice(own, fake, monkeypatch):
+    tried = []
+    monkeypatch.setattr(type(own), "_check_memory", lambda self, plan, arguments: tried.append(len(plan[1])))
+    made = own.warmup(frames(), max_text_tokens=5, batch_sizes=(1, 3, 1), progress=False)
+    assert tried == [3]
+    assert made.graphs == fake.captured
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "lengths", [[*range(10, 50)], [*range(20, 40), *range(84, 110), *range(150, 170)], [7], [7, 300]]
+)
+def test_warmup_chooses_a_call_for_every_shape_that_lengths_lead_to_and_none_twice(lengths, size):
+    """Gaps between lengths are the tokens of cameras that are absent."""
+
+    def shape(row):
+        is_padded = len({*row}) > 1
+        rows = rows_of(size, max(row), is_padded)
+        tokens = round_up(sum(row), PACKED_TOKEN_STEPS) if is_padded else size * rows
+        return min(tokens, size * rows), rows, is_padded
+
+    chosen = [shape(row) for row in _choose(lengths, size, True)]
+    assert {*chosen} == {shape(row) for row in itertools.combinations_with_replacement(lengths, size)}
+    assert len({*chosen}) == len(chosen)
+
+
+def test_warmup_leaves_out_every_camera_of_a_list_whose_sizes_differ():
+    small, large = torch.zeros(1, 3, 28, 28), torch.zeros(1, 3, 56, 56)
+    masks = {tuple(mask[0].tolist()) for mask in _masks([small, large], torch.ones(1, 2).bool(), torch.device("cpu"))}
+    assert masks == {(True, True), (True, False), (False, True), (False, False)}
+    alike = [*_masks([small] * 4, torch.ones(1, 4).bool(), torch.device("cpu"))]
+    assert [int(mask.sum()) for mask in alike] == [4, 3, 2, 1, 0]
