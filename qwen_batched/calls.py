@@ -205,7 +205,9 @@ class Calls:
     @contextlib.contextmanager
     def admitting_all(self) -> Iterator[None]:
         """Inside the `with` block second calls are captured, whatever has to give way."""
-        with self.tower.admitting_all(), self.decoder.admitting_all(), self.suffixes.admitting_all():
+        with contextlib.ExitStack() as stack:
+            for graphs in (self.tower, self.decoder, self.steps, self.suffixes):
+                stack.enter_context(graphs.admitting_all())
             yield
 
     def clear(self) -> None:

@@ -33,7 +33,7 @@ class DecodingPool:
         """Takes a state back, unless all were forgotten meanwhile."""
         with self._lock:
             if epoch != self._epoch:
-                self._forget(decoding)  # it may have earned a graph since
+                self._give_up(decoding)  # it may have earned a graph since
                 return
             self._idle.append(decoding)
             while len(self._idle) > MAX_IDLE or sum(each.nbytes for each in self._idle) > MAX_BYTES:

@@ -57,15 +57,14 @@ class WithWarmup(Trainable):
     ) -> Warmup:
         """Makes all CUDA graphs that calls with such images and any texts will need; on a CPU none.
 
-        No later call within these bounds compiles a kernel or captures a graph.
-        Of `generate` that holds for the prompts; steps have a graph for the four kinds of generation that came last.
+        No later call within these bounds compiles a kernel or captures a graph. Of `generate` that holds for the prompts
+        and for greedy steps with as many new tokens; a generation of another kind captures its step when it first comes.
 
         Args:
             images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
                 of cameras and sizes that will come to a call of its own.
             max_text_tokens: Most tokens of a text, the template's not counted.
-            max_new_tokens: Most new tokens of `generate`; 0 where it is not used. Greedy steps are made; those with a
-                temperature or other rules are captured when they first come.
+            max_new_tokens: Most new tokens of `generate`; 0 where it is not used.
             batch_sizes: Numbers of samples that will come; None for that of the images.
             progress: Shows a progress bar on stderr.
             **forward_arguments: `camera_mask`, `template`, `resize`, `system`, `layers` and the like, as they will
