@@ -57,8 +57,8 @@ class WithWarmup(Trainable):
     ) -> Warmup:
         """Makes all CUDA graphs that calls with such images and any texts will need; on a CPU none.
 
-        No later call within these bounds compiles a kernel or captures a graph. Of `generate` that holds for the prompts
-        and for greedy steps with as many new tokens; a generation of another kind captures its step when it first comes.
+        No later call within these bounds compiles a kernel or captures a graph. Of `generate` that holds for prompts,
+        and for greedy steps with as many new tokens; one of another kind captures its step when it first comes.
 
         Args:
             images: As for `forward`, of the shape and dtype that will come; their values do not matter. Give each set
