@@ -6,13 +6,13 @@ once. Registered with PyTorch's pytrees: tensors are children, all else is the s
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
+
+from qwen_batched.inputs.pytree_nodes import register_node
 
 Grid = tuple[int, int]  # height and width of an image in merged cells
 FeatureMaps = Tensor | list[Tensor]  # (B, V, h, w, D), or one (B, h, w, D) for each camera
@@ -72,17 +72,6 @@ class Batch:
 
 
 HOST_FIELDS = ("grids", "images", "is_checked", "as_list", "tokens", "is_padded", "answer_tokens")
-TENSOR_FIELDS = tuple(name for name in Batch.__dataclass_fields__ if name not in HOST_FIELDS)
 
 
-def _flatten(batch: Batch) -> tuple[list[Tensor | list[Tensor]], Hashable]:
-    given = tuple(name for name in TENSOR_FIELDS if getattr(batch, name) is not None)
-    return [getattr(batch, name) for name in given], (given, *(getattr(batch, name) for name in HOST_FIELDS))
-
-
-def _unflatten(children: Sequence[Tensor | list[Tensor]], context: tuple) -> Batch:
-    given, *facts = context
-    return Batch(**dict(zip(given, children, strict=True)), **dict(zip(HOST_FIELDS, facts, strict=True)))
-
-
-_pytree.register_pytree_node(Batch, _flatten, _unflatten)
+register_node(Batch, HOST_FIELDS)

@@ -7,13 +7,12 @@ image a token belongs to follows from how many image tokens stand before it: not
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import QwenVLConfig, VisionConfig
@@ -22,6 +21,7 @@ from qwen_batched.inputs.batch import Features, Grid
 from qwen_batched.inputs.checks import can_read, describe_tensor
 from qwen_batched.inputs.faults import find_label_faults, refuse
 from qwen_batched.inputs.given_features import grids_of_images, read_image_features
+from qwen_batched.inputs.pytree_nodes import register_node
 from qwen_batched.inputs.sequence import NO_LABEL
 
 # In the order of `forward`'s arguments.
@@ -74,18 +74,7 @@ VALUES = ("input_ids", "attention_mask", "labels", "position_ids", "mm_token_typ
 FACTS = ("grids", "device", "is_checked", "tokens", "answer_tokens")
 
 
-def _flatten(batch: TransformersBatch) -> tuple[list[Tensor | Features], Hashable]:
-    given = tuple(name for name in TENSORS if getattr(batch, name) is not None)
-    return [getattr(batch, name) for name in given], (given, *(getattr(batch, name) for name in FACTS))
-
-
-def _unflatten(tensors: Sequence[Tensor | Features], context: tuple) -> TransformersBatch:
-    given, *facts = context
-    values = dict.fromkeys(TENSORS) | dict(zip(given, tensors, strict=True))
-    return TransformersBatch(**values, **dict(zip(FACTS, facts, strict=True)))
-
-
-_pytree.register_pytree_node(TransformersBatch, _flatten, _unflatten)
+register_node(TransformersBatch, FACTS)
 
 
 def read_transformers_batch(

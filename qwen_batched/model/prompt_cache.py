@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.inputs.checks import Resize, can_read, describe_tensor
 from qwen_batched.inputs.prepared import EARLIER_NAMES
 from qwen_batched.inputs.prepared import NAMES as PREPARED_NAMES
+from qwen_batched.inputs.pytree_nodes import register_node
 from qwen_batched.inputs.transformers_batch import INERT, NAMES
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
@@ -66,22 +67,10 @@ class Suffix:
 
 
 BATCH_NAMES = {*PREPARED_NAMES, *EARLIER_NAMES, *NAMES, *INERT}  # entries of batches that `prefill` takes
-TENSORS = ("tokens", "position_ids", "attention_mask")
 FACTS = ("causal", "is_checked", "device")
 
 
-def _flatten(suffix: Suffix) -> tuple[list[Tensor], Hashable]:
-    given = tuple(name for name in TENSORS if getattr(suffix, name) is not None)
-    return [getattr(suffix, name) for name in given], (given, *(getattr(suffix, name) for name in FACTS))
-
-
-def _unflatten(tensors: Sequence[Tensor], context: tuple) -> Suffix:
-    given, *facts = context
-    values = dict.fromkeys(TENSORS) | dict(zip(given, tensors, strict=True))
-    return Suffix(**values, **dict(zip(FACTS, facts, strict=True)))
-
-
-_pytree.register_pytree_node(Suffix, _flatten, _unflatten)
+register_node(Suffix, FACTS)
 
 
 def read_suffix(
