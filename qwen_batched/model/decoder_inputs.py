@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree
 
 from qwen_batched.inputs.batch import Batch
+from qwen_batched.inputs.pytree_nodes import register_node
 from qwen_batched.inputs.sequence import NO_LABEL
 from qwen_batched.model.embedding import Embedded
 
@@ -69,18 +67,12 @@ class DecoderInputs:
         padding is computed reaches no token: it stands behind all tokens of its row.
         """
         batch, length = self.attention_mask.shape
-        if not self.is_padded:
-            more = rows_of(batch, length, False) - length
-            tokens, has_spare = None, False
-        else:
-            more = rows_of(batch, length, True) - length
-            most = batch * (length + more)
-            tokens = most if self.tokens is None else min(round_up(self.tokens, PACKED_TOKEN_STEPS), most)
-            has_spare = self.tokens is not None
-        answers = self.answer_tokens
+        rows, tokens = rounded_sizes(batch, length, self.tokens, self.is_padded)
+        more, answers = rows - length, self.answer_tokens
         if answers is not None:
-            answers = min(round_up(answers, ANSWER_STEPS), batch * (length + more))
-        changed = {"tokens": tokens, "answer_tokens": answers, "has_spare": has_spare}
+            answers = min(round_up(answers, ANSWER_STEPS), batch * rows)
+        changed = {"tokens": tokens if self.is_padded else None, "answer_tokens": answers}
+        changed["has_spare"] = self.is_padded and self.tokens is not None
         if more:
             changed |= {
                 "inputs_embeds": F.pad(self.inputs_embeds, (0, 0, 0, more)),
@@ -100,25 +92,21 @@ def rows_of(batch: int, length: int, is_padded: bool) -> int:
     return round_up(length, TOKEN_STEPS, 2 * LEAST_STEP if batch * length <= FEW_TOKENS else LEAST_STEP)
 
 
+def rounded_sizes(batch: int, length: int, tokens: int | None, is_padded: bool) -> tuple[int, int]:
+    """How many places each sequence gets, and how many tokens are computed; `tokens` of them are none of padding."""
+    rows = rows_of(batch, length, is_padded)
+    if not is_padded or tokens is None:
+        return rows, batch * rows
+    return rows, min(round_up(tokens, PACKED_TOKEN_STEPS), batch * rows)
+
+
 def round_up(count: int, steps: int, least: int = LEAST_STEP) -> int:
     """The next size that is no less than `count`, of `steps` for each doubling, multiples of `least` at least."""
     step = max(least, (1 << max(count.bit_length() - 1, 0)) // steps)
     return -(-count // step) * step
 
 
-TENSORS = (*("inputs_embeds", "rope_positions", "attention_mask", "deep", "kept", "labels", "labels_valid"),)
 FACTS = ("tokens", "is_padded", "answer_tokens", "has_spare")
 
 
-def _flatten(inputs: DecoderInputs) -> tuple[list[Any], Hashable]:
-    given = tuple(name for name in TENSORS if getattr(inputs, name) is not None)
-    return [getattr(inputs, name) for name in given], (given, *(getattr(inputs, name) for name in FACTS))
-
-
-def _unflatten(children: Sequence[Any], context: tuple) -> DecoderInputs:
-    given, *facts = context
-    values = dict.fromkeys(TENSORS) | dict(zip(given, children, strict=True))
-    return DecoderInputs(**values, **dict(zip(FACTS, facts, strict=True)))
-
-
-_pytree.register_pytree_node(DecoderInputs, _flatten, _unflatten)
+register_node(DecoderInputs, FACTS)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qwen_batched.arguments import as_int
 from qwen_batched.inputs import checks
-from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rounded_sizes, rows_of
 from qwen_batched.training.api import Trainable
 
 WORD = " a"  # texts of any length are made of it
@@ -273,8 +273,5 @@ def _shape_of(processor: Any, plan: tuple, layout: dict[str, Any]) -> tuple[int,
     prompts = processor.request(images, texts, mask, **layout).prompts
     size = len(texts)
     is_padded = prompts.tokens != size * prompts.length
-    rows = rows_of(size, prompts.length, is_padded)
-    if not is_padded:
-        return size * rows, rows, False
-    tokens = size * rows if prompts.tokens is None else min(round_up(prompts.tokens, PACKED_TOKEN_STEPS), size * rows)
-    return tokens, rows, True
+    rows, tokens = rounded_sizes(size, prompts.length, prompts.tokens, is_padded)
+    return tokens, rows, is_padded
