@@ -17,7 +17,7 @@ from qwen_batched.generation.loop import generate_texts
 from qwen_batched.generation.rules import AllowedTokens, Rules
 from qwen_batched.generation.sampling import Sampling
 from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
-from qwen_batched.inputs.checks import Resize
+from qwen_batched.inputs.checks import Resize, check_room
 from qwen_batched.inputs.prepared import MARKER
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import INERT as FORWARD_INERT
@@ -131,7 +131,8 @@ class Generative:
         rules = Rules.read(self.config.text.vocab_size, config, steps, sampling, *given)
         call = self._read(images, texts, batch, max_new_tokens=rules.max_new_tokens, **layout)
         if isinstance(call, Batch):
-            self._check_length(call.attention_mask.shape[1], rules.max_new_tokens)
+            most = self.config.text.max_position_embeddings
+            check_room(call.attention_mask.shape[1], rules.max_new_tokens, most)
         return run(call, sampling, rules)
 
     def _generate_ids(
@@ -143,7 +144,7 @@ class Generative:
         run: Callable[..., GenerateOutput],
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What transformers returns: prompts and new tokens, (B, S + N)."""
-        self._check_length(call.shape[1], chosen.max_new_tokens)
+        check_room(call.shape[1], chosen.max_new_tokens, self.config.text.max_position_embeddings)
         rules = Rules.read(
             self.config.text.vocab_size,
             config,
@@ -165,11 +166,6 @@ class Generative:
         from transformers.generation import GenerateDecoderOnlyOutput
 
         return GenerateDecoderOnlyOutput(sequences=sequences)
-
-    def _check_length(self, length: int, max_new_tokens: int) -> None:
-        most = self.config.text.max_position_embeddings
-        if length + max_new_tokens > most:
-            raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {length} and {max_new_tokens}")
 
     def _generate(
         self,

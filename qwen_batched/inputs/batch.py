@@ -30,6 +30,16 @@ class Features(NamedTuple):
 torch.serialization.add_safe_globals([Features])  # so that torch.load reads stored ones without pickle's dangers
 
 
+def without_absent(maps: FeatureMaps, camera_present: Tensor | None) -> FeatureMaps:
+    """Feature maps with zeros for cameras that are absent, by bool (B, V); None where none is."""
+    if camera_present is None:
+        return maps
+    absent = ~camera_present[:, :, None, None, None]
+    if isinstance(maps, Tensor):
+        return maps.masked_fill(absent, 0)
+    return [camera.masked_fill(absent[:, index], 0) for index, camera in enumerate(maps)]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A batch of B samples padded to S tokens, with V cameras, on one device. Every tensor has B first.

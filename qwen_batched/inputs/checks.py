@@ -290,8 +290,19 @@ def check_embeds(name: str, embeds: Tensor, shape: Sequence[int] | None, width: 
     fits = embeds.ndim == 3 and (shape is None or tuple(embeds.shape[:2]) == expected)
     if not fits or embeds.shape[2] != width or embeds.numel() == 0:
         raise ValueError(f"{name} must be ({', '.join(map(str, (*expected, width)))}), got {describe_tensor(embeds)}")
-    if not embeds.dtype.is_floating_point or (dtype is not None and embeds.dtype != dtype):
-        raise ValueError(f"{name} must be {dtype or 'floating'}, the model's dtype, got {embeds.dtype}")
+    check_floating(name, embeds, dtype)
+
+
+def check_floating(name: str, x: Tensor, dtype: torch.dtype | None) -> None:
+    """Raises `ValueError` where `x` is not of the model's `dtype`; None for any floating one."""
+    if not x.dtype.is_floating_point or (dtype is not None and x.dtype != dtype):
+        raise ValueError(f"{name} must be {dtype or 'floating'}, the model's dtype, got {x.dtype}")
+
+
+def check_room(length: int, new_tokens: int, most: int) -> None:
+    """Raises `ValueError` where a prompt of `length` tokens and its new ones exceed the model's maximum."""
+    if length + new_tokens > most:
+        raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {length} and {new_tokens}")
 
 
 def check_given(name: str, value: object, kind: str) -> None:

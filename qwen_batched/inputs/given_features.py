@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qwen_batched.arguments import shown
 from qwen_batched.checkpoint.config import VisionConfig
-from qwen_batched.inputs.batch import FeatureMaps, Features, Grid
-from qwen_batched.inputs.checks import check_device, check_plain, describe_tensor
+from qwen_batched.inputs.batch import FeatureMaps, Features, Grid, without_absent
+from qwen_batched.inputs.checks import check_device, check_floating, check_plain, describe_tensor
 
 
 def read_features(given: object, vision: VisionConfig, dtype: torch.dtype | None, device: torch.device) -> Features:
@@ -53,16 +53,8 @@ def batch_size(features: Features) -> int:
 
 def hide_absent(features: Features, camera_present: Tensor | None) -> Features:
     """Features with zeros for cameras that are absent, by (B, V), as `encode_images` gives them; None where none is."""
-    if camera_present is None:
-        return features
-    is_absent = ~camera_present[:, :, None, None, None]
-
-    def hide(maps: FeatureMaps) -> FeatureMaps:
-        if isinstance(maps, Tensor):
-            return maps.masked_fill(is_absent, 0)
-        return [camera.masked_fill(is_absent[:, index], 0) for index, camera in enumerate(maps)]
-
-    return Features(hide(features.main), [hide(maps) for maps in features.deep])
+    main, *deep = (without_absent(maps, camera_present) for maps in (features.main, *features.deep))
+    return Features(main, deep)
 
 
 def grids_of_images(given: object) -> tuple[Grid, ...]:
@@ -151,8 +143,7 @@ def _check(name: str, x: object, ndim: int, width: int, dtype: torch.dtype | Non
     shape = {2: "(h * w, {})", 3: "(h, w, {})", 4: "(B, h, w, {})", 5: "(B, V, h, w, {})"}[ndim].format(width)
     if x.ndim != ndim or x.shape[-1] != width or x.numel() == 0:
         raise ValueError(f"{name} must be {shape}, got {describe_tensor(x)}")
-    if not x.dtype.is_floating_point or (dtype is not None and x.dtype != dtype):
-        raise ValueError(f"{name} must be {dtype or 'floating'}, the model's dtype, got {x.dtype}")
+    check_floating(name, x, dtype)
 
 
 def _shapes(maps: FeatureMaps) -> list[tuple[int, ...]]:

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from qwen_batched.inputs.batch import without_absent
 from qwen_batched.model.geometry import VisionPlan
 
 
@@ -44,10 +45,4 @@ def to_raster(x: Tensor, group: ImageGroup, patch_rows: int) -> Tensor:
 
 def by_camera(images: list[Tensor], batch: int, camera_mask: Tensor | None, uniform: bool) -> Tensor | list[Tensor]:
     """One (B * V, h, w, D) to (B, V, h, w, D); one (B, h, w, D) per camera stays so. Absent cameras become zero."""
-    if uniform:
-        features = images[0].unflatten(0, (batch, -1))
-        return features if camera_mask is None else features.masked_fill(~camera_mask[:, :, None, None, None], 0)
-    if camera_mask is None:
-        return images
-    absent = ~camera_mask[:, :, None, None, None]
-    return [features.masked_fill(absent[:, camera], 0) for camera, features in enumerate(images)]
+    return without_absent(images[0].unflatten(0, (batch, -1)) if uniform else images, camera_mask)

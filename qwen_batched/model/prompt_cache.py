@@ -106,9 +106,7 @@ def read_suffix(
         size = tokens.shape[1] if tokens.ndim == 3 else "T"
         checks.check_embeds("embeds_or_ids", tokens, (batch, size), text.hidden_size, dtype)
     count = tokens.shape[1]
-    if length + count > text.max_position_embeddings:
-        most = text.max_position_embeddings
-        raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {length} and {count}")
+    checks.check_room(length, count, text.max_position_embeddings)
     if position_ids is not None:
         shapes = ((batch, count), (3, batch, count), (4, batch, count))
         if tuple(position_ids.shape) not in shapes or position_ids.dtype not in (torch.int64, torch.int32):
