@@ -61,6 +61,8 @@ def _become(program: Path | str, arguments: list[str], environment: dict[str, st
     try:
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.environ.update(environment)
+        # A fork's first call of this makes PyTorch's thread pool anew, which threads that meet there at once break.
+        torch.set_num_threads(1)
         sys.argv = [str(program), *arguments]
         if isinstance(program, str):
             runpy.run_module(program, run_name="__main__", alter_sys=True)
