@@ -24,6 +24,7 @@ from qwen_batched.inputs.vocabulary import Vocabulary
 from qwen_batched.runtime.lru_cache import LRUCache
 
 MAX_LAYOUTS, MAX_LAYOUT_BYTES = 256, 16 << 20
+MAX_RECENT, MAX_RECENT_BYTES = 8, 1 << 20  # stretches of one text, for the next number of cameras
 _FIELDS = ("{text}", "{images}", "{image}")
 _BOTH = (TEXT_MARK, SYSTEM_MARK)
 _MARKS = re.compile("(" + "|".join(_BOTH) + ")")
@@ -77,7 +78,7 @@ class PromptEncoder:
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, control_ids.get(style.default_pad), 0)
         # Fills `input_ids` on padding; hidden by the mask.
         self.pad_token_id = next(index for index in pads if index is not None)
-        self._layouts = _no_layouts()
+        self._layouts, self._recent = _no_layouts(), _no_ids()
         self._without_default: list[str] | None = None
         self.chat_template = self._default(chat_template or tokenizer.chat_template)
         if self.chat is not None:
@@ -104,7 +105,7 @@ class PromptEncoder:
     def take(self, vocabulary: Vocabulary) -> None:
         """Encodes by an `extended` vocabulary from now on."""
         if vocabulary is not self._vocabulary:
-            self._vocabulary, self._layouts = vocabulary, _no_layouts()
+            self._vocabulary, self._layouts, self._recent = vocabulary, _no_layouts(), _no_ids()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -265,8 +266,13 @@ class PromptEncoder:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids.extend(layout.known[piece] if piece in layout.known else self._vocabulary.encode(piece))
+                ids.extend(layout.known[piece] if piece in layout.known else self._encoded(piece))
         return ids
+
+    def _encoded(self, piece: str) -> list[int]:
+        """Ids of a stretch; one text is laid out for each number of cameras, and tokenised once."""
+        vocabulary = self._vocabulary  # of which another call may `take` another
+        return self._recent.get((vocabulary, piece), lambda: vocabulary.encode(piece))
 
     def _slots(self, template: str) -> int | None:
         """How many places for one image a layout has; None where it has one for all."""
@@ -394,6 +400,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _no_layouts() -> LRUCache:
     return LRUCache(MAX_LAYOUTS, MAX_LAYOUT_BYTES, _layout_bytes)
+
+
+def _no_ids() -> LRUCache:
+    return LRUCache(MAX_RECENT, MAX_RECENT_BYTES, _ids_bytes)
+
+
+def _ids_bytes(key: tuple[Vocabulary, str], ids: list[int]) -> int:
+    return sys.getsizeof(key[1]) + sys.getsizeof(ids)
 
 
 def _layout_bytes(key: Hashable, value: object) -> int:

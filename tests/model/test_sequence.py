@@ -207,6 +207,24 @@ def test_a_mask_on_the_device_gives_the_same_sequences_as_one_on_the_host(
         assert prompts.length == everyone["input_ids"].shape[1]
 
 
+def test_a_text_is_tokenised_once_for_every_number_of_cameras(load, monkeypatch):
+    processor = load().processor
+    vocabulary, sizes, mask = processor.prompts.vocabulary, [(1, 1)] * 4, torch.ones(1, 4, dtype=torch.bool)
+
+    def encoded(text):
+        stretches = []
+        with monkeypatch.context() as patch:
+            patch.setattr(vocabulary, "encode", lambda s: stretches.append(s) or type(vocabulary).encode(vocabulary, s))
+            text_config = processor.config.text
+            call = TextCall(processor.prompts, text_config, [text], None, "chat", None, sizes, 0, mask.device)
+            processor._rows.lay_out_on_device(call, mask)
+        return [stretch for stretch in stretches if text in stretch]
+
+    encoded("warm up: the layouts' own stretches")
+    # Without an image the text follows other words than behind one.
+    assert len(encoded("Pick up the red block.")) == 2
+
+
 @pytest.mark.gpu
 def test_a_mask_on_the_gpu_gives_the_same_hidden_states_as_one_on_the_host(load):
     model = load(device="cuda").requires_grad_(False)
