@@ -228,6 +228,22 @@ class Decoder(GradientCheckpointing):
         return [outputs[index] for index in wanted]
 
 
+def run_in_context(
+    decoder: Decoder,
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    make_context: Callable[[Tensor, Tensor], Context],
+    deep_features: Sequence[Tensor] = (),
+) -> Tensor:
+    """Last hidden states (B, T, D) of the tokens (B, T, D) at positions (3, B, T) in a context of the caller's own.
+
+    `make_context` makes it of the tokens' rotation, cosine and sine.
+    """
+    context, depth = make_context(*decoder._rope(position_ids.flatten(1))), decoder.config.num_hidden_layers
+    hidden = decoder._run_blocks(context.take(inputs_embeds), context, [depth], "post", depth, deep_features)
+    return context.place(hidden[0])
+
+
 class DecoderBlock(CheckpointedBlock):
     """Attention and MLP: (B, S, D) to (B, S, D)."""
 

@@ -157,10 +157,14 @@ class VisionTransformer(GradientCheckpointing):
     ) -> list[list[Tensor]]:
         """Pixels (count, P, patch_dim) of each size: for each output, (count, rows, columns, width) of each size."""
         collected = [[[] for _ in plans] for _ in wanted or (None, *deep)]
-        counts, tokens = [len(part) for part in pixels], [len(plan.cos) for plan in plans]
+        counts, tokens = [part.shape[0] for part in pixels], [plan.cos.shape[0] for plan in plans]
         if chunk_size is None and needs_collective_participation(self):
             chunk_size = sum(counts)  # one pass: as many as the others make, whatever images they have
-        for rows in split_into_passes(counts, tokens, chunk_size):
+        if torch.compiler.is_exporting():  # in one pass, for a batch that may vary
+            passes = [{size: slice(None) for size in range(len(pixels))}]
+        else:
+            passes = split_into_passes(counts, tokens, chunk_size)
+        for rows in passes:
             parts = [(pixels[size][images], plans[size]) for size, images in rows.items()]
             outputs = self._run_pass(parts, wanted, deep)
             for sizes, output in zip(collected, outputs, strict=True):
@@ -172,7 +176,7 @@ class VisionTransformer(GradientCheckpointing):
         self, parts: list[tuple[Tensor, VisionPlan]], wanted: list[int] | None, deep: Sequence[int]
     ) -> list[list[Tensor]]:
         """The same for images that go through the blocks at once, with their plans."""
-        groups = tuple(ImageGroup(len(pixels), plan, len(pixels) * len(plan.cos)) for pixels, plan in parts)
+        groups = tuple(ImageGroup(part.shape[0], plan, part.shape[0] * plan.cos.shape[0]) for part, plan in parts)
         x_TC = self.patch_embed(join([pixels.flatten(0, 1) for pixels, _ in parts]))
         x_TC = self._with_positions(x_TC, groups)
         depth = self.config.depth if wanted is None else max(wanted) + 1

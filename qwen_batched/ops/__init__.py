@@ -17,8 +17,8 @@ from qwen_batched.ops.linear import linear
 from qwen_batched.ops.mrope import mrope
 from qwen_batched.ops.packed_linear import join_parameters, packed_linear
 from qwen_batched.ops.quick_gelu import quick_gelu
-from qwen_batched.ops.reference import NO_TOKEN, mrope_tables
-from qwen_batched.ops.resize import PILLOW, TORCHVISION, check_resample_backend
+from qwen_batched.ops.reference import NO_TOKEN, mrope_tables, patchify
+from qwen_batched.ops.resize import PILLOW, TORCHVISION, check_resample_backend, pillow_matrices, round_pillow
 from qwen_batched.ops.rotary_attention import rotary_attention
 from qwen_batched.ops.swiglu import swiglu
 from qwen_batched.ops.swiglu_linear import swiglu_linear
@@ -43,9 +43,12 @@ __all__ = [
     "mrope",
     "mrope_tables",
     "packed_linear",
+    "patchify",
+    "pillow_matrices",
     "quick_gelu",
     "reading_ahead",
     "rotary_attention",
+    "round_pillow",
     "swiglu",
     "swiglu_linear",
     "use_backend",

@@ -70,14 +70,36 @@ def widen(x: Tensor) -> Tensor:
 
 def _pillow_resize(frames: Tensor, height: int, width: int) -> Tensor:
     """uint8 frames (..., H, W) to (..., height, width), as int32 in 0..255."""
-    saved_rows, saved_columns = frames.shape[-2] - height, frames.shape[-1] - width
-    rows_first = _pillow_chooses_the_axis() and saved_rows > 0 and saved_rows > 2 * saved_columns
     pixels = frames.int()
-    for dim in (-2, -1) if rows_first else (-1, -2):
-        target = height if dim == -2 else width
-        if pixels.shape[dim] != target:
-            pixels = _resize_axis(pixels, dim, target)
+    for dim, _, target in _pillow_steps(tuple(frames.shape[-2:]), (height, width)):
+        pixels = _resize_axis(pixels, dim, target)
     return pixels
+
+
+def pillow_matrices(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, Tensor]]:
+    """The same resize as products of matrices: of each step its dimension and its weights, float64 (target, source).
+
+    After each, `round_pillow` makes pixels of the product. In float64 all sums are exact.
+    """
+    steps = []
+    for dim, old, new in _pillow_steps(source, target):
+        sources, weights = _axis_table(old, new)
+        steps.append((dim, torch.zeros(new, old, dtype=torch.float64).scatter_add_(1, sources, weights)))
+    return steps
+
+
+def round_pillow(products: Tensor) -> Tensor:
+    """Whole pixels, in float64, of products with `pillow_matrices`."""
+    half, unit = 1 << (PRECISION_BITS - 1), 1 << PRECISION_BITS
+    return ((products + half) * (1 / unit)).floor().clamp(0, 255)
+
+
+def _pillow_steps(source: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """Dimension, old and new size of each axis that changes, in Pillow's order."""
+    saved_rows, saved_columns = (old - new for old, new in zip(source, target, strict=True))
+    rows_first = _pillow_chooses_the_axis() and saved_rows > 0 and saved_rows > 2 * saved_columns
+    steps = [(dim, source[dim], target[dim]) for dim in ((-2, -1) if rows_first else (-1, -2))]
+    return [step for step in steps if step[1] != step[2]]
 
 
 @functools.cache

@@ -23,7 +23,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Chooses what the operations run on inside the `with` block.
 
     "auto" is Triton on a GPU where it is installed, else the reference; "triton" is Triton, or a `RuntimeError` at the
-    first call that cannot have it; "reference". Raises `ValueError` for any other.
+    first call that cannot have it; "reference" is plain PyTorch, of which `torch.export` then sees every operation.
+    Raises `ValueError` for any other.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")

@@ -55,7 +55,8 @@ def route(
         refuse_forced_triton(_why_reference(activations, wants and not has_backward, is_wide, is_mixed))
         return REFERENCE
     if not has_kernels(first.device):
-        return REFERENCE if wants or can_bypass else OPERATOR
+        is_decomposed = backend() == "reference" and torch.compiler.is_exporting()
+        return REFERENCE if wants or can_bypass or is_decomposed else OPERATOR
     if wants:
         return KERNEL_WITH_GRADIENT if can_bypass else OPERATOR_WITH_GRADIENT
     return KERNEL if can_bypass else OPERATOR

@@ -34,7 +34,7 @@ def mrope(
         (rows, (N + 2K) * E), zero in rows without a token.
     """
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
-    cos, sin = _for_all_tokens(cos, sin, len(qkv))
+    cos, sin = _for_all_tokens(cos, sin, qkv.shape[0])
     turning, values = widen(heads[..., :-num_kv_heads, :]), heads[..., -num_kv_heads:, :]
     if q_norm is not None:
         turning = _unit_heads(turning, eps)[0] * _head_weights(turning, num_kv_heads, q_norm, k_norm)
@@ -61,7 +61,7 @@ def mrope_backward(
     """
     grad = grad if slots is None else grad.index_select(0, slots)
     heads = grad.unflatten(-1, (-1, 2 * cos.shape[-1]))
-    cos, sin = _for_all_tokens(cos, sin, len(grad))
+    cos, sin = _for_all_tokens(cos, sin, grad.shape[0])
     of_turned, of_values = widen(heads[..., :-num_kv_heads, :]), heads[..., -num_kv_heads:, :]
     of_turning = rotate(of_turned, cos[:, None], -sin[:, None])
     of_q_norm, of_k_norm = grad.new_empty(0), grad.new_empty(0)
