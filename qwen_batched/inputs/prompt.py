@@ -156,6 +156,22 @@ class PromptEncoder:
         of_answer = sum(stop > len(before) - dropped for stop in ends)
         return [*self._ids(pieces, layout), *ids, end], of_answer + 1
 
+    def pieces(self, template: str, cameras: int) -> list[int | str]:
+        """A layout for who tokenises elsewhere: ids of control tokens, and strings between them, one with "{text}".
+
+        Raises `ValueError` where no such list says what prompts are.
+        """
+        layout = self._layout(template, cameras, False)
+        if layout.looked:
+            raise ValueError("the chat template must print the text as it is, and this one looks at it")
+        mark = {TEXT_MARK: "{text}"}
+        pieces = [x if isinstance(x, int) else "".join(mark.get(part, part) for part in x) for x in layout.pieces]
+        if sum(isinstance(piece, str) and piece.count("{text}") for piece in pieces) != 1:
+            raise ValueError("the template must hold {text} nowhere but in the place of the text")
+        if self._vocabulary.strip([*pieces]) != pieces or self._vocabulary.strips_or_renames:
+            raise ValueError("the checkpoint's added tokens must take no white space and keep their numbers")
+        return pieces
+
     def least_tokens(self, text: str) -> int:
         """A number of tokens that a text has at least, found without tokenising it."""
         return self._vocabulary.least_tokens(text)

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
@@ -60,6 +61,15 @@ class Vocabulary:
         renamed = {self._tokenizer.token_to_id(token): added[token] for token in readable}
         self._renamed = {ours: theirs for ours, theirs in renamed.items() if ours != theirs}
         self._max_token_bytes = _max_token_bytes(state, [flags[token] for token in readable])
+
+    @property
+    def strips_or_renames(self) -> bool:
+        """Whether ids are more than what `save` keeps."""
+        return bool(self._strips_before or self._strips_behind or self._renamed)
+
+    def save(self, path: Path) -> None:
+        """Writes the tokenizer of stretches between control tokens, to which these are text, as tokenizer.json."""
+        self._tokenizer.save(str(path))
 
     def cut(self, layout: str) -> list[int | str]:
         """A layout as ids of control tokens and the strings between them."""

@@ -1,0 +1,119 @@
+"""`export`: a model -> a folder that was checked against it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qwen_batched.export import engine, manifest, onnx_files
+from qwen_batched.export.parts import Parts
+from qwen_batched.export.preprocessing import Size
+from qwen_batched.export.programs import detached
+from qwen_batched.export.request import OPSET, ExportRequest, check_folder
+from qwen_batched.export.verification import Run, in_float32, measure
+from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
+
+TEMPLATE = "chat"
+
+
+class ExportError(RuntimeError):
+    """What was written is too far from the live model, or could not be written; nothing of it was left."""
+
+
+def export(
+    model: QwenBatchedVL,
+    out: str | Path,
+    target: str,
+    frames: str | Size | tuple[Size, Size],
+    *,
+    cameras: int = 1,
+    batch: int | str | tuple[int, int] = (1, 8),
+    sequence: int | str | None = None,
+    frames_dtype: torch.dtype | str = "uint8",
+    opset: int = OPSET,
+    parts: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Writes a folder of compiled packages or of ONNX graphs, and a manifest.
+
+    The parts: `vision`, frames to features; `decoder`, ids and features to logits; `cached_decoder`, the same behind a
+    key-value cache; `call` (engine only), frames and ids to hidden states. See docs/export.md for their arguments.
+
+    Args:
+        model: In the dtype and on the device that are exported for. It stays as it is.
+        out: A folder that does not exist or is empty. It appears when all is written and checked.
+        target: "engine" for AOTInductor packages (.pt2), "onnx" for ONNX graphs.
+        frames: Height and width of the frames and of what they are resized to, "480x640:224x224" or pairs of ints; one
+            size where they are not resized.
+        cameras: Frames of a sample.
+        batch: Least and most samples, "1-8" or a pair, or a single number.
+        sequence: Tokens of a sequence in `decoder` and `call`; None or "dynamic" for any number.
+        frames_dtype: uint8 in 0..255, or float32 or float16 in 0..1.
+        opset: Of ONNX graphs.
+        parts: Which are written; None for all. Each part that holds the decoder holds its weights again.
+
+    Returns:
+        What manifest.json says, the measured deviation of each part included.
+
+    Raises:
+        TypeError, ValueError: An argument is not as described, or the target cannot hold the model. Raised before any
+            work.
+        ExportError: A part is further from the live model than its bound, or its exporter failed.
+    """
+    if not isinstance(model, QwenBatchedVL):
+        raise TypeError(f"model must be a QwenBatchedVL, got {type(model).__name__}")
+    out = Path(out)
+    chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
+    check_folder(out, model, len(chosen.parts))
+    prompt = model.processor.prompts.pieces(TEMPLATE, chosen.cameras) if model.processor.prompts.chat else None
+    all_parts = Parts(detached(model), chosen)
+    wide = None if all_parts.model.dtype == torch.float32 else in_float32(all_parts)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        deviations = {}
+        for name in tqdm(chosen.parts, desc="export", leave=False, disable=None):
+            run = _written(all_parts, name, folder)
+            deviations[name] = measure(name, all_parts, wide, run, sorted({*chosen.batch}))
+            if not deviations[name].is_within:
+                found = f"{deviations[name].measured:.2e}, more than {deviations[name].bound:.2e}"
+                raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")
+        content = manifest.manifest(model, chosen, deviations, prompt)
+        manifest.write(folder, content, model)
+        folder.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return content
+
+
+def _written(parts: Parts, name: str, folder: Path) -> Run:
+    """Writes a part, and opens what was written."""
+    request = parts.request
+    write: Callable[[Path], None]
+    if request.target == "onnx":
+        path, open_ = folder / f"{name}{onnx_files.SUFFIX}", onnx_files.open_graph
+
+        def write(path: Path) -> None:
+            onnx_files.write(parts.part(name), path, request.opset)
+    else:
+        path, open_ = folder / f"{name}{engine.SUFFIX}", engine.open_package
+
+        def write(path: Path) -> None:
+            engine.write(parts.part(name), path)
+
+    try:
+        write(path)
+        return open_(path)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{name} could not be written as {request.target}: {error}") from error

@@ -1,0 +1,89 @@
+"""What a folder holds, in words and numbers: manifest.json, and the tokenizer beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_batched.export.engine import device_kind
+from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.verification import Deviation
+from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
+
+FORMAT = 1
+VERSIONS = ("qwen_batched", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+LAYOUT = (
+    "S: length of the sequence. T_img: image tokens of an image, grid[0] * grid[1]. P: index of its first token: "
+    "input_ids are image_token_id at [P, P + T_img); several images are several such windows, in order. image_embeds "
+    "(B, S, D): zeros but for the features, row-major, at these windows; deep_embeds (B, L, S, D) likewise, where "
+    "there are deep features. attention_mask (B, S): 0 on padding, on either side. Rope positions are worked out in "
+    "decoder and call from input_ids and the fixed grid; cached_decoder takes them as position_ids (3, B, T)."
+)
+
+
+def manifest(
+    model: QwenBatchedVL, request: ExportRequest, deviations: Mapping[str, Deviation], prompt: list[int | str] | None
+) -> dict[str, Any]:
+    """What manifest.json says."""
+    config, parameter = model.processor.config, model.visual.patch_embed.proj.weight
+    factor = config.vision.cell_size
+    ends, tokenizer = model.generation_config.eos_token_ids, model.processor.prompts.tokenizer
+    return {
+        "format": FORMAT,
+        "target": request.target,
+        "parts": list(request.parts),
+        "model": model.name_or_path,
+        "model_type": config.model_type,
+        "weights_sha256": weights_hash(model),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "frames": {"source": request.source, "resized": request.size, "dtype": request.dtype_name},
+        "resample": "pillow" if parameter.device.type == "cpu" and request.dtype_name == "uint8" else "pytorch",
+        "cameras": request.cameras,
+        "batch": request.batch,
+        "sequence": request.sequence,
+        "grid": [side // factor for side in request.size],
+        "layout": LAYOUT,
+        "image_token_id": config.image_token_id,
+        "pad_token_id": model.processor.prompts.pad_token_id,
+        "eos_token_ids": list(ends),
+        "special_token_ids": sorted(tokenizer.all_special_ids),
+        "prompt": prompt,
+        "opset": request.opset if request.target == "onnx" else None,
+        "provider": "CPUExecutionProvider" if request.target == "onnx" else None,
+        "device": device_kind(parameter.device),
+        "device_type": parameter.device.type,
+        "versions": {name: found for name in VERSIONS if (found := _version(name)) is not None},
+        "deviation": {name: vars(each) for name, each in deviations.items()},
+    }
+
+
+def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
+    """Writes the manifest, and a tokenizer.json that reads every text as text."""
+    (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if content["prompt"] is not None:
+        model.processor.prompts.vocabulary.save(folder / "tokenizer.json")
+
+
+def weights_hash(model: QwenBatchedVL) -> str:
+    """SHA-256 of all parameters, names, shapes and dtypes included."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        # A row of the largest table at a time would be slow, and a whole one is held twice for a moment only.
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,121 @@
+"""The programs of an export with arguments to trace, and to compare, them with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from qwen_batched.export.programs import (
+    CachedDecoderProgram,
+    CallProgram,
+    DecoderProgram,
+    VisionProgram,
+    rope_positions,
+)
+from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.tracing import Part
+from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
+
+TEXT_TOKENS, PAST = 9, 5  # of example arguments, beside images, where the sequence is of any length
+
+
+class Parts:
+    """The parts of a model's export, by name."""
+
+    def __init__(self, model: QwenBatchedVL, request: ExportRequest) -> None:
+        """Takes a `detached` model."""
+        self.model, self.request = model, request
+        config = model.processor.config
+        self.config, factor = config, config.vision.cell_size
+        self.grid = (request.size[0] // factor, request.size[1] // factor)
+        self._like = model.visual.patch_embed.proj.weight
+        self._deep = len(config.vision.deepstack_visual_indexes or ())
+        self._vision = VisionProgram(model, request.source, request.size, request.frames_dtype)
+
+    def part(self, name: str) -> Part:
+        """A part with example arguments of a batch of two or more."""
+        least, most = self.request.batch
+        example = 2 if least <= 2 <= most else least
+        batch = {} if least == most else {0: Dim("batch", min=least, max=most)}
+        return getattr(self, f"_{name}_part")(batch, self.arguments(name, example))
+
+    def arguments(self, name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
+        """Random arguments: frames, ragged sequences padded on the left, as many images as there are cameras."""
+        generator = torch.Generator().manual_seed(seed)
+        if name == "vision":
+            return {"frames": self._frames(batch, generator)}
+        ids, mask, is_image = self._sequences(batch, generator, full=name == "call")
+        if name == "call":
+            return {"frames": self._frames(batch, generator), "input_ids": ids, "attention_mask": mask}
+        width = self.config.text.hidden_size
+        shape = (batch, ids.shape[1], width)
+        embeds = (torch.randn(shape, generator=generator) * is_image[..., None]).to(self._like)
+        deep = {}
+        if self._deep:
+            values = torch.randn(batch, self._deep, ids.shape[1], width, generator=generator)
+            deep["deep_embeds"] = (values * is_image[:, None, :, None]).to(self._like)
+        ids, mask, is_image = (x.to(self._like.device) for x in (ids, mask, is_image))
+        if name == "decoder":
+            return {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds, **deep}
+        text = self.config.text
+        shape = (text.num_hidden_layers, batch, PAST, text.num_key_value_heads, text.head_dim)
+        past = [torch.randn(shape, generator=generator).to(self._like) for _ in range(2)]
+        positions = rope_positions(is_image, mask != 0, self.grid)
+        seen = torch.ones(batch, PAST, dtype=torch.int64)
+        seen[:, 0] = 0
+        mask = torch.cat((seen.to(mask), mask), dim=1)
+        named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions + PAST, "image_embeds": embeds}
+        return {**named, "past_keys": past[0], "past_values": past[1], **deep}
+
+    def _frames(self, batch: int, generator: torch.Generator) -> Tensor:
+        shape = (batch, self.request.cameras, 3, *self.request.source)
+        if self.request.frames_dtype == torch.uint8:
+            frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        else:
+            frames = torch.rand(shape, generator=generator).to(self.request.frames_dtype)
+        return frames.to(self._like.device)
+
+    def _sequences(self, batch: int, generator: torch.Generator, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and image tokens; every second sample is shorter, by an image too unless `full`."""
+        cells, cameras, config = self.grid[0] * self.grid[1], self.request.cameras, self.config
+        length = self.request.sequence or cameras * cells + cameras + TEXT_TOKENS
+        texts = torch.arange(min(config.image_token_id, config.text.vocab_size))
+        ids = texts[torch.randint(0, min(len(texts), 1000), (batch, length), generator=generator)]
+        mask = torch.ones_like(ids)
+        for sample, row in enumerate(ids):
+            images = cameras - (sample % 2 and not full)
+            for camera in range(images):
+                start = length - 3 - (camera + 1) * (cells + 1)
+                row[max(start, 0) : max(start, 0) + cells] = config.image_token_id
+            if sample % 2 and length > cameras * (cells + 1) + 4:
+                mask[sample, :2] = 0
+        return ids, mask, ids == config.image_token_id
+
+    def _vision_part(self, batch: dict[int, Dim], examples: dict[str, Tensor]) -> Part:
+        results = ("image_features", "deep_features") if self._deep else ("image_features",)
+        return Part(self._vision, examples, {"frames": batch}, results)
+
+    def _decoder_part(self, batch: dict[int, Dim], examples: dict[str, Tensor]) -> Part:
+        length = {} if self.request.sequence else {1: self._length("sequence", 2)}
+        dynamic = {name: batch | length for name in ("input_ids", "attention_mask", "image_embeds")}
+        dynamic["deep_embeds"] = batch | {dim + 1: size for dim, size in length.items()}
+        return Part(DecoderProgram(self.model, self.grid), examples, dynamic, ("logits",))
+
+    def _cached_decoder_part(self, batch: dict[int, Dim], examples: dict[str, Tensor]) -> Part:
+        tokens, past = self._length("tokens", 1), self._length("past", 0)
+        second = {1: batch[0]} if batch else {}
+        dynamic = {name: batch | {1: tokens} for name in ("input_ids", "image_embeds")}
+        dynamic |= {"attention_mask": batch | {1: Dim.AUTO}, "position_ids": second | {2: tokens}}
+        dynamic |= {name: second | {2: past} for name in ("past_keys", "past_values")}
+        dynamic["deep_embeds"] = batch | {2: tokens}
+        return Part(CachedDecoderProgram(self.model), examples, dynamic, ("logits", "keys", "values"))
+
+    def _call_part(self, batch: dict[int, Dim], examples: dict[str, Tensor]) -> Part:
+        length = {} if self.request.sequence else {1: self._length("sequence", 2)}
+        dynamic = {"frames": batch} | {name: batch | length for name in ("input_ids", "attention_mask")}
+        decoder = DecoderProgram(self.model, self.grid, hidden_states=True)
+        return Part(CallProgram(self._vision, decoder), examples, dynamic, ("hidden_states",))
+
+    def _length(self, name: str, least: int) -> Dim:
+        return Dim(name, min=least, max=self.config.text.max_position_embeddings)

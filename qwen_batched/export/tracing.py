@@ -1,0 +1,33 @@
+"""Programs -> what PyTorch's exporters take: graphs of PyTorch's own operations, for sizes that may vary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from qwen_batched.ops import use_backend
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program, and how it is called."""
+
+    program: nn.Module
+    examples: Mapping[str, Tensor]  # its arguments in their order; dimensions that may vary are 2 or more
+    dynamic: Mapping[str, Mapping[int, object]]  # by argument: the dimensions that may vary, as `torch.export.Dim`
+    results: tuple[str, ...]  # names of its results
+
+
+def trace(part: Part) -> ExportedProgram:
+    """Exports a part's program."""
+    shapes = tuple(dict(part.dynamic.get(name, {})) for name in part.examples)
+    with ExitStack() as stack:
+        stack.enter_context(use_backend("reference"))
+        # No parameter wants a gradient. Inside `torch.no_grad` the program would come wrapped in an operation.
+        stack.enter_context(torch.enable_grad())
+        return torch.export.export(part.program, tuple(part.examples.values()), dynamic_shapes=shapes, strict=False)
