@@ -1,4 +1,4 @@
-"""What a folder holds, in words and numbers: manifest.json, and the tokenizer beside it."""
+"""What a folder holds, in words and numbers: manifest.json, and the tokenizers beside it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def manifest(
     """What manifest.json says."""
     config, parameter = model.processor.config, model.visual.patch_embed.proj.weight
     factor = config.vision.cell_size
-    ends, tokenizer = model.generation_config.eos_token_ids, model.processor.prompts.tokenizer
+    prompts = model.processor.prompts
     return {
         "format": FORMAT,
         "target": request.target,
@@ -50,9 +50,8 @@ def manifest(
         "grid": [side // factor for side in request.size],
         "layout": LAYOUT,
         "image_token_id": config.image_token_id,
-        "pad_token_id": model.processor.prompts.pad_token_id,
-        "eos_token_ids": list(ends),
-        "special_token_ids": sorted(tokenizer.all_special_ids),
+        "pad_token_id": prompts.pad_token_id,
+        "eos_token_ids": list(model.generation_config.eos_token_ids),
         "prompt": prompt,
         "opset": request.opset if request.target == "onnx" else None,
         "provider": "CPUExecutionProvider" if request.target == "onnx" else None,
@@ -64,10 +63,12 @@ def manifest(
 
 
 def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
-    """Writes the manifest, and a tokenizer.json that reads every text as text."""
+    """Writes the manifest, and the tokenizers: the checkpoint's, and one to which control tokens are text."""
     (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if content["prompt"] is not None:
-        model.processor.prompts.vocabulary.save(folder / "tokenizer.json")
+        prompts = model.processor.prompts
+        prompts.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        prompts.vocabulary.save(folder / "text_tokenizer.json")
 
 
 def weights_hash(model: QwenBatchedVL) -> str:

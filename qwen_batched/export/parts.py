@@ -28,6 +28,7 @@ class Parts:
         self.model, self.request = model, request
         config = model.processor.config
         self.config, factor = config, config.vision.cell_size
+        self.text = model.model.config  # of the decoder blocks that there are
         self.grid = (request.size[0] // factor, request.size[1] // factor)
         self._like = model.visual.patch_embed.proj.weight
         self._deep = len(config.vision.deepstack_visual_indexes or ())
@@ -48,7 +49,7 @@ class Parts:
         ids, mask, is_image = self._sequences(batch, generator, full=name == "call")
         if name == "call":
             return {"frames": self._frames(batch, generator), "input_ids": ids, "attention_mask": mask}
-        width = self.config.text.hidden_size
+        width = self.text.hidden_size
         shape = (batch, ids.shape[1], width)
         embeds = (torch.randn(shape, generator=generator) * is_image[..., None]).to(self._like)
         deep = {}
@@ -58,7 +59,7 @@ class Parts:
         ids, mask, is_image = (x.to(self._like.device) for x in (ids, mask, is_image))
         if name == "decoder":
             return {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds, **deep}
-        text = self.config.text
+        text = self.text
         shape = (text.num_hidden_layers, batch, PAST, text.num_key_value_heads, text.head_dim)
         past = [torch.randn(shape, generator=generator).to(self._like) for _ in range(2)]
         positions = rope_positions(is_image, mask != 0, self.grid)
@@ -80,7 +81,7 @@ class Parts:
         """Ids, mask and image tokens; every second sample is shorter, by an image too unless `full`."""
         cells, cameras, config = self.grid[0] * self.grid[1], self.request.cameras, self.config
         length = self.request.sequence or cameras * cells + cameras + TEXT_TOKENS
-        texts = torch.arange(min(config.image_token_id, config.text.vocab_size))
+        texts = torch.arange(min(config.image_token_id, self.text.vocab_size))
         ids = texts[torch.randint(0, min(len(texts), 1000), (batch, length), generator=generator)]
         mask = torch.ones_like(ids)
         for sample, row in enumerate(ids):
@@ -118,4 +119,4 @@ class Parts:
         return Part(CallProgram(self._vision, decoder), examples, dynamic, ("hidden_states",))
 
     def _length(self, name: str, least: int) -> Dim:
-        return Dim(name, min=least, max=self.config.text.max_position_embeddings)
+        return Dim(name, min=least, max=self.text.max_position_embeddings)

@@ -65,6 +65,8 @@ class ExportRequest:
         factor = config.vision.cell_size
         if any(side % factor for side in size):
             raise ValueError(f"frames must be resized to multiples of {factor} pixels, got {size[0]}x{size[1]}")
+        if min(source) < factor:
+            raise ValueError(f"frames must be at least {factor} x {factor} pixels, got {source[0]}x{source[1]}")
         if max(source[0] * source[1], size[0] * size[1]) > MAX_FRAME_PIXELS:
             raise ValueError(f"frames must have at most {MAX_FRAME_PIXELS} pixels, got {source} and {size}")
         if name not in FRAMES:
@@ -74,7 +76,8 @@ class ExportRequest:
         image_tokens = cameras * (size[0] // factor) * (size[1] // factor)
         limit = config.text.max_position_embeddings
         if sequence is not None and sequence != "dynamic":
-            sequence = as_int("sequence", int(sequence) if isinstance(sequence, str) else sequence, 2)
+            number = int(sequence) if isinstance(sequence, str) and sequence.isdecimal() else sequence
+            sequence = as_int("sequence", number, 2)
             if not image_tokens < sequence <= limit:
                 expected = f"more than the {image_tokens} tokens of {cameras} images and at most {limit}"
                 raise ValueError(f"sequence must be {expected}, got {sequence}")

@@ -33,7 +33,9 @@ class OnnxModel:
         self.manifest: dict[str, Any] = manifest
         sessions = (onnxruntime.InferenceSession(folder / f, providers=[*providers]) for f in _PARTS)
         self._vision, self._decoder = sessions
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # The checkpoint's, and one to which control tokens in a text are text.
+        files = ("tokenizer.json", "text_tokenizer.json")
+        self._tokenizer, self._text_tokenizer = (Tokenizer.from_file(str(folder / name)) for name in files)
         self._names = {each.name for each in self._decoder.get_inputs()}
 
     def encode_images(self, frames: np.ndarray) -> list[np.ndarray]:
@@ -56,7 +58,7 @@ class OnnxModel:
             elif isinstance(piece, int):
                 ids.append(piece)
             else:
-                encoding = self._tokenizer.encode(piece.replace(TEXT, text), add_special_tokens=False)
+                encoding = self._text_tokenizer.encode(piece.replace(TEXT, text), add_special_tokens=False)
                 ids += encoding.ids
         return ids
 
@@ -82,7 +84,7 @@ class OnnxModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, special tokens left out."""
-        return self._tokenizer.decode([i for i in ids if i not in self.manifest["special_token_ids"]])
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _decode(
         self,

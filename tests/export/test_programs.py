@@ -1,0 +1,208 @@
+"""What is exported computes what the live model computes, before and after it was traced."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.export import Dim
+
+from qwen_batched.export.parts import Parts
+from qwen_batched.export.preprocessing import FramesToPatches
+from qwen_batched.export.programs import (
+    CachedDecoderProgram,
+    CallProgram,
+    DecoderProgram,
+    VisionProgram,
+    detached,
+    place,
+    rope_positions,
+)
+from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.tracing import trace
+from qwen_batched.export.verification import relative_l2
+from tests.sisters import FACTORS
+from tests.support import assert_equal_to, photos
+
+families = pytest.mark.parametrize("preset", FACTORS)
+SETTINGS = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRACED = 2e-6  # relative L2 of a traced program, and of what was written, from the live model
+TEXTS = ["Pick up the red block.", "go"]
+
+
+def frames_of(batch, cameras, height, width, seed=0):
+    return photos(batch, cameras, height, width, seed)
+
+
+# --- programs ---
+
+
+@given(data=st.data(), source=st.tuples(st.integers(28, 120), st.integers(28, 120)))
+@SETTINGS
+def test_patches_are_the_processors_to_the_last_bit(live, data, source):
+    model = live("tiny")
+    target = tuple(28 * data.draw(st.integers(1, 4)) for _ in range(2))
+    like = model.visual.patch_embed.proj.weight
+    frames = frames_of(2, 1, *source, seed=data.draw(st.integers(0, 9)))
+    for given_frames in (frames, frames.float() / 255):
+        ours = FramesToPatches(model.processor, source, target, given_frames.dtype, like)(given_frames[:, 0])
+        theirs = model.processor(given_frames, resize=target, dtype=torch.float32)["pixel_values"][:, 0]
+        if given_frames.dtype == torch.uint8:
+            assert torch.equal(ours, theirs)
+        else:  # the same weights, in another order of summation
+            assert_equal_to(ours, theirs)
+
+
+@families
+def test_features_are_those_of_encode_images(live, preset):
+    model, factor = live(preset), FACTORS[preset]
+    program = VisionProgram(detached(model), (50, 70), (2 * factor, 3 * factor))
+    frames = frames_of(3, 2, 50, 70)
+    main, *deep = program(frames)
+    features = model.encode_images(frames, resize=(2 * factor, 3 * factor), deepstack=bool(deep))
+    if not deep:
+        assert torch.equal(main, features.flatten(2, 3))
+        return
+    assert torch.equal(main, features.main.flatten(2, 3))
+    for layer, maps in enumerate(features.deep):
+        assert torch.equal(deep[0][:, layer], maps.flatten(2, 3))
+
+
+@families
+def test_a_call_and_the_decoder_give_what_the_live_model_gives(live, preset):
+    model, factor = live(preset), FACTORS[preset]
+    frames, resize = frames_of(2, 2, 50, 70), (2 * factor, 3 * factor)
+    expected = model(frames, TEXTS, resize=resize, logits="all")
+    own, mask = detached(model), expected.attention_mask
+    vision = VisionProgram(own, (50, 70), resize)
+    call = CallProgram(vision, DecoderProgram(own, (2, 3), hidden_states=True))
+    hidden = call(frames, expected.input_ids, mask.long())
+    assert_equal_to(hidden[mask], expected.last_hidden_state[mask])
+    main, *deep = vision(frames)
+    embeds = [place(x.flatten(1, 2), expected.image_mask) for x in (main, *(deep[0].unbind(1) if deep else ()))]
+    more = (torch.stack(embeds[1:], dim=1),) if deep else ()
+    logits = DecoderProgram(own, (2, 3))(expected.input_ids, mask.long(), embeds[0], *more)
+    assert_equal_to(logits[mask], expected.logits[mask])
+
+
+@families
+@pytest.mark.slow
+def test_the_decoder_by_the_layout_contract_equals_transformers_on_two_images(live, sisters, preset):
+    """Ragged and padded on the left: what merging features without rope positions gets wrong."""
+    sister, model = sisters(preset), live(preset)
+    frames = sister.photos(2, 2, 2, 3)
+    ours = model(frames, TEXTS, resize=None)
+    own = detached(model)
+    main, *deep = VisionProgram(own, frames.shape[-2:], frames.shape[-2:])(frames)
+    embeds = [place(x.flatten(1, 2), ours.image_mask) for x in (main, *(deep[0].unbind(1) if deep else ()))]
+    more = (torch.stack(embeds[1:], dim=1),) if deep else ()
+    logits = DecoderProgram(own, (2, 3))(ours.input_ids, ours.attention_mask.long(), embeds[0], *more)
+    for sample, text in enumerate(TEXTS):
+        expected = sister.reference.run(**sister.reference.processor_inputs(list(frames[sample]), text)).logits[0]
+        row = logits[sample][ours.attention_mask[sample]]
+        assert torch.equal(row.argmax(-1), expected.argmax(-1))
+        assert_equal_to(row, expected)
+
+
+@given(
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    rows=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=3),
+    left=st.booleans(),
+)
+@SETTINGS
+def test_rope_positions_are_the_live_models(live, h, w, rows, left):
+    """Rows of 1 to 4 stretches of text with an image between each two."""
+    model, image = live("tiny"), live("tiny").processor.config.image_token_id
+    tokens = [[7, *(token for n in row for token in [image] * h * w + [5] * n)] for row in rows]
+    length = max(map(len, tokens))
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.bool)
+    for sample, row in enumerate(tokens):
+        place_of = slice(length - len(row), None) if left else slice(0, len(row))
+        ids[sample, place_of], mask[sample, place_of] = torch.tensor(row), True
+    grids = torch.tensor([[1, 2 * h, 2 * w]] * sum(map(len, rows)))
+    pixels = torch.zeros(int(grids.prod(1).sum()), model.processor.config.vision.patch_dim)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": pixels, "image_grid_thw": grids}
+    expected = model(**batch).position_ids
+    assert torch.equal(rope_positions(ids == image, mask, (h, w)), expected)
+
+
+@families
+def test_the_cached_decoder_steps_as_generate_does(live, preset):
+    model, factor = live(preset), FACTORS[preset]
+    frames, resize = frames_of(2, 1, 50, 70), (2 * factor, factor)
+    expected = model.generate(frames, TEXTS, resize=resize, max_new_tokens=12).token_ids
+    first, own = model(frames, TEXTS, resize=resize), detached(model)
+    main, *deep = VisionProgram(own, (50, 70), resize)(frames)
+    embeds = [place(x.flatten(1, 2), first.image_mask) for x in (main, *(deep[0].unbind(1) if deep else ()))]
+    program, text = CachedDecoderProgram(own), own.processor.config.text
+    more = (torch.stack(embeds[1:], dim=1),) if deep else ()
+    shape = (text.num_hidden_layers, 2, 0, text.num_key_value_heads, text.head_dim)
+    ids, mask, positions, cache = (
+        first.input_ids,
+        first.attention_mask.long(),
+        first.position_ids,
+        [torch.zeros(shape)] * 2,
+    )
+    tokens = []
+    for _ in range(12):
+        logits, *cache = program(ids, mask, positions, embeds[0], *cache, *more)
+        ids = logits[:, -1:].argmax(-1)
+        tokens.append(ids[:, 0])
+        mask = torch.cat((mask, torch.ones_like(ids)), dim=1)
+        positions = positions.amax(dim=(0, 2))[None, :, None].expand(3, -1, 1) + 1
+        embeds, more = [torch.zeros_like(embeds[0][:, :1])], tuple(torch.zeros_like(x[:, :, :1]) for x in more)
+    for sample, row in enumerate(expected):
+        assert torch.stack(tokens)[: len(row), sample].tolist() == row.tolist()
+
+
+# --- traced ---
+
+
+@families
+@pytest.mark.slow
+def test_traced_parts_of_a_model_that_never_ran_serve_every_batch(sisters, preset):
+    """Images of 5 x 6 merged cells, which have cut windows where there are windows."""
+    factor = FACTORS[preset]
+    model = sisters(preset).load(resample_backend="pillow")
+    frames, chosen = ((50, 70), (5 * factor, 6 * factor)), ("call", "cached_decoder")
+    parts = Parts(detached(model), ExportRequest.of(model, "engine", frames, 2, "1-8", None, "uint8", 18, chosen))
+    for name in parts.request.parts:
+        traced = trace(parts.part(name)).module()
+        program = parts.part(name).program
+        for batch in (1, 2, 3, 8):
+            arguments = parts.arguments(name, batch, seed=batch).values()
+            with torch.no_grad():
+                results = [x if isinstance(x, tuple) else (x,) for x in (traced(*arguments), program(*arguments))]
+            assert relative_l2(*results) <= TRACED
+
+
+def test_tracing_leaves_the_live_model_as_it_was(sisters):
+    model = sisters("tiny").load(resample_backend="pillow")
+    frames, before = frames_of(1, 1, 56, 56), {name: p.clone() for name, p in model.state_dict().items()}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    expected = model(frames, ["a"]).last_hidden_state
+    program = VisionProgram(detached(model), (56, 56), (56, 56))
+    part_of = Parts(detached(model), ExportRequest.of(model, "engine", "56x56", 1, 2, None, "uint8", 18, ("vision",)))
+    trace(part_of.part("vision"))
+    program(frames)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert torch.equal(model(frames, ["a"]).last_hidden_state, expected)
+    assert not any(hook for module in model.modules() for hook in module._forward_hooks)
+
+
+def test_a_traced_program_shares_the_live_weights(live):
+    model = live("tiny")
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in detached(model).parameters()} == pointers
+    assert all(isinstance(p, nn.Parameter) and not p.requires_grad for p in detached(model).parameters())
+
+
+def test_sizes_are_fixed_only_where_they_were_asked_to_be(live):
+    model = live("tiny")
+    request = ExportRequest.of(model, "engine", "56x56", 1, "1-8", 20, "uint8", 18, ("decoder",))
+    part = Parts(detached(model), request).part("decoder")
+    assert isinstance(part.dynamic["input_ids"][0], type(Dim("batch"))) and set(part.dynamic["input_ids"]) == {0}
+    free = ExportRequest.of(model, "engine", "56x56", 1, 3, None, "uint8", 18, ("decoder",))
+    assert set(Parts(detached(model), free).part("decoder").dynamic["input_ids"]) == {1}

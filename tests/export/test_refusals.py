@@ -1,0 +1,188 @@
+"""Bad input is refused before any work, a failure leaves nothing behind, and the command says why in a line."""
+
+import errno
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen_batched.export import __main__ as command
+from qwen_batched.export import engine, export, onnx_files, request
+from qwen_batched.export.api import ExportError
+from qwen_batched.export.request import read_frames, read_range
+
+GOOD = {"target": "onnx", "frames": "56x56"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"target": "tensorrt"}, ValueError, "target must be one of"),
+        ({"frames": "56"}, ValueError, "height x width"),
+        ({"frames": "56x57"}, ValueError, "multiples of 28"),
+        ({"frames": "480x640:200x224"}, ValueError, "multiples of 28"),
+        ({"frames": (56,)}, ValueError, "a size or two"),
+        ({"frames": "999999x99999:28x28"}, ValueError, "at most"),
+        ({"frames": "27x28:28x28"}, ValueError, "at least 28 x 28"),
+        ({"cameras": 0}, ValueError, "cameras"),
+        ({"cameras": "2"}, ValueError, "cameras"),
+        ({"batch": "8-1"}, ValueError, "from the least to the most"),
+        ({"batch": "0-4"}, ValueError, "batch"),
+        ({"batch": "many"}, ValueError, "1-8 or 8"),
+        ({"sequence": 4}, ValueError, "more than the 4 tokens"),
+        ({"sequence": 10**9}, ValueError, "at most"),
+        ({"sequence": "long"}, ValueError, "sequence must be"),
+        ({"frames_dtype": "int8"}, ValueError, "frames_dtype must be"),
+        ({"opset": 17}, ValueError, "opset"),
+        ({"parts": ["head"]}, ValueError, "parts must be some of"),
+        ({"parts": []}, ValueError, "parts must be some of"),
+        ({"parts": "vision"}, ValueError, "parts must be some of"),
+        ({"parts": ["call"]}, ValueError, "parts must be some of"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(live, tmp_path, changed, error, words):
+    with pytest.raises(error, match=words):
+        export(live("tiny"), tmp_path / "out", **{**GOOD, **changed})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_a_target_cannot_hold_are_refused(sisters, live, tmp_path, monkeypatch):
+    sister, out = sisters("tiny"), tmp_path / "out"
+    with pytest.raises(TypeError, match="must be a QwenBatchedVL"):
+        export(torch.nn.Linear(1, 1), out, **GOOD)
+    with pytest.raises(ValueError, match=r"one of float32, float16, got torch\.bfloat16"):
+        export(sister.load(resample_backend="pillow", dtype="bfloat16"), out, **GOOD)
+    with pytest.raises(ValueError, match="opset from 18 to 22"):
+        export(sister.load(resample_backend="pillow", dtype="float16"), out, **GOOD, opset=23)
+    with pytest.raises(ValueError, match="resample_backend='pillow'"):
+        export(sister.load(resample_backend="torchvision"), out, **GOOD)
+    with pytest.raises(ValueError, match="lm_head=False"):
+        export(sister.load(resample_backend="pillow", lm_head=False), out, **GOOD)
+    hooked = sister.load(resample_backend="pillow")
+    hooked.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="unmodified, got PaddedLinear at model"):
+        export(hooked, out, **GOOD)
+    for target, package in (("onnx", "onnxscript"), ("onnx", "onnxruntime")):
+        with monkeypatch.context() as patch:
+            patch.setattr(request.importlib.util, "find_spec", lambda name, missing=package: name != missing or None)
+            with pytest.raises(ValueError, match=f"needs the package {package}"):
+                export(live("tiny"), out, **{**GOOD, "target": target})
+    with monkeypatch.context() as patch:
+        patch.setattr(request.shutil, "which", lambda name: None)
+        with pytest.raises(ValueError, match=r"C\+\+ compiler"):
+            export(live("tiny"), out, **{**GOOD, "target": "engine"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_refused(sisters, tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = sisters("tiny").load(resample_backend="pillow")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(ValueError, match="adapters must be merged"):
+        export(model, tmp_path / "out", **GOOD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_left_alone(live, tmp_path):
+    (tmp_path / "kept").write_text("a")
+    for out in (tmp_path, tmp_path / "kept"):
+        with pytest.raises(ValueError, match="new or an empty folder"):
+            export(live("tiny"), out, **GOOD)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_full_disk_is_seen_before_and_leaves_nothing_after(live, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(request.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+        with pytest.raises(ValueError, match="GiB free"):
+            export(live("tiny"), tmp_path / "out", **GOOD)
+
+    def write(part, path, opset):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_files, "write", write)
+    with pytest.raises(OSError, match="No space"):
+        export(live("tiny"), tmp_path / "out", **GOOD)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("shift", [1e-3, float("nan")], ids=str)
+def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
+    """Even where a single value is no number."""
+
+    def open_graph(path):
+        def run(arguments):
+            model = live("tiny")
+            main = model.encode_images(arguments["frames"], resize=None).flatten(2, 3).clone()
+            main.view(-1)[0] += shift * main.norm()
+            return [main]
+
+        return run
+
+    monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: path.write_bytes(b""))
+    monkeypatch.setattr(onnx_files, "open_graph", open_graph)
+    with pytest.raises(ExportError, match="vision deviates"):
+        export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
+    assert list(tmp_path.iterdir()) == []
+    shift = 0.0
+    assert export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])["deviation"]["vision"]["measured"] == 0
+
+
+def test_an_exporter_that_fails_is_named(live, tmp_path, monkeypatch):
+    def write(part, path, opset):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(onnx_files, "write", write)
+    with pytest.raises(ExportError, match="vision could not be written as onnx: no such operator"):
+        export(live("tiny"), tmp_path / "out", **GOOD)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--frames", "56x57"],
+        ["--frames", "56x56", "--batch", "0"],
+        ["--frames", "56x56", "--cameras", "x"],
+        ["--frames", "56x56", "--opset", "3"],
+        ["--frames", "56x56", "--dtype", "int8"],
+        ["--frames", "56x56", "--model", "no/such-folder"],
+        ["--frames", "56x56", "--target", "trt"],
+        ["--frames", "56x56", "--device", "nothing"],
+    ],
+    ids=str,
+)
+def test_the_command_says_why_in_a_line(checkpoint, tmp_path, capsys, arguments):
+    given = ["--model", str(checkpoint), "--target", "onnx", "--out", str(tmp_path / "out"), *arguments]
+    try:
+        code = command.main(given)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code == 2 and printed.startswith("export: ") and printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold the part 'vision'"):
+        engine.load(tmp_path, "vision")
+    made = {"target": "engine", "parts": ["vision"], "device_type": "cpu"}
+    made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
+    for changed, words in (
+        ({"versions": {"torch": "1.0"}}, "made for PyTorch 1.0"),
+        ({"device": "NVIDIA X"}, "made for device NVIDIA X"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(made | changed))
+        with pytest.raises(ValueError, match=words):
+            engine.load(tmp_path, "vision")
+
+
+def test_frames_and_ranges_are_read_in_each_of_their_forms():
+    assert read_frames("480x640:224x252") == read_frames(((480, 640), (224, 252))) == ((480, 640), (224, 252))
+    assert read_frames("224x252") == read_frames((224, 252)) == ((224, 252), (224, 252))
+    assert read_range("1-8") == read_range((1, 8)) == (1, 8)
+    assert read_range("8") == read_range(8) == (8, 8)
