@@ -40,7 +40,8 @@ def test_every_block_of_python_runs_offline(page, checkpoint, tmp_path, monkeypa
 PUBLIC = (
     *("qwen_batched", "qwen_batched.lora", "qwen_batched.pictures"),
     *("qwen_batched.adapters.lerobot", "qwen_batched.integrations.starvla"),
-    *("qwen_batched.integrations.still_images", "qwen_batched.testing"),
+    *("qwen_batched.integrations.still_images", "qwen_batched.export", "qwen_batched.export.run_onnx"),
+    "qwen_batched.testing",
 )
 
 

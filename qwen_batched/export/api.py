@@ -26,6 +26,9 @@ TEMPLATE = "chat"
 class ExportError(RuntimeError):
     """What was written is too far from the live model, or could not be written; nothing of it was left."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
 
 def export(
     model: QwenBatchedVL,

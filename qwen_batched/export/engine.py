@@ -41,7 +41,7 @@ def open_package(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     return run
 
 
-def load(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """A part of an exported engine, as a function of its arguments by name, to be given in their order.
 
     Raises `ValueError` where the folder holds no such part, or one for another PyTorch or another kind of device.

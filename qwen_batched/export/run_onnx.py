@@ -17,6 +17,8 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
+__all__ = ["OnnxModel"]
+
 TEXT = "{text}"  # stands for the text in the manifest's prompt
 
 
@@ -78,7 +80,7 @@ class OnnxModel:
         if deep:
             layers = [_placed(x.reshape(len(ids), -1, x.shape[-1]), is_image) for x in np.moveaxis(deep[0], 1, 0)]
             inputs["deep_embeds"] = np.stack(layers, axis=1)
-        positions = rope_positions(is_image, mask != 0, self.manifest["grid"])
+        positions = _rope_positions(is_image, mask != 0, self.manifest["grid"])
         cache = [np.zeros(self._cache_shape(len(ids)), main.dtype)] * 2
         return self._decode(ids, mask, positions, inputs, cache, max_new_tokens)
 
@@ -119,7 +121,7 @@ class OnnxModel:
 _PARTS = ("vision.onnx", "cached_decoder.onnx")
 
 
-def rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+def _rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:
     """Rope positions int64 (3, B, S), where all images have `grid` (h, w); 0 on padding."""
     h, w = grid
     cell = (is_image.cumsum(axis=1) - 1) % (h * w)

@@ -169,7 +169,7 @@ def test_the_command_says_why_in_a_line(checkpoint, tmp_path, capsys, arguments)
 
 def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must hold the part 'vision'"):
-        engine.load(tmp_path, "vision")
+        engine.load_engine(tmp_path, "vision")
     made = {"target": "engine", "parts": ["vision"], "device_type": "cpu"}
     made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
     for changed, words in (
@@ -178,7 +178,7 @@ def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
     ):
         (tmp_path / "manifest.json").write_text(json.dumps(made | changed))
         with pytest.raises(ValueError, match=words):
-            engine.load(tmp_path, "vision")
+            engine.load_engine(tmp_path, "vision")
 
 
 def test_frames_and_ranges_are_read_in_each_of_their_forms():
