@@ -21,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         loading = {"dtype": options.dtype, "device": options.device, "num_layers": options.num_layers}
+        if options.parts and set(options.parts) == {"vision"}:  # the decoder need not be read
+            loading |= {"num_layers": 1, "lm_head": False}
         on_gpu = options.device is not None and options.device.startswith("cuda")
         model = QwenBatchedVL.from_pretrained(options.model, resample_backend=None if on_gpu else PILLOW, **loading)
         sizes = {"cameras": options.cameras, "batch": options.batch, "sequence": options.sequence}

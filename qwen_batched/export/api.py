@@ -17,7 +17,7 @@ from qwen_batched.export.parts import Parts
 from qwen_batched.export.preprocessing import Size
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import OPSET, ExportRequest, check_folder
-from qwen_batched.export.verification import Run, in_float32, measure
+from qwen_batched.export.verification import Run, measure
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 TEMPLATE = "chat"
@@ -76,14 +76,13 @@ def export(
     check_folder(out, model, len(chosen.parts))
     prompt = model.processor.prompts.pieces(TEMPLATE, chosen.cameras) if model.processor.prompts.chat else None
     all_parts = Parts(detached(model), chosen)
-    wide = None if all_parts.model.dtype == torch.float32 else in_float32(all_parts)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
         deviations = {}
         for name in tqdm(chosen.parts, desc="export", leave=False, disable=None):
             run = _written(all_parts, name, folder)
-            deviations[name] = measure(name, all_parts, wide, run, sorted({*chosen.batch}))
+            deviations[name] = measure(name, all_parts, run, sorted({*chosen.batch}))
             if not deviations[name].is_within:
                 found = f"{deviations[name].measured:.2e}, more than {deviations[name].bound:.2e}"
                 raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")

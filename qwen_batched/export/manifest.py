@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def manifest(
         "parts": list(request.parts),
         "model": model.name_or_path,
         "model_type": config.model_type,
-        "weights_sha256": weights_hash(model),
+        "weights_sha256": weights_hash(model, request.parts),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "frames": {"source": request.source, "resized": request.size, "dtype": request.dtype_name},
         "resample": "pillow" if parameter.device.type == "cpu" and request.dtype_name == "uint8" else "pytorch",
@@ -71,12 +71,11 @@ def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> Non
         prompts.vocabulary.save(folder / "text_tokenizer.json")
 
 
-def weights_hash(model: QwenBatchedVL) -> str:
-    """SHA-256 of all parameters, names, shapes and dtypes included."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+def weights_hash(model: QwenBatchedVL, parts: Sequence[str]) -> str:
+    """SHA-256 of the parameters that the parts hold, names, shapes and dtypes included."""
+    digest, module = hashlib.sha256(), model.visual if set(parts) == {"vision"} else model
+    for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        # A row of the largest table at a time would be slow, and a whole one is held twice for a moment only.
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 

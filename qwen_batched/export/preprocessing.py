@@ -14,20 +14,20 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 class FramesToPatches(nn.Module):
-    """Frames (I, 3, H, W) of one size and dtype to patches (I, P, patch_dim), resized, normalised, in window order.
+    """Frames (I, 3, H, W) of one size and dtype to float32 patches (I, P, patch_dim) in window order, normalised.
 
     No target of an export has an antialiased resize that would equal the live one. uint8 frames on a CPU are resized in
     Pillow's whole numbers, to the last bit; others by the weights of PyTorch's bicubic resize, as on a GPU.
     """
 
     def __init__(
-        self, processor: TensorProcessor, source: Size, target: Size, frames: torch.dtype, like: Tensor
+        self, processor: TensorProcessor, source: Size, target: Size, frames: torch.dtype, device: torch.device
     ) -> None:
-        """Takes the sizes of frames before and after the resize, and their dtype; patches become as `like`."""
+        """Takes the sizes of frames before and after the resize, and their dtype."""
         super().__init__()
-        vision, image, device = processor.config.vision, processor.image, like.device
+        vision, image = processor.config.vision, processor.image
         self.sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        self.is_uint8, self.dtype = frames == torch.uint8, like.dtype
+        self.is_uint8 = frames == torch.uint8
         self.scale = image.rescale_factor if self.is_uint8 else 1.0
         self.follows_pillow = self.is_uint8 and device.type == "cpu"
         factor = vision.cell_size
@@ -53,7 +53,7 @@ class FramesToPatches(nn.Module):
         pixels = pixels.float()
         if self.dims and self.is_uint8 and not self.follows_pillow:
             pixels = pixels.round().clamp(0, 255)
-        return ops.patchify(pixels, self.scale, self.mean, self.std, self.window_order, *self.sizes).to(self.dtype)
+        return ops.patchify(pixels, self.scale, self.mean, self.std, self.window_order, *self.sizes)
 
 
 _NAMES = {-2: "row_weights", -1: "column_weights"}

@@ -34,8 +34,8 @@ class VisionProgram(nn.Module):
         """Takes the size of the frames, the size they are resized to, and their dtype, uint8 or floating."""
         super().__init__()
         self.visual = model.visual
-        like, factor = model.visual.patch_embed.proj.weight, model.processor.config.vision.cell_size
-        self.patches = FramesToPatches(model.processor, source, target, frames, like)
+        device, factor = model.visual.patch_embed.proj.weight.device, model.processor.config.vision.cell_size
+        self.patches = FramesToPatches(model.processor, source, target, frames, device)
         self.grid = (target[0] // factor, target[1] // factor)
         self.has_deep = model.processor.config.vision.deepstack_visual_indexes is not None
 

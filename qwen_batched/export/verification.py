@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_batched.export.parts import Parts
 
@@ -31,13 +31,11 @@ class Deviation:
 
 
 @torch.no_grad()
-def measure(name: str, parts: Parts, wide: Parts | None, run: Run, batches: Sequence[int]) -> Deviation:
-    """The deviation of a part that was written, run by `run`.
-
-    `wide` are the parts of the same model in float32 where it is in half precision, else None.
-    """
-    worst = Deviation(0.0, FLOAT32_BOUND if wide is None else 0.0)
+def measure(name: str, parts: Parts, run: Run, batches: Sequence[int]) -> Deviation:
+    """The deviation of a part that was written, run by `run`."""
     program = parts.part(name).program
+    wide = None if parts.model.dtype == torch.float32 else _in_float32(program)
+    worst = Deviation(0.0, FLOAT32_BOUND if wide is None else 0.0)
     for batch in batches:
         arguments = parts.arguments(name, batch, seed=batch)
         live, written = _results(program(*arguments.values())), run(arguments)
@@ -47,7 +45,7 @@ def measure(name: str, parts: Parts, wide: Parts | None, run: Run, batches: Sequ
             widened = {key: x.float() if x.is_floating_point() else x for key, x in arguments.items()}
             if "frames" in widened:
                 widened["frames"] = arguments["frames"]
-            exact = _results(wide.part(name).program(*widened.values()))
+            exact = _results(wide(*widened.values()))
             found = Deviation(relative_l2(written, exact), HALF_BOUND * relative_l2(live, exact))
         if not found.measured - found.bound <= worst.measured - worst.bound or worst.measured == 0.0:
             worst = found
@@ -63,9 +61,9 @@ def relative_l2(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(distances)
 
 
-def in_float32(parts: Parts) -> Parts:
-    """The same parts of the same weights in float32."""
-    return Parts(copy.deepcopy(parts.model).float(), parts.request)
+def _in_float32(program: nn.Module) -> nn.Module:
+    """A copy with its weights in float32, and its constants as they are."""
+    return copy.deepcopy(program, {id(p): nn.Parameter(p.float(), requires_grad=False) for p in program.parameters()})
 
 
 def _results(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
