@@ -95,6 +95,8 @@ class ExportRequest:
 
 def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset: int) -> None:
     """Raises `ValueError` where the target cannot hold the model, or what writes it is missing."""
+    if not hasattr(torch.compiler, "is_exporting"):
+        raise ValueError(f"an export needs PyTorch 2.7 or newer, got {torch.__version__}")
     for package in PACKAGES[target]:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"target {target!r} needs the package {package}: pip install 'qwen_batched[{target}]'")

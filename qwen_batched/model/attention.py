@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen_batched import ops
 from qwen_batched.model.parts.norms import QKNorm
+from qwen_batched.runtime.backend import is_exporting
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
 
 def _tokens_first(attention_mask: Tensor) -> Tensor:
     """Int64 (B, S), the places of a row's tokens, and behind them those of its padding."""
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return torch.argsort((~attention_mask).to(torch.uint8), dim=1, stable=True)
     # The same by cumulative sums: ONNX has no stable sort.
     tokens_BS, padding_BS = attention_mask.long(), (~attention_mask).long()

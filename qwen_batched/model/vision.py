@@ -27,6 +27,7 @@ from qwen_batched.model.geometry import IMAGE, MAX_PLANS, WINDOWS, VisionPlan, l
 from qwen_batched.model.image_groups import ImageGroup, by_camera, join, to_raster, without_leading
 from qwen_batched.model.parts.norms import AddNorm, stream_of
 from qwen_batched.model.parts.patches import PatchEmbed
+from qwen_batched.runtime.backend import is_exporting
 from qwen_batched.runtime.fast_path import can_fuse
 from qwen_batched.runtime.lru_cache import LRUCache
 from qwen_batched.training.checkpointing import CheckpointedBlock, GradientCheckpointing
@@ -160,7 +161,7 @@ class VisionTransformer(GradientCheckpointing):
         counts, tokens = [part.shape[0] for part in pixels], [plan.cos.shape[0] for plan in plans]
         if chunk_size is None and needs_collective_participation(self):
             chunk_size = sum(counts)  # one pass: as many as the others make, whatever images they have
-        if torch.compiler.is_exporting():  # in one pass, for a batch that may vary
+        if is_exporting():  # in one pass, for a batch that may vary
             passes = [{size: slice(None) for size in range(len(pixels))}]
         else:
             passes = split_into_passes(counts, tokens, chunk_size)

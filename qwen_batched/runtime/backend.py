@@ -14,6 +14,8 @@ import torch
 
 BACKENDS = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports, and the first with bfloat16
+# Whether `torch.export` is tracing. PyTorch 2.6 cannot say so, and nothing is exported with it.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _backend: ContextVar[str] = ContextVar("qwen_batched_backend", default="auto")
 _reads_ahead: ContextVar[bool] = ContextVar("qwen_batched_reads_ahead", default=False)
 

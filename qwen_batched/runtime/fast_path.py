@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from qwen_batched.runtime.backend import backend, has_kernels, refuse_forced_triton
+from qwen_batched.runtime.backend import backend, has_kernels, is_exporting, refuse_forced_triton
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 PLAIN_PARAMETERS = {nn.Parameter, type(None)}
@@ -55,7 +55,7 @@ def route(
         refuse_forced_triton(_why_reference(activations, wants and not has_backward, is_wide, is_mixed))
         return REFERENCE
     if not has_kernels(first.device):
-        is_decomposed = backend() == "reference" and torch.compiler.is_exporting()
+        is_decomposed = backend() == "reference" and is_exporting()
         return REFERENCE if wants or can_bypass or is_decomposed else OPERATOR
     if wants:
         return KERNEL_WITH_GRADIENT if can_bypass else OPERATOR_WITH_GRADIENT
