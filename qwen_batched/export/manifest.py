@@ -52,6 +52,7 @@ def manifest(
         "image_token_id": config.image_token_id,
         "pad_token_id": prompts.pad_token_id,
         "eos_token_ids": list(model.generation_config.eos_token_ids),
+        "repetition_penalty": model.generation_config.repetition_penalty,
         "prompt": prompt,
         "opset": request.opset if request.target == "onnx" else None,
         "provider": "CPUExecutionProvider" if request.target == "onnx" else None,

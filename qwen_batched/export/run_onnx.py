@@ -63,7 +63,10 @@ class OnnxModel:
         return ids
 
     def generate(self, frames: np.ndarray, texts: Sequence[str], max_new_tokens: int = 64) -> list[list[int]]:
-        """Greedy tokens of each sample, up to and with the first that ends it."""
+        """Greedy tokens of each sample, up to and with the first that ends it.
+
+        As the live `generate`, with the checkpoint's end tokens and repetition penalty.
+        """
         if len(texts) != len(frames):
             raise ValueError(f"texts must be one for each of {len(frames)} samples, got {len(texts)}")
         rows = [self.encode_text(text) for text in texts]
@@ -96,11 +99,18 @@ class OnnxModel:
         max_new_tokens: int,
     ) -> list[list[int]]:
         ends, new = set(self.manifest["eos_token_ids"]), [[] for _ in ids]
+        penalty, seen = self.manifest["repetition_penalty"], None  # tokens of the prompt or of what was generated
         for _ in range(max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **images}
             inputs |= {"past_keys": cache[0], "past_values": cache[1]}
             logits, *cache = self._decoder.run(None, {name: inputs[name] for name in self._names})
-            chosen = logits[:, -1].argmax(axis=-1)
+            scores = logits[:, -1].astype(np.float32)
+            if seen is None:
+                seen = np.zeros(scores.shape, bool)
+                rows, columns = np.nonzero(mask)
+                seen[rows, ids[rows, columns]] = True
+            chosen = np.where(seen, _penalised(scores, penalty), scores).argmax(axis=-1)
+            seen[np.arange(len(chosen)), chosen] = True
             for tokens, token in zip(new, chosen.tolist(), strict=True):
                 if not tokens or tokens[-1] not in ends:
                     tokens.append(token)
@@ -127,6 +137,11 @@ def rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) 
     first = advance.cumsum(axis=1) - advance
     row, column = np.where(is_image, cell // w, 0), np.where(is_image, cell % w, 0)
     return np.stack((first, first + row, first + column)).astype(np.int64) * mask
+
+
+def _penalised(scores: np.ndarray, penalty: float) -> np.ndarray:
+    """Scores as the repetition penalty makes them (Keskar et al. 2019, arXiv:1909.05858)."""
+    return np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
 
 
 def _placed(features: np.ndarray, is_image: np.ndarray) -> np.ndarray:

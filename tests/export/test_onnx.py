@@ -72,6 +72,19 @@ print(json.dumps([tokens, [model.decode(row) for row in tokens], "torch" in sys.
     assert not has_torch
 
 
+def test_the_repetition_penalty_of_the_checkpoint_holds(exported, monkeypatch):
+    """As in the live model; published checkpoints have one."""
+    model, folder, manifest = exported("tiny")
+    assert manifest["repetition_penalty"] == model.generation_config.repetition_penalty
+    runner, frames = OnnxModel(folder), photos(2, 2, 50, 70)
+    plain = runner.generate(frames.numpy(), TEXTS, 16)
+    runner.manifest["repetition_penalty"] = 1.5
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
+    expected = model.generate(frames, TEXTS, resize=resize_of("tiny"), max_new_tokens=16).token_ids
+    found = runner.generate(frames.numpy(), TEXTS, 16)
+    assert found == [row.tolist() for row in expected] and found != plain
+
+
 def test_the_command_reads_pictures_and_prints_text(exported, tmp_path):
     model, folder, _ = exported("tiny")
     frames = photos(1, 2, 50, 70)
