@@ -24,14 +24,19 @@ class OnnxModel:
     """An exported folder, run greedily, one batch of samples with the same number of cameras at a time."""
 
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export."""
+        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export that can generate."""
         folder = Path(folder)
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if manifest.get("target") != "onnx":
             raise ValueError(f"{folder} must be a folder that was exported with --target onnx, and is none")
+        missing = [name for name in _PARTS if name not in manifest["parts"]]
+        if missing or manifest["prompt"] is None:
+            expected = f"the parts {', '.join(_PARTS)} and a prompt, of a model with a chat template"
+            found = f"{', '.join(manifest['parts'])}{' without a prompt' * (manifest['prompt'] is None)}"
+            raise ValueError(f"{folder} must hold {expected}, got {found}")
         self.manifest: dict[str, Any] = manifest
-        sessions = (onnxruntime.InferenceSession(folder / f, providers=[*providers]) for f in _PARTS)
+        sessions = (onnxruntime.InferenceSession(folder / f"{f}.onnx", providers=[*providers]) for f in _PARTS)
         self._vision, self._decoder = sessions
         # The checkpoint's, and one to which control tokens in a text are text.
         files = ("tokenizer.json", "text_tokenizer.json")
@@ -67,6 +72,13 @@ class OnnxModel:
 
         As the live `generate`, with the checkpoint's end tokens and repetition penalty.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"texts must be a list of strings, got {type(texts).__name__}")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
+        least, most = self.manifest["batch"]
+        if not least <= len(frames) <= most:
+            raise ValueError(f"frames must be of {least} to {most} samples, got {len(frames)}")
         if len(texts) != len(frames):
             raise ValueError(f"texts must be one for each of {len(frames)} samples, got {len(texts)}")
         rows = [self.encode_text(text) for text in texts]
@@ -126,7 +138,7 @@ class OnnxModel:
         return layers, batch, 0, heads, size
 
 
-_PARTS = ("vision.onnx", "cached_decoder.onnx")
+_PARTS = ("vision", "cached_decoder")
 
 
 def rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:

@@ -132,5 +132,17 @@ def test_wrong_frames_and_folders_are_refused(exported, tmp_path):
         runner.encode_images(np.zeros((1, 2, 3, 50, 70), np.float32))
     with pytest.raises(ValueError, match="one for each of 1 samples"):
         runner.generate(np.zeros((1, 2, 3, 50, 70), np.uint8), ["a", "b"])
+    frames = np.zeros((2, 2, 3, 50, 70), np.uint8)
+    with pytest.raises(TypeError, match="list of strings, got str"):
+        runner.generate(frames, "go")
+    with pytest.raises(ValueError, match="max_new_tokens must be an int of at least 1, got 0"):
+        runner.generate(frames, TEXTS, 0)
+    for batch in (0, 9):
+        with pytest.raises(ValueError, match=f"1 to 8 samples, got {batch}"):
+            runner.generate(np.zeros((batch, 2, 3, 50, 70), np.uint8), ["go"] * batch)
     with pytest.raises(ValueError, match="--target onnx"):
         OnnxModel(tmp_path)
+    for changed, words in (({"parts": ["vision"]}, "got vision$"), ({"prompt": None}, "without a prompt")):
+        (tmp_path / "manifest.json").write_text(json.dumps(runner.manifest | changed))
+        with pytest.raises(ValueError, match=words):
+            OnnxModel(tmp_path)
