@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -68,15 +69,17 @@ def export(
     """
     if not isinstance(model, QwenBatchedVL):
         raise TypeError(f"model must be a QwenBatchedVL, got {type(model).__name__}")
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
     check_folder(out, model, len(chosen.parts))
     prompt = model.processor.prompts.pieces(TEMPLATE, chosen.cameras) if model.processor.prompts.chat else None
     all_parts = Parts(detached(model), chosen)
     wide = None if all_parts.model.dtype == torch.float32 else in_float32(all_parts)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    missing = [parent for parent in out.parents if not parent.exists()]
+    folder = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         deviations = {}
         for name in tqdm(chosen.parts, desc="export", leave=False, disable=None):
             run = _written(all_parts, name, folder)
@@ -91,7 +94,12 @@ def export(
             out.rmdir()
         os.replace(folder, out)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not out.exists():
+            for parent in missing:  # the innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -127,7 +128,11 @@ def check_folder(out: Path, model: QwenBatchedVL, parts: int) -> None:
     """Raises `ValueError` where a folder cannot be written: it holds something, or the disk is too full."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}")
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    if out.exists() and os.path.ismount(out):
+        raise ValueError(f"out must be a new or an empty folder that can be replaced, got the mount point {out}")
+    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"out must be in a folder, got {out}, and {parent} is none")
     needed = int(FREE_SHARE * parts * sum(p.numel() * p.element_size() for p in model.parameters()))
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ValueError(f"{parent} must have {needed / 2**30:.1f} GiB free, got {free / 2**30:.1f}")
