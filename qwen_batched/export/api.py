@@ -72,6 +72,11 @@ def export(
     out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
     check_folder(out, model, len(chosen.parts))
+    with torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):  # which graphs would keep
+        return _export(model, out, chosen)
+
+
+def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str, Any]:
     prompt = model.processor.prompts.pieces(TEMPLATE, chosen.cameras) if model.processor.prompts.chat else None
     all_parts = Parts(detached(model), chosen)
     wide = None if all_parts.model.dtype == torch.float32 else in_float32(all_parts)

@@ -1,5 +1,7 @@
 """What is exported computes what the live model computes, before and after it was traced."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -51,6 +53,41 @@ def test_patches_are_the_processors_to_the_last_bit(live, data, source):
             assert torch.equal(ours, theirs)
         else:  # the same weights, in another order of summation
             assert_equal_to(ours, theirs)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("frames_dtype", ["uint8", "float32"])
+def test_programs_and_arguments_do_not_depend_on_defaults(live, default, frames_dtype):
+    def results():
+        made = ExportRequest.of(model, "engine", ((50, 70), (56, 84)), 2, "1-8", None, frames_dtype, 18, None)
+        parts = Parts(detached(model), made)
+        arguments = {name: parts.arguments(name, 2) for name in made.parts}
+        found = {name: parts.part(name).program(*x.values()) for name, x in arguments.items()}
+        flat = [x for each in found.values() for x in (each if isinstance(each, tuple) else (each,))]
+        return [*flat, *(x for each in arguments.values() for x in each.values())]
+
+    model = live("tiny")
+    expected = results()
+    with DEFAULTS[default]():
+        found = results()
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @families

@@ -113,6 +113,13 @@ def test_a_link_leads_to_where_the_export_is_written(live, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
+def test_autocast_around_an_export_does_not_reach_it(live, tmp_path, monkeypatch):
+    write_exactly(monkeypatch, live("tiny"))
+    with torch.autocast("cpu", torch.bfloat16):
+        written = export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
+    assert written["deviation"]["vision"]["measured"] == 0
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_failure_removes_the_parents_that_were_made(live, tmp_path, monkeypatch, error):
     def write(part, path, opset):
