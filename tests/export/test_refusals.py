@@ -114,10 +114,14 @@ def test_a_link_leads_to_where_the_export_is_written(live, tmp_path, monkeypatch
 
 
 def test_autocast_around_an_export_does_not_reach_it(live, tmp_path, monkeypatch):
+    """The program is traced outside it, and autocast is as before afterwards."""
     write_exactly(monkeypatch, live("tiny"))
+    dtypes, x = [], torch.eye(2)
+    monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: dtypes.append((x @ x).dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        written = export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
-    assert written["deviation"]["vision"]["measured"] == 0
+        export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
+        assert torch.is_autocast_enabled("cpu")
+    assert dtypes == [torch.float32]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
