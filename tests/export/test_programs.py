@@ -122,6 +122,18 @@ def test_a_call_and_the_decoder_give_what_the_live_model_gives(live, preset):
     assert_equal_to(logits[mask], expected.logits[mask])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_image_tokens_on_padding_are_padding(live, side):
+    model = live("tiny")
+    own, frames = detached(model), frames_of(1, 1, 56, 84)
+    expected = model(frames, ["go"], resize=None)
+    call = CallProgram(VisionProgram(own, (56, 84), (56, 84)), DecoderProgram(own, (2, 3), hidden_states=True))
+    padding = torch.full((1, 4), model.processor.config.image_token_id)
+    ids, mask = [padding, expected.input_ids], [torch.zeros_like(padding), expected.attention_mask.long()]
+    ids, mask = (torch.cat(x if side == "left" else x[::-1], dim=1) for x in (ids, mask))
+    assert_equal_to(call(frames, ids, mask)[mask != 0], expected.last_hidden_state[0])
+
+
 @families
 @pytest.mark.slow
 def test_the_decoder_by_the_layout_contract_equals_transformers_on_two_images(live, sisters, preset):
