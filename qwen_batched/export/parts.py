@@ -13,11 +13,11 @@ from qwen_batched.export.programs import (
     VisionProgram,
     rope_positions,
 )
-from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.request import TEXT_TOKENS, ExportRequest
 from qwen_batched.export.tracing import Part
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
-TEXT_TOKENS, PAST = 9, 5  # of example arguments, beside images, where the sequence is of any length
+PAST = 5  # tokens before the new ones, of example arguments
 
 
 class Parts:

@@ -23,7 +23,9 @@ PARTS = {"engine": ("vision", "decoder", "cached_decoder", "call"), "onnx": ("vi
 DTYPES = {"engine": (torch.float32, torch.float16, torch.bfloat16), "onnx": (torch.float32, torch.float16)}
 PACKAGES = {"engine": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 FRAMES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16}
-LEAST_OPSET, OPSET, FLOAT16_OPSETS = 18, 18, range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtime
+LEAST_OPSET, MOST_OPSET, OPSET = 18, 23, 18
+FLOAT16_OPSETS = range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtime
+TEXT_TOKENS = 9  # of example sequences, beside images, where the sequence is of any length
 FREE_SHARE = 1.2  # of the weights' bytes that must be free on the disk, for each part that holds them
 
 
@@ -84,7 +86,12 @@ class ExportRequest:
                 raise ValueError(f"sequence must be {expected}, got {sequence}")
         else:
             sequence = None
-        opset = as_int("opset", opset, LEAST_OPSET)
+        needed = image_tokens + cameras + TEXT_TOKENS
+        if sequence is None and set(chosen) != {"vision"} and needed > limit:
+            raise ValueError(
+                f"a sequence has at most {limit} tokens, and {cameras} images with a short text have {needed}"
+            )
+        opset = as_int("opset", opset, LEAST_OPSET, MOST_OPSET)
         check_model(model, target, chosen, opset)
         return cls(target, chosen, source, size, FRAMES[name], cameras, (least, most), sequence, opset)
 

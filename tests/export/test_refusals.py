@@ -35,6 +35,8 @@ GOOD = {"target": "onnx", "frames": "56x56"}
         ({"sequence": "long"}, ValueError, "sequence must be"),
         ({"frames_dtype": "int8"}, ValueError, "frames_dtype must be"),
         ({"opset": 17}, ValueError, "opset"),
+        ({"opset": 24}, ValueError, "from 18 to 23"),
+        ({"cameras": 1100}, ValueError, "at most 4096 tokens, and 1100 images"),
         ({"parts": ["head"]}, ValueError, "parts must be some of"),
         ({"parts": []}, ValueError, "parts must be some of"),
         ({"parts": "vision"}, ValueError, "parts must be some of"),
