@@ -54,6 +54,7 @@ def manifest(
         "eos_token_ids": list(model.generation_config.eos_token_ids),
         "repetition_penalty": model.generation_config.repetition_penalty,
         "prompt": prompt,
+        "renumbered": {str(ours): theirs for ours, theirs in prompts.vocabulary.renumbered.items()},
         "opset": request.opset if request.target == "onnx" else None,
         "provider": "CPUExecutionProvider" if request.target == "onnx" else None,
         "device": device_kind(parameter.device),

@@ -41,6 +41,7 @@ class OnnxModel:
         # The checkpoint's, and one to which control tokens in a text are text.
         files = ("tokenizer.json", "text_tokenizer.json")
         self._tokenizer, self._text_tokenizer = (Tokenizer.from_file(str(folder / name)) for name in files)
+        self._renumbered = {int(ours): theirs for ours, theirs in manifest["renumbered"].items()}
         self._names = {each.name for each in self._decoder.get_inputs()}
 
     def encode_images(self, frames: np.ndarray) -> list[np.ndarray]:
@@ -64,7 +65,7 @@ class OnnxModel:
                 ids.append(piece)
             else:
                 encoding = self._text_tokenizer.encode(piece.replace(TEXT, text), add_special_tokens=False)
-                ids += encoding.ids
+                ids += [self._renumbered.get(index, index) for index in encoding.ids]
         return ids
 
     def generate(self, frames: np.ndarray, texts: Sequence[str], max_new_tokens: int = 64) -> list[list[int]]:

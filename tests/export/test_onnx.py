@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_batched.export import onnx_files
+from qwen_batched.export import manifest, onnx_files
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
@@ -116,6 +116,22 @@ def test_ids_are_those_of_the_processor(exported):
     for text in (*TEXTS, "a <|im_end|> in a text", "é 漢字 {x}", " two  spaces "):
         batch = model.processor(frames, [text], resize=resize_of("tiny"))
         assert runner.encode_text(text) == batch["input_ids"][0].tolist()
+
+
+def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_path):
+    """The saved tokenizer of texts, which lacks the control tokens, counts added tokens anew."""
+    _, folder, written = exported("tiny")
+    model = sisters("tiny").load(resample_backend="pillow")
+    assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
+    request = ExportRequest.of(model, "onnx", ((50, 70), resize_of("tiny")), 2, "1-8", None, "uint8", 18, None)
+    content = manifest.manifest(model, request, {}, model.processor.prompts.pieces("chat", 2))
+    for part in written["parts"]:
+        (tmp_path / f"{part}.onnx").hardlink_to(folder / f"{part}.onnx")
+        (tmp_path / f"{part}.onnx.data").hardlink_to(folder / f"{part}.onnx.data")
+    manifest.write(tmp_path, content, model)
+    text = "<act_2> then <act_1><act_1> <|im_end|>"
+    expected = model.processor(photos(1, 2, 50, 70), [text], resize=resize_of("tiny"))["input_ids"][0].tolist()
+    assert content["renumbered"] and OnnxModel(tmp_path).encode_text(text) == expected
 
 
 def test_half_precision_is_as_near_to_float32_as_the_live_model(exported):
