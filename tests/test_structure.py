@@ -167,7 +167,8 @@ def test_importing_needs_neither_triton_nor_torchvision_nor_libraries_for_tests_
 import sys
 for name in ("triton", "torchvision"):
     sys.modules[name] = None  # every import of it fails
-import qwen_batched, qwen_batched.testing, torch
+import qwen_batched.testing, torch
+from qwen_batched import *
 heavy = ("skimage", "matplotlib", "pytest", "hypothesis")
 print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())
 """
@@ -189,6 +190,20 @@ def test_the_contracts_import_paths_work():
     assert qwen_batched.BatchedVisionTransformer is BatchedVisionTransformer
     for part in (QwenBatchedVL, TensorProcessor, BatchedDecoder, BatchedVisionTransformer):
         assert callable(part.from_pretrained)
+
+
+@pytest.mark.slow
+def test_modules_are_attributes_of_the_package_and_are_imported_when_used():
+    code = """
+import sys
+import qwen_batched
+print("torch" in sys.modules, hasattr(qwen_batched, "nothing"), hasattr(qwen_batched, "__nothing__"))
+print(qwen_batched.qwen_batched_VL_model.QwenBatchedVL is qwen_batched.QwenBatchedVL, qwen_batched.ops.PILLOW)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False", "False", "True", "pillow"]
 
 
 # --- no host reads ---

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,21 @@ def export(
     """
     if not isinstance(model, QwenBatchedVL):
         raise TypeError(f"model must be a QwenBatchedVL, got {type(model).__name__}")
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
     check_folder(out, model, len(chosen.parts))
-    prompt = model.processor.prompts.pieces(TEMPLATE, chosen.cameras) if model.processor.prompts.chat else None
+    with torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):  # which graphs would keep
+        return _export(model, out, chosen)
+
+
+def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str, Any]:
+    prompts = model.processor.prompts
+    prompt = prompts.pieces(TEMPLATE, chosen.cameras) if chosen.has_prompt and prompts.chat else None
     all_parts = Parts(detached(model), chosen)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    missing = [parent for parent in out.parents if not parent.exists()]
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
+        folder.mkdir(parents=True)
         deviations = {}
         for name in tqdm(chosen.parts, desc="export", leave=False, disable=None):
             run = _written(all_parts, name, folder)
@@ -88,34 +96,30 @@ def export(
                 raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")
         content = manifest.manifest(model, chosen, deviations, prompt)
         manifest.write(folder, content, model)
-        folder.chmod(0o755)
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not out.exists():
+            for parent in missing:  # the innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
     return content
 
 
 def _written(parts: Parts, name: str, folder: Path) -> Run:
     """Writes a part, and opens what was written."""
-    request = parts.request
-    write: Callable[[Path], None]
-    if request.target == "onnx":
-        path, open_ = folder / f"{name}{onnx_files.SUFFIX}", onnx_files.open_graph
-
-        def write(path: Path) -> None:
-            onnx_files.write(parts.part(name), path, request.opset)
-    else:
-        path, open_ = folder / f"{name}{engine.SUFFIX}", engine.open_package
-
-        def write(path: Path) -> None:
-            engine.write(parts.part(name), path)
-
+    target, part = parts.request.target, parts.part(name)
     try:
-        write(path)
-        return open_(path)
+        if target == "onnx":
+            path = folder / f"{name}{onnx_files.SUFFIX}"
+            onnx_files.write(part, path, parts.request.opset)
+            return onnx_files.open_graph(path)
+        path = folder / f"{name}{engine.SUFFIX}"
+        engine.write(part, path)
+        return engine.open_package(path)
     except OSError:
         raise
     except Exception as error:
-        raise ExportError(f"{name} could not be written as {request.target}: {error}") from error
+        raise ExportError(f"{name} could not be written as {target}: {error}") from error

@@ -13,11 +13,11 @@ from qwen_batched.export.programs import (
     VisionProgram,
     rope_positions,
 )
-from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.request import TEXT_TOKENS, ExportRequest
 from qwen_batched.export.tracing import Part
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
-TEXT_TOKENS, PAST = 9, 5  # of example arguments, beside images, where the sequence is of any length
+PAST = 5  # tokens before the new ones, of example arguments
 
 
 class Parts:
@@ -43,27 +43,28 @@ class Parts:
 
     def arguments(self, name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
         """Random arguments: frames, ragged sequences padded on the left, as many images as there are cameras."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         if name == "vision":
             return {"frames": self._frames(batch, generator)}
         ids, mask, is_image = self._sequences(batch, generator, full=name == "call")
         if name == "call":
             return {"frames": self._frames(batch, generator), "input_ids": ids, "attention_mask": mask}
         width = self.text.hidden_size
+        random = {"dtype": torch.float32, "device": "cpu", "generator": generator}
         shape = (batch, ids.shape[1], width)
-        embeds = (torch.randn(shape, generator=generator) * is_image[..., None]).to(self._like)
+        embeds = (torch.randn(shape, **random) * is_image[..., None]).to(self._like)
         deep = {}
         if self._deep:
-            values = torch.randn(batch, self._deep, ids.shape[1], width, generator=generator)
+            values = torch.randn(batch, self._deep, ids.shape[1], width, **random)
             deep["deep_embeds"] = (values * is_image[:, None, :, None]).to(self._like)
         ids, mask, is_image = (x.to(self._like.device) for x in (ids, mask, is_image))
         if name == "decoder":
             return {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds, **deep}
         text = self.text
         shape = (text.num_hidden_layers, batch, PAST, text.num_key_value_heads, text.head_dim)
-        past = [torch.randn(shape, generator=generator).to(self._like) for _ in range(2)]
+        past = [torch.randn(shape, **random).to(self._like) for _ in range(2)]
         positions = rope_positions(is_image, mask != 0, self.grid)
-        seen = torch.ones(batch, PAST, dtype=torch.int64)
+        seen = torch.ones(batch, PAST, dtype=torch.int64, device="cpu")
         seen[:, 0] = 0
         mask = torch.cat((seen.to(mask), mask), dim=1)
         named = {"input_ids": ids, "attention_mask": mask, "position_ids": positions + PAST, "image_embeds": embeds}
@@ -72,17 +73,17 @@ class Parts:
     def _frames(self, batch: int, generator: torch.Generator) -> Tensor:
         shape = (batch, self.request.cameras, 3, *self.request.source)
         if self.request.frames_dtype == torch.uint8:
-            frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+            frames = torch.randint(0, 256, shape, dtype=torch.uint8, device="cpu", generator=generator)
         else:
-            frames = torch.rand(shape, generator=generator).to(self.request.frames_dtype)
-        return frames.to(self._like.device)
+            frames = torch.rand(shape, dtype=torch.float32, device="cpu", generator=generator)
+        return frames.to(self._like.device, self.request.frames_dtype)
 
     def _sequences(self, batch: int, generator: torch.Generator, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and image tokens; every second sample is shorter, by an image too unless `full`."""
         cells, cameras, config = self.grid[0] * self.grid[1], self.request.cameras, self.config
         length = self.request.sequence or cameras * cells + cameras + TEXT_TOKENS
-        texts = torch.arange(min(config.image_token_id, self.text.vocab_size))
-        ids = texts[torch.randint(0, min(len(texts), 1000), (batch, length), generator=generator)]
+        texts = torch.arange(min(config.image_token_id, self.text.vocab_size), device="cpu")
+        ids = texts[torch.randint(0, min(len(texts), 1000), (batch, length), device="cpu", generator=generator)]
         mask = torch.ones_like(ids)
         for sample, row in enumerate(ids):
             images = cameras - (sample % 2 and not full)

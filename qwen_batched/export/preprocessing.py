@@ -64,7 +64,7 @@ def bicubic_matrices(source: Size, target: Size) -> list[tuple[int, Tensor]]:
     steps = []
     for dim in (-1, -2):
         if source[dim] != target[dim]:
-            identity = torch.eye(source[dim], device="cpu")[None, None]
+            identity = torch.eye(source[dim], dtype=torch.float32, device="cpu")[None, None]
             size = (source[dim], target[dim])
             weights = F.interpolate(identity, size=size, mode="bicubic", antialias=True, align_corners=False)[0, 0].t()
             steps.append((dim, weights.contiguous()))

@@ -70,7 +70,8 @@ class DecoderProgram(nn.Module):
             image_embeds: (B, S, D): the features in place of the image tokens, row-major, and zeros elsewhere.
             deep_embeds: (B, L, S, D), likewise, for a model with L deep features.
         """
-        mask, is_image = attention_mask != 0, input_ids == self.image_token_id
+        mask = attention_mask != 0
+        is_image = (input_ids == self.image_token_id) & mask
         positions = rope_positions(is_image, mask, self.grid)
         embeds = embed(self.decoder, input_ids, is_image, image_embeds)
         deep = () if deep_embeds is None else deep_embeds.unbind(1)
@@ -136,7 +137,7 @@ class CallProgram(nn.Module):
 
     def forward(self, frames: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Hidden states (B, S, D); arguments as of `VisionProgram` and `DecoderProgram`."""
-        is_image = input_ids == self.decoder.image_token_id
+        is_image = (input_ids == self.decoder.image_token_id) & (attention_mask != 0)
         main, *deep = self.vision(frames)
         image_embeds = place(main.flatten(1, 2), is_image)
         if not deep:

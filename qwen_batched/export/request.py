@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ PARTS = {"engine": ("vision", "decoder", "cached_decoder", "call"), "onnx": ("vi
 DTYPES = {"engine": (torch.float32, torch.float16, torch.bfloat16), "onnx": (torch.float32, torch.float16)}
 PACKAGES = {"engine": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 FRAMES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16}
-LEAST_OPSET, OPSET, FLOAT16_OPSETS = 18, 18, range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtime
+LEAST_OPSET, MOST_OPSET, OPSET = 18, 23, 18
+FLOAT16_OPSETS = range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtime
+TEXT_TOKENS = 9  # of example sequences, beside images, where the sequence is of any length
 FREE_SHARE = 1.2  # of the weights' bytes that must be free on the disk, for each part that holds them
 
 
@@ -83,9 +86,19 @@ class ExportRequest:
                 raise ValueError(f"sequence must be {expected}, got {sequence}")
         else:
             sequence = None
-        opset = as_int("opset", opset, LEAST_OPSET)
+        needed = image_tokens + cameras + TEXT_TOKENS
+        if sequence is None and set(chosen) != {"vision"} and needed > limit:
+            raise ValueError(
+                f"a sequence has at most {limit} tokens, and {cameras} images with a short text have {needed}"
+            )
+        opset = as_int("opset", opset, LEAST_OPSET, MOST_OPSET)
         check_model(model, target, chosen, opset)
         return cls(target, chosen, source, size, FRAMES[name], cameras, (least, most), sequence, opset)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether texts are laid out by what the folder says."""
+        return self.target == "onnx" and {"vision", "cached_decoder"} <= set(self.parts)
 
     @property
     def dtype_name(self) -> str:
@@ -129,7 +142,11 @@ def check_folder(out: Path, model: QwenBatchedVL, parts: int) -> None:
     """Raises `ValueError` where a folder cannot be written: it holds something, or the disk is too full."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}")
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    if out.exists() and os.path.ismount(out):
+        raise ValueError(f"out must be a new or an empty folder that can be replaced, got the mount point {out}")
+    parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"out must be in a folder, got {out}, and {parent} is none")
     needed = int(FREE_SHARE * parts * sum(p.numel() * p.element_size() for p in model.parameters()))
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ValueError(f"{parent} must have {needed / 2**30:.1f} GiB free, got {free / 2**30:.1f}")

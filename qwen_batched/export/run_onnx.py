@@ -26,18 +26,24 @@ class OnnxModel:
     """An exported folder, run greedily, one batch of samples with the same number of cameras at a time."""
 
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export."""
+        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export that can generate."""
         folder = Path(folder)
         path = folder / "manifest.json"
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if manifest.get("target") != "onnx":
             raise ValueError(f"{folder} must be a folder that was exported with --target onnx, and is none")
+        missing = [name for name in _PARTS if name not in manifest["parts"]]
+        if missing or manifest["prompt"] is None:
+            expected = f"the parts {', '.join(_PARTS)} and a prompt, of a model with a chat template"
+            found = f"{', '.join(manifest['parts'])}{' without a prompt' * (manifest['prompt'] is None)}"
+            raise ValueError(f"{folder} must hold {expected}, got {found}")
         self.manifest: dict[str, Any] = manifest
-        sessions = (onnxruntime.InferenceSession(folder / f, providers=[*providers]) for f in _PARTS)
+        sessions = (onnxruntime.InferenceSession(folder / f"{f}.onnx", providers=[*providers]) for f in _PARTS)
         self._vision, self._decoder = sessions
         # The checkpoint's, and one to which control tokens in a text are text.
         files = ("tokenizer.json", "text_tokenizer.json")
         self._tokenizer, self._text_tokenizer = (Tokenizer.from_file(str(folder / name)) for name in files)
+        self._renumbered = {int(ours): theirs for ours, theirs in manifest["renumbered"].items()}
         self._names = {each.name for each in self._decoder.get_inputs()}
 
     def encode_images(self, frames: np.ndarray) -> list[np.ndarray]:
@@ -61,11 +67,21 @@ class OnnxModel:
                 ids.append(piece)
             else:
                 encoding = self._text_tokenizer.encode(piece.replace(TEXT, text), add_special_tokens=False)
-                ids += encoding.ids
+                ids += [self._renumbered.get(index, index) for index in encoding.ids]
         return ids
 
     def generate(self, frames: np.ndarray, texts: Sequence[str], max_new_tokens: int = 64) -> list[list[int]]:
-        """Greedy tokens of each sample, up to and with the first that ends it."""
+        """Greedy tokens of each sample, up to and with the first that ends it.
+
+        As the live `generate`, with the checkpoint's end tokens and repetition penalty.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"texts must be a list of strings, got {type(texts).__name__}")
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an int of at least 1, got {max_new_tokens!r}")
+        least, most = self.manifest["batch"]
+        if not least <= len(frames) <= most:
+            raise ValueError(f"frames must be of {least} to {most} samples, got {len(frames)}")
         if len(texts) != len(frames):
             raise ValueError(f"texts must be one for each of {len(frames)} samples, got {len(texts)}")
         rows = [self.encode_text(text) for text in texts]
@@ -98,11 +114,18 @@ class OnnxModel:
         max_new_tokens: int,
     ) -> list[list[int]]:
         ends, new = set(self.manifest["eos_token_ids"]), [[] for _ in ids]
+        penalty, seen = self.manifest["repetition_penalty"], None  # tokens of the prompt or of what was generated
         for _ in range(max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **images}
             inputs |= {"past_keys": cache[0], "past_values": cache[1]}
             logits, *cache = self._decoder.run(None, {name: inputs[name] for name in self._names})
-            chosen = logits[:, -1].argmax(axis=-1)
+            scores = logits[:, -1].astype(np.float32)
+            if seen is None:
+                seen = np.zeros(scores.shape, bool)
+                rows, columns = np.nonzero(mask)
+                seen[rows, ids[rows, columns]] = True
+            chosen = np.where(seen, _penalised(scores, penalty), scores).argmax(axis=-1)
+            seen[np.arange(len(chosen)), chosen] = True
             for tokens, token in zip(new, chosen.tolist(), strict=True):
                 if not tokens or tokens[-1] not in ends:
                     tokens.append(token)
@@ -118,7 +141,7 @@ class OnnxModel:
         return layers, batch, 0, heads, size
 
 
-_PARTS = ("vision.onnx", "cached_decoder.onnx")
+_PARTS = ("vision", "cached_decoder")
 
 
 def _rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:
@@ -129,6 +152,11 @@ def _rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int])
     first = advance.cumsum(axis=1) - advance
     row, column = np.where(is_image, cell // w, 0), np.where(is_image, cell % w, 0)
     return np.stack((first, first + row, first + column)).astype(np.int64) * mask
+
+
+def _penalised(scores: np.ndarray, penalty: float) -> np.ndarray:
+    """Scores as the repetition penalty makes them (Keskar et al. 2019, arXiv:1909.05858)."""
+    return np.where(scores > 0, scores / np.float32(penalty), scores * np.float32(penalty))
 
 
 def _placed(features: np.ndarray, is_image: np.ndarray) -> np.ndarray:

@@ -63,9 +63,14 @@ class Vocabulary:
         self._max_token_bytes = _max_token_bytes(state, [flags[token] for token in readable])
 
     @property
-    def strips_or_renames(self) -> bool:
-        """Whether ids are more than what `save` keeps."""
-        return bool(self._strips_before or self._strips_behind or self._renamed)
+    def strips(self) -> bool:
+        """Whether an added token takes white space beside it."""
+        return bool(self._strips_before or self._strips_behind)
+
+    @property
+    def renumbered(self) -> Mapping[int, int]:
+        """By ids of added tokens in what `save` writes: their ids."""
+        return self._renamed
 
     def save(self, path: Path) -> None:
         """Writes the tokenizer of stretches between control tokens, to which these are text, as tokenizer.json."""

@@ -84,7 +84,7 @@ def pillow_matrices(source: tuple[int, int], target: tuple[int, int]) -> list[tu
     steps = []
     for dim, old, new in _pillow_steps(source, target):
         sources, weights = _axis_table(old, new)
-        steps.append((dim, torch.zeros(new, old, dtype=torch.float64).scatter_add_(1, sources, weights)))
+        steps.append((dim, torch.zeros(new, old, dtype=torch.float64, device="cpu").scatter_add_(1, sources, weights)))
     return steps
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen_batched.export import onnx_files
+from qwen_batched.export import manifest, onnx_files
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
@@ -72,6 +72,19 @@ print(json.dumps([tokens, [model.decode(row) for row in tokens], "torch" in sys.
     assert not has_torch
 
 
+def test_the_repetition_penalty_of_the_checkpoint_holds(exported, monkeypatch):
+    """As in the live model; published checkpoints have one."""
+    model, folder, manifest = exported("tiny")
+    assert manifest["repetition_penalty"] == model.generation_config.repetition_penalty
+    runner, frames = OnnxModel(folder), photos(2, 2, 50, 70)
+    plain = runner.generate(frames.numpy(), TEXTS, 16)
+    runner.manifest["repetition_penalty"] = 1.5
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
+    expected = model.generate(frames, TEXTS, resize=resize_of("tiny"), max_new_tokens=16).token_ids
+    found = runner.generate(frames.numpy(), TEXTS, 16)
+    assert found == [row.tolist() for row in expected] and found != plain
+
+
 def test_the_command_reads_pictures_and_prints_text(exported, tmp_path):
     model, folder, _ = exported("tiny")
     frames = photos(1, 2, 50, 70)
@@ -105,6 +118,22 @@ def test_ids_are_those_of_the_processor(exported):
         assert runner.encode_text(text) == batch["input_ids"][0].tolist()
 
 
+def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_path):
+    """The saved tokenizer of texts, which lacks the control tokens, counts added tokens anew."""
+    _, folder, written = exported("tiny")
+    model = sisters("tiny").load(resample_backend="pillow")
+    assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
+    request = ExportRequest.of(model, "onnx", ((50, 70), resize_of("tiny")), 2, "1-8", None, "uint8", 18, None)
+    content = manifest.manifest(model, request, {}, model.processor.prompts.pieces("chat", 2))
+    for part in written["parts"]:
+        (tmp_path / f"{part}.onnx").hardlink_to(folder / f"{part}.onnx")
+        (tmp_path / f"{part}.onnx.data").hardlink_to(folder / f"{part}.onnx.data")
+    manifest.write(tmp_path, content, model)
+    text = "<act_2> then <act_1><act_1> <|im_end|>"
+    expected = model.processor(photos(1, 2, 50, 70), [text], resize=resize_of("tiny"))["input_ids"][0].tolist()
+    assert content["renumbered"] and OnnxModel(tmp_path).encode_text(text) == expected
+
+
 def test_half_precision_is_as_near_to_float32_as_the_live_model(exported):
     _, _, manifest = exported("tiny", "float16")
     for each in manifest["deviation"].values():
@@ -119,5 +148,17 @@ def test_wrong_frames_and_folders_are_refused(exported, tmp_path):
         runner.encode_images(np.zeros((1, 2, 3, 50, 70), np.float32))
     with pytest.raises(ValueError, match="one for each of 1 samples"):
         runner.generate(np.zeros((1, 2, 3, 50, 70), np.uint8), ["a", "b"])
+    frames = np.zeros((2, 2, 3, 50, 70), np.uint8)
+    with pytest.raises(TypeError, match="list of strings, got str"):
+        runner.generate(frames, "go")
+    with pytest.raises(ValueError, match="max_new_tokens must be an int of at least 1, got 0"):
+        runner.generate(frames, TEXTS, 0)
+    for batch in (0, 9):
+        with pytest.raises(ValueError, match=f"1 to 8 samples, got {batch}"):
+            runner.generate(np.zeros((batch, 2, 3, 50, 70), np.uint8), ["go"] * batch)
     with pytest.raises(ValueError, match="--target onnx"):
         OnnxModel(tmp_path)
+    for changed, words in (({"parts": ["vision"]}, "got vision$"), ({"prompt": None}, "without a prompt")):
+        (tmp_path / "manifest.json").write_text(json.dumps(runner.manifest | changed))
+        with pytest.raises(ValueError, match=words):
+            OnnxModel(tmp_path)

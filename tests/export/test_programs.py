@@ -1,5 +1,7 @@
 """What is exported computes what the live model computes, before and after it was traced."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -52,6 +54,41 @@ def test_patches_are_the_processors_to_the_last_bit(live, data, source):
             assert_equal_to(ours, theirs)
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("frames_dtype", ["uint8", "float32"])
+def test_programs_and_arguments_do_not_depend_on_defaults(live, default, frames_dtype):
+    def results():
+        made = ExportRequest.of(model, "engine", ((50, 70), (56, 84)), 2, "1-8", None, frames_dtype, 18, None)
+        parts = Parts(detached(model), made)
+        arguments = {name: parts.arguments(name, 2) for name in made.parts}
+        found = {name: parts.part(name).program(*x.values()) for name, x in arguments.items()}
+        flat = [x for each in found.values() for x in (each if isinstance(each, tuple) else (each,))]
+        return [*flat, *(x for each in arguments.values() for x in each.values())]
+
+    model = live("tiny")
+    expected = results()
+    with DEFAULTS[default]():
+        found = results()
+    assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 @families
 def test_features_are_those_of_encode_images(live, preset):
     model, factor = live(preset), FACTORS[preset]
@@ -82,6 +119,18 @@ def test_a_call_and_the_decoder_give_what_the_live_model_gives(live, preset):
     more = (torch.stack(embeds[1:], dim=1),) if deep else ()
     logits = DecoderProgram(own, (2, 3))(expected.input_ids, mask.long(), embeds[0], *more)
     assert_equal_to(logits[mask], expected.logits[mask])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_image_tokens_on_padding_are_padding(live, side):
+    model = live("tiny")
+    own, frames = detached(model), frames_of(1, 1, 56, 84)
+    expected = model(frames, ["go"], resize=None)
+    call = CallProgram(VisionProgram(own, (56, 84), (56, 84)), DecoderProgram(own, (2, 3), hidden_states=True))
+    padding = torch.full((1, 4), model.processor.config.image_token_id)
+    ids, mask = [padding, expected.input_ids], [torch.zeros_like(padding), expected.attention_mask.long()]
+    ids, mask = (torch.cat(x if side == "left" else x[::-1], dim=1) for x in (ids, mask))
+    assert_equal_to(call(frames, ids, mask)[mask != 0], expected.last_hidden_state[0])
 
 
 @families

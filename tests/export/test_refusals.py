@@ -35,6 +35,8 @@ GOOD = {"target": "onnx", "frames": "56x56"}
         ({"sequence": "long"}, ValueError, "sequence must be"),
         ({"frames_dtype": "int8"}, ValueError, "frames_dtype must be"),
         ({"opset": 17}, ValueError, "opset"),
+        ({"opset": 24}, ValueError, "from 18 to 23"),
+        ({"cameras": 1100}, ValueError, "at most 4096 tokens, and 1100 images"),
         ({"parts": ["head"]}, ValueError, "parts must be some of"),
         ({"parts": []}, ValueError, "parts must be some of"),
         ({"parts": "vision"}, ValueError, "parts must be some of"),
@@ -86,12 +88,55 @@ def test_adapters_are_refused(sisters, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_something_is_left_alone(live, tmp_path):
+def test_a_folder_that_holds_something_is_left_alone(live, tmp_path, monkeypatch):
     (tmp_path / "kept").write_text("a")
     for out in (tmp_path, tmp_path / "kept"):
         with pytest.raises(ValueError, match="new or an empty folder"):
             export(live("tiny"), out, **GOOD)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with pytest.raises(ValueError, match="out must be in a folder"):
+        export(live("tiny"), tmp_path / "kept" / "out", **GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(request.os.path, "ismount", lambda path: path.name == "out")
+        (tmp_path / "out").mkdir()
+        with pytest.raises(ValueError, match="the mount point"):
+            export(live("tiny"), tmp_path / "out", **GOOD)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out"]
+
+
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_a_link_leads_to_where_the_export_is_written(live, tmp_path, monkeypatch, target_exists):
+    write_exactly(monkeypatch, live("tiny"))
+    real, link = tmp_path / "real", tmp_path / "link"
+    if target_exists:
+        real.mkdir()
+    link.symlink_to(real)
+    export(live("tiny"), link, **GOOD, parts=["vision"])
+    assert link.is_symlink() and (real / "manifest.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_autocast_around_an_export_does_not_reach_it(live, tmp_path, monkeypatch):
+    """The program is traced outside it, and autocast is as before afterwards."""
+    write_exactly(monkeypatch, live("tiny"))
+    dtypes, x = [], torch.eye(2)
+    monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: dtypes.append((x @ x).dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
+        assert torch.is_autocast_enabled("cpu")
+    assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failure_removes_the_parents_that_were_made(live, tmp_path, monkeypatch, error):
+    def write(part, path, opset):
+        path.write_bytes(b"half")
+        raise error
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(onnx_files, "write", write)
+    with pytest.raises(error):
+        export(live("tiny"), tmp_path / "there" / "a" / "b" / "out", **GOOD)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_a_full_disk_is_seen_before_and_leaves_nothing_after(live, tmp_path, monkeypatch):
@@ -110,13 +155,11 @@ def test_a_full_disk_is_seen_before_and_leaves_nothing_after(live, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("shift", [1e-3, float("nan")], ids=str)
-def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
-    """Even where a single value is no number."""
+def write_exactly(monkeypatch, model, shift=0.0):
+    """In place of ONNX: graphs of the live vision transformer, whose first value is moved."""
 
     def open_graph(path):
         def run(arguments):
-            model = live("tiny")
             main = model.encode_images(arguments["frames"], resize=None).flatten(2, 3).clone()
             main.view(-1)[0] += shift * main.norm()
             return [main]
@@ -125,10 +168,16 @@ def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
 
     monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: path.write_bytes(b""))
     monkeypatch.setattr(onnx_files, "open_graph", open_graph)
+
+
+@pytest.mark.parametrize("shift", [1e-3, float("nan")], ids=str)
+def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
+    """Even where a single value is no number."""
+    write_exactly(monkeypatch, live("tiny"), shift)
     with pytest.raises(ExportError, match="vision deviates"):
         export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
     assert list(tmp_path.iterdir()) == []
-    shift = 0.0
+    write_exactly(monkeypatch, live("tiny"))
     assert export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])["deviation"]["vision"]["measured"] == 0
 
 
