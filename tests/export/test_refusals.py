@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from qwen_batched.export import __main__ as command
-from qwen_batched.export import engine, export, onnx_files, request
+from qwen_batched.export import engine, export, onnx_files, request, verification
 from qwen_batched.export.api import ExportError
-from qwen_batched.export.request import read_frames, read_range
+from qwen_batched.export.parts import Parts
+from qwen_batched.export.programs import detached
+from qwen_batched.export.request import ExportRequest, read_frames, read_range
 
 GOOD = {"target": "onnx", "frames": "56x56"}
 
@@ -235,3 +237,22 @@ def test_frames_and_ranges_are_read_in_each_of_their_forms():
     assert read_frames("224x252") == read_frames((224, 252)) == ((224, 252), (224, 252))
     assert read_range("1-8") == read_range((1, 8)) == (1, 8)
     assert read_range("8") == read_range(8) == (8, 8)
+
+
+def test_float64_decides_where_rounding_alone_exceeds_the_bound(live, monkeypatch):
+    """Weights with massive channels round by more than 1e-5; an error still shows, being more than rounding is."""
+    model = detached(live("tiny"))
+    request_ = ExportRequest.of(model, "engine", "56x56", 1, 2, None, "uint8", 18, ("decoder",))
+    parts = Parts(model, request_)
+    program = parts.part("decoder").program
+
+    def written(arguments, shift=0.0):
+        with torch.no_grad():
+            logits = program(*arguments.values())
+        return [logits * (1 + shift)]
+
+    assert verification.measure("decoder", parts, written, [2]).measured_from == "live model"
+    monkeypatch.setattr(verification, "FLOAT32_BOUND", -1.0)
+    found = verification.measure("decoder", parts, written, [2])
+    assert found.measured_from == "float64" and 0 < found.measured <= found.bound < 1e-5 and found.is_within
+    assert not verification.measure("decoder", parts, lambda a: written(a, 1e-4), [2]).is_within
