@@ -67,10 +67,22 @@ def manifest(
 def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
     """Writes the manifest, and the tokenizers: the checkpoint's, and one to which control tokens are text."""
     (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if content["target"] == "engine":
+        _write_settings(folder / "runner.txt", content, model)
     if content["prompt"] is not None:
         prompts = model.processor.prompts
         prompts.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         prompts.vocabulary.save(folder / "text_tokenizer.json")
+
+
+def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
+    """What examples/cpp reads: a name and its numbers in each line."""
+    decoder = model.model.config
+    settings = {name: content[name] for name in ("image_token_id", "grid", "eos_token_ids", "repetition_penalty")}
+    settings["cache"] = (decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_dim)
+    settings["cuda"] = int(content["device_type"] == "cuda")
+    lines = (f"{name} {' '.join(map(str, x if isinstance(x, Sequence) else [x]))}" for name, x in settings.items())
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def weights_hash(model: QwenBatchedVL, parts: Sequence[str]) -> str:

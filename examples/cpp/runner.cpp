@@ -1,0 +1,140 @@
+// Runs an exported engine with libtorch alone, without Python.
+//
+//   runner features ENGINE OUT.bin IMAGE.ppm...          image features (V, T_img, D), as raw float32
+//   runner generate ENGINE IDS.txt COUNT IMAGE.ppm...    greedy tokens behind a prompt's ids, on standard output
+//
+// ENGINE is a folder of `python -m qwen_batched.export --target engine`; an image, a binary PPM of the exported size, for
+// each camera; IDS.txt a prompt's token ids, each image token repeated as often as an image has cells.
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <map>
+#include <sstream>
+
+using torch::Tensor;
+using torch::inductor::AOTIModelPackageLoader;
+using Settings = std::map<std::string, std::vector<double>>;
+
+// runner.txt: a name and its numbers in each line.
+Settings read_settings(const std::string& folder) {
+  Settings settings;
+  std::ifstream file(folder + "/runner.txt");
+  if (!file) throw std::runtime_error(folder + " holds no runner.txt");
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream words(line);
+    std::string name;
+    words >> name;
+    settings[name] = {std::istream_iterator<double>(words), {}};
+  }
+  return settings;
+}
+
+std::vector<int64_t> integers(const Settings& settings, const std::string& name) {
+  const auto& numbers = settings.at(name);
+  return {numbers.begin(), numbers.end()};
+}
+
+// A binary PPM as uint8 (3, H, W).
+Tensor read_ppm(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string magic;
+  int64_t width = 0, height = 0, largest = 0;
+  if (!(file >> magic >> width >> height >> largest) || magic != "P6" || largest != 255)
+    throw std::runtime_error(path + " must be a binary PPM of 8 bits");
+  file.get();
+  Tensor pixels = torch::empty({height, width, 3}, torch::kUInt8);
+  if (!file.read(reinterpret_cast<char*>(pixels.data_ptr()), pixels.numel()))
+    throw std::runtime_error(path + " ends before its last pixel");
+  return pixels.permute({2, 0, 1}).contiguous();
+}
+
+Tensor read_ids(const std::string& path) {
+  std::ifstream file(path);
+  std::vector<int64_t> ids{std::istream_iterator<int64_t>(file), {}};
+  if (ids.empty()) throw std::runtime_error(path + " holds no token ids");
+  return torch::tensor(ids, torch::kInt64).unsqueeze(0);
+}
+
+// Rope positions (3, 1, S) where all images have `grid`, as `rope_positions` of qwen_batched.export.programs.
+Tensor rope_positions(const Tensor& is_image, const std::vector<int64_t>& grid) {
+  const int64_t cells = grid[0] * grid[1];
+  Tensor cell = torch::remainder(is_image.to(torch::kInt64).cumsum(1) - 1, cells);
+  Tensor last = (cell == cells - 1).to(torch::kInt64) * std::max(grid[0], grid[1]);
+  Tensor advance = torch::where(is_image, last, torch::ones_like(last));
+  Tensor first = advance.cumsum(1) - advance, none = torch::zeros_like(cell);
+  Tensor row = torch::where(is_image, cell.div(grid[1], "floor"), none);
+  Tensor column = torch::where(is_image, torch::remainder(cell, grid[1]), none);
+  return torch::stack({first, first + row, first + column});
+}
+
+// Features (..., M, D) in the place of the image tokens, (..., S, D), zeros elsewhere.
+Tensor place(const Tensor& features, const Tensor& is_image) {
+  std::vector<int64_t> sizes = features.sizes().vec();
+  sizes[sizes.size() - 2] = is_image.size(1);
+  return torch::zeros(sizes, features.options()).index_copy(-2, is_image[0].nonzero().flatten(), features);
+}
+
+void generate(const std::string& folder, const Settings& settings, Tensor ids, int64_t count,
+              const std::vector<Tensor>& features) {
+  AOTIModelPackageLoader decoder(folder + "/cached_decoder.pt2");
+  const torch::Device device = features[0].device();
+  const auto cache = integers(settings, "cache");  // layers, key-value heads, size of a head
+  const auto ends = integers(settings, "eos_token_ids");
+  const double penalty = settings.at("repetition_penalty")[0];
+  ids = ids.to(device);
+  Tensor is_image = ids == integers(settings, "image_token_id")[0], seen = ids;
+  Tensor mask = torch::ones_like(ids), positions = rope_positions(is_image, integers(settings, "grid"));
+  if (is_image.sum().item<int64_t>() != features[0].size(1) * features[0].size(2))
+    throw std::runtime_error("the ids must hold as many image tokens as the images have cells");
+  Tensor embeds = place(features[0].flatten(1, 2), is_image), deep;
+  if (features.size() > 1) deep = place(features[1].flatten(2, 3), is_image);
+  Tensor keys = torch::zeros({cache[0], 1, 0, cache[1], cache[2]}, embeds.options()), values = keys;
+  for (int64_t step = 0; step < count; ++step) {
+    std::vector<Tensor> inputs{ids, mask, positions, embeds, keys, values};
+    if (deep.defined()) inputs.push_back(deep);
+    auto results = decoder.run(inputs);
+    Tensor logits = results[0].select(1, -1).to(torch::kFloat32);
+    Tensor of_seen = logits.gather(1, seen);
+    logits.scatter_(1, seen, torch::where(of_seen > 0, of_seen / penalty, of_seen * penalty));
+    ids = logits.argmax(-1, true);
+    seen = torch::cat({seen, ids}, 1);
+    keys = results[1], values = results[2];
+    const int64_t token = ids.item<int64_t>();
+    std::cout << token << (step + 1 < count ? ' ' : '\n') << std::flush;
+    if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
+    mask = torch::cat({mask, torch::ones_like(ids)}, 1);
+    positions = (positions.max() + 1).expand({3, 1, 1}).contiguous();
+    embeds = torch::zeros_like(embeds.narrow(1, 0, 1));
+    if (deep.defined()) deep = torch::zeros_like(deep.narrow(2, 0, 1));
+  }
+}
+
+int main(int argc, char** argv) try {
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  const bool is_generation = !words.empty() && words[0] == "generate";
+  const size_t first_image = is_generation ? 4 : 3;
+  if (words.size() <= first_image || (words[0] != "features" && !is_generation))
+    throw std::runtime_error("expected: features ENGINE OUT IMAGE... or generate ENGINE IDS COUNT IMAGE...");
+  torch::NoGradGuard no_grad;
+  const auto settings = read_settings(words[1]);
+  const torch::Device device(settings.at("cuda")[0] ? torch::kCUDA : torch::kCPU);
+  std::vector<Tensor> frames;
+  for (size_t i = first_image; i < words.size(); ++i) frames.push_back(read_ppm(words[i]));
+  AOTIModelPackageLoader vision(words[1] + "/vision.pt2");
+  auto features = vision.run(std::vector<Tensor>{torch::stack(frames).unsqueeze(0).to(device)});
+  if (is_generation) {
+    generate(words[1], settings, read_ids(words[2]), std::stoll(words[3]), features);
+  } else {
+    Tensor out = features[0][0].to(torch::kCPU, torch::kFloat32).contiguous();
+    std::ofstream(words[2], std::ios::binary).write(static_cast<const char*>(out.data_ptr()), out.nbytes());
+  }
+  if (std::getenv("RUNNER_MAPS")) std::cerr << std::ifstream("/proc/self/maps").rdbuf();  // what is loaded, for tests
+  return 0;
+} catch (const std::exception& error) {
+  std::cerr << "runner: " << error.what() << '\n';
+  return 2;
+}

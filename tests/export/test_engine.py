@@ -1,0 +1,110 @@
+"""Compiled packages give what the live model gives, in Python and in a C++ program that has none."""
+
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_batched.export import export, load_engine
+from qwen_batched.export.programs import rope_positions
+from tests.export.conftest import load
+from tests.processes import ROOT
+from tests.support import photos, relative_error
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+]
+COMPILED = 2e-6  # relative L2 from the live model
+TEXT = "Pick up the red block."
+
+
+@pytest.fixture(scope="module")
+def engine(sisters, tmp_path_factory):
+    """A tiny model of two decoder blocks and its packages, for two cameras of 40 x 60 pixels, resized."""
+    model, folder = load(sisters("tiny"), num_layers=2), tmp_path_factory.mktemp("engine") / "out"
+    manifest = export(model, folder, "engine", "40x60:56x84", cameras=2, parts=["vision", "cached_decoder"])
+    return model, folder, manifest
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    """The program of examples/cpp."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs CMake")
+    build = tmp_path_factory.mktemp("cpp")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, prefix], ["cmake", "--build", build]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / "runner"
+
+
+def write_ppm(path, frame):
+    height, width = frame.shape[1:]
+    path.write_bytes(f"P6\n{width} {height}\n255\n".encode() + frame.permute(1, 2, 0).contiguous().numpy().tobytes())
+
+
+def run(runner, *words):
+    environment = {**os.environ, "RUNNER_MAPS": "1"}
+    return subprocess.run([runner, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_packages_serve_every_batch(engine):
+    model, folder, manifest = engine
+    assert all(each["measured"] <= COMPILED for each in manifest["deviation"].values())
+    vision, decoder = load_engine(folder, "vision"), load_engine(folder, "cached_decoder")
+    for batch in (1, 3, 8):
+        frames = photos(batch, 2, 40, 60, seed=batch)
+        (features,) = vision({"frames": frames})
+        assert relative_error(features, model.encode_images(frames, resize=(56, 84)).flatten(2, 3)) <= COMPILED
+        live = model(None, [TEXT] * batch, logits="all", layers=(-1,), image_features=None)
+        ids, mask = live.input_ids, live.attention_mask
+        text = model.model.config
+        past = torch.zeros(text.num_hidden_layers, batch, 0, text.num_key_value_heads, text.head_dim)
+        embeds = torch.zeros(*ids.shape, text.hidden_size)
+        arguments = {"input_ids": ids, "attention_mask": mask.long()}
+        arguments |= {"position_ids": rope_positions(ids < 0, mask, (2, 3)), "image_embeds": embeds}
+        logits, *_ = decoder({**arguments, "past_keys": past, "past_values": past})
+        assert relative_error(logits, live.logits) <= COMPILED
+
+
+def test_the_runner_has_no_python_and_gives_features_and_tokens(engine, runner, tmp_path):
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs /proc")
+    model, folder, _ = engine
+    frames = photos(1, 2, 40, 60)
+    paths = [tmp_path / f"{camera}.ppm" for camera in range(2)]
+    for path, frame in zip(paths, frames[0], strict=True):
+        write_ppm(path, frame)
+    done = run(runner, "features", folder, tmp_path / "features.bin", *paths)
+    assert done.returncode == 0, done.stderr
+    assert "libtorch" in done.stderr and "libpython" not in done.stderr
+    features = torch.from_numpy(np.fromfile(tmp_path / "features.bin", np.float32)).view(2, 6, -1)
+    assert relative_error(features, model.encode_images(frames, resize=(56, 84))[0].flatten(1, 2)) <= COMPILED
+    ids = model.processor(frames, [TEXT], resize=(56, 84))["input_ids"][0].tolist()
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))
+    done = run(runner, "generate", folder, tmp_path / "ids.txt", 24, *paths)
+    assert done.returncode == 0 and "libpython" not in done.stderr, done.stderr
+    expected = model.generate(frames, [TEXT], resize=(56, 84), max_new_tokens=24).token_ids[0].tolist()
+    assert list(map(int, done.stdout.split())) == expected
+
+
+def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
+    _, folder, _ = engine
+    (tmp_path / "broken.ppm").write_bytes(b"P6\n60 40\n255\nshort")
+    (tmp_path / "ids.txt").write_text("1 2 3")
+    write_ppm(tmp_path / "good.ppm", photos(1, 1, 40, 60)[0, 0])
+    good = [tmp_path / "good.ppm"] * 2
+    for words in (
+        ["nothing"],
+        ["features", tmp_path, tmp_path / "out", *good],
+        ["features", folder, tmp_path / "out", tmp_path / "broken.ppm"],
+        ["generate", folder, tmp_path / "none.txt", 3, *good],
+        ["generate", folder, tmp_path / "ids.txt", 3, *good],
+    ):
+        done = run(runner, *words)
+        assert done.returncode == 2 and done.stderr.startswith("runner: ") and done.stdout == "", words
