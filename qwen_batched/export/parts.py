@@ -87,10 +87,11 @@ class Parts:
         mask = torch.ones_like(ids)
         for sample, row in enumerate(ids):
             images = cameras - (sample % 2 and not full)
-            for camera in range(images):
-                start = length - 3 - (camera + 1) * (cells + 1)
-                row[max(start, 0) : max(start, 0) + cells] = config.image_token_id
-            if sample % 2 and length > cameras * (cells + 1) + 4:
+            free = length - images * cells  # tokens of text, in equal stretches around the images
+            for image in range(images):
+                start = (image + 1) * free // (images + 1) + image * cells
+                row[start : start + cells] = config.image_token_id
+            if sample % 2 and free // (images + 1) > 2:
                 mask[sample, :2] = 0
         return ids, mask, ids == config.image_token_id
 

@@ -254,3 +254,26 @@ def test_sizes_are_fixed_only_where_they_were_asked_to_be(live):
     assert isinstance(part.dynamic["input_ids"][0], type(Dim("batch"))) and set(part.dynamic["input_ids"]) == {0}
     free = ExportRequest.of(model, "engine", "56x56", 1, 3, None, "uint8", 18, ("decoder",))
     assert set(Parts(detached(model), free).part("decoder").dynamic["input_ids"]) == {1}
+
+
+@given(
+    cameras=st.integers(1, 4),
+    more=st.integers(1, 40),
+    h=st.integers(1, 3),
+    w=st.integers(1, 3),
+    batch=st.integers(1, 3),
+)
+@SETTINGS
+def test_examples_hold_whole_images_however_short_the_sequence(live, cameras, more, h, w, batch):
+    model = live("tiny")
+    length = max(cameras * h * w + more, 2)
+    request = ExportRequest.of(
+        model, "engine", (28 * h, 28 * w), cameras, batch, length, "uint8", 18, ("decoder", "call")
+    )
+    parts = Parts(model, request)
+    for name, fewer in (("decoder", 1), ("call", 0)):
+        arguments = parts.arguments(name, batch)
+        is_image = arguments["input_ids"] == model.processor.config.image_token_id
+        expected = [(cameras - (sample % 2) * fewer) * h * w for sample in range(batch)]
+        assert is_image.sum(1).tolist() == expected
+        assert not (is_image & (arguments["attention_mask"] == 0)).any()
