@@ -180,9 +180,10 @@ class _BehindCache:
 
 
 def embed(decoder: nn.Module, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:
-    """Input embeddings (B, S, D)."""
+    """Input embeddings (B, S, D); an image token without a feature is text, as one that was generated is."""
     embeds = decoder.embed_tokens(input_ids)
-    return torch.where(is_image[..., None], image_embeds.to(embeds.dtype), embeds)
+    has_feature = is_image & (image_embeds != 0).any(dim=-1)
+    return torch.where(has_feature[..., None], image_embeds.to(embeds.dtype), embeds)
 
 
 def place(features: Tensor, is_image: Tensor) -> Tensor:

@@ -204,6 +204,18 @@ def test_the_cached_decoder_steps_as_generate_does(live, preset):
         assert torch.stack(tokens)[: len(row), sample].tolist() == row.tolist()
 
 
+def test_a_generated_image_token_is_text(live):
+    """As in the live model, where what was generated is looked up in the embedding."""
+    model = live("tiny")
+    program, text = CachedDecoderProgram(detached(model)), model.model.config
+    past = torch.randn(text.num_hidden_layers, 1, 3, text.num_key_value_heads, text.head_dim)
+    token = torch.tensor([[model.processor.config.image_token_id]])
+    arguments = [torch.ones(1, 4, dtype=torch.int64), torch.full((3, 1, 1), 3), torch.zeros(1, 1, text.hidden_size)]
+    logits = program(token, *arguments, past, past)[0]
+    program.image_token_id = -1  # to which it is a token like any other
+    assert torch.equal(logits, program(token, *arguments, past, past)[0])
+
+
 # --- traced ---
 
 
