@@ -33,23 +33,55 @@ Settings read_settings(const std::string& folder) {
   return settings;
 }
 
+const std::vector<double>& numbers(const Settings& settings, const std::string& name) {
+  const auto found = settings.find(name);
+  if (found == settings.end()) throw std::runtime_error("runner.txt has no " + name + ": export the engine again");
+  return found->second;
+}
+
 std::vector<int64_t> integers(const Settings& settings, const std::string& name) {
-  const auto& numbers = settings.at(name);
-  return {numbers.begin(), numbers.end()};
+  const auto& found = numbers(settings, name);
+  return {found.begin(), found.end()};
 }
 
 // A binary PPM as uint8 (3, H, W).
 Tensor read_ppm(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
-  std::string magic;
-  int64_t width = 0, height = 0, largest = 0;
-  if (!(file >> magic >> width >> height >> largest) || magic != "P6" || largest != 255)
+  std::string magic, comment;
+  int64_t header[3] = {};  // width, height, largest value
+  file >> magic;
+  for (int64_t& number : header) {
+    while ((file >> std::ws).peek() == '#') std::getline(file, comment);
+    file >> number;
+  }
+  const auto [width, height, largest] = header;
+  if (!file || magic != "P6" || width < 1 || height < 1 || largest != 255)
     throw std::runtime_error(path + " must be a binary PPM of 8 bits");
   file.get();
   Tensor pixels = torch::empty({height, width, 3}, torch::kUInt8);
   if (!file.read(reinterpret_cast<char*>(pixels.data_ptr()), pixels.numel()))
     throw std::runtime_error(path + " ends before its last pixel");
   return pixels.permute({2, 0, 1}).contiguous();
+}
+
+// A sample's frames (1, V, 3, H, W). A package checks neither shape nor dtype: it would read past the end of others.
+Tensor read_frames(const std::vector<std::string>& paths, const Settings& settings) {
+  const auto shape = integers(settings, "frames");  // cameras, height, width
+  if (integers(settings, "batch")[0] > 1) throw std::runtime_error("the engine must take a single sample, and does not");
+  if (static_cast<int64_t>(paths.size()) != shape[0])
+    throw std::runtime_error("expected " + std::to_string(shape[0]) + " images, got " + std::to_string(paths.size()));
+  std::vector<Tensor> frames;
+  for (const auto& path : paths) {
+    frames.push_back(read_ppm(path));
+    const int64_t height = frames.back().size(1), width = frames.back().size(2);
+    if (height != shape[1] || width != shape[2])
+      throw std::runtime_error(path + " must be " + std::to_string(shape[2]) + " pixels wide and " +
+                               std::to_string(shape[1]) + " high, got " + std::to_string(width) + " and " +
+                               std::to_string(height));
+  }
+  const Tensor pixels = torch::stack(frames).unsqueeze(0);
+  const int64_t bits = integers(settings, "frame_bits")[0];  // 8: uint8 in 0..255; else floating, in 0..1
+  return bits == 8 ? pixels : pixels.to(torch::kFloat32).div(255).to(bits == 16 ? torch::kFloat16 : torch::kFloat32);
 }
 
 Tensor read_ids(const std::string& path) {
@@ -84,7 +116,7 @@ void generate(const std::string& folder, const Settings& settings, Tensor ids, i
   const torch::Device device = features[0].device();
   const auto cache = integers(settings, "cache");  // layers, key-value heads, size of a head
   const auto ends = integers(settings, "eos_token_ids");
-  const double penalty = settings.at("repetition_penalty")[0];
+  const double penalty = numbers(settings, "repetition_penalty")[0];
   ids = ids.to(device);
   Tensor is_image = ids == integers(settings, "image_token_id")[0], seen = ids;
   Tensor mask = torch::ones_like(ids), positions = rope_positions(is_image, integers(settings, "grid"));
@@ -121,11 +153,10 @@ int main(int argc, char** argv) try {
     throw std::runtime_error("expected: features ENGINE OUT IMAGE... or generate ENGINE IDS COUNT IMAGE...");
   torch::NoGradGuard no_grad;
   const auto settings = read_settings(words[1]);
-  const torch::Device device(settings.at("cuda")[0] ? torch::kCUDA : torch::kCPU);
-  std::vector<Tensor> frames;
-  for (size_t i = first_image; i < words.size(); ++i) frames.push_back(read_ppm(words[i]));
+  const torch::Device device(numbers(settings, "cuda")[0] ? torch::kCUDA : torch::kCPU);
+  const Tensor frames = read_frames({words.begin() + first_image, words.end()}, settings);
   AOTIModelPackageLoader vision(words[1] + "/vision.pt2");
-  auto features = vision.run(std::vector<Tensor>{torch::stack(frames).unsqueeze(0).to(device)});
+  auto features = vision.run(std::vector<Tensor>{frames.to(device)});
   if (is_generation) {
     generate(words[1], settings, read_ids(words[2]), std::stoll(words[3]), features);
   } else {

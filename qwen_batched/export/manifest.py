@@ -78,7 +78,12 @@ def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> Non
 def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
     """What examples/cpp reads: a name and its numbers in each line."""
     decoder = model.model.config
-    settings = {name: content[name] for name in ("image_token_id", "grid", "eos_token_ids", "repetition_penalty")}
+    settings = {
+        name: content[name] for name in ("image_token_id", "batch", "grid", "eos_token_ids", "repetition_penalty")
+    }
+    frames = content["frames"]
+    settings["frames"] = (content["cameras"], *frames["source"])
+    settings["frame_bits"] = 8 * getattr(torch, frames["dtype"]).itemsize  # 8 is uint8, more is floating
     settings["cache"] = (decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_dim)
     settings["cuda"] = int(content["device_type"] == "cuda")
     lines = (f"{name} {' '.join(map(str, x if isinstance(x, Sequence) else [x]))}" for name, x in settings.items())

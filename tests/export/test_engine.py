@@ -98,13 +98,21 @@ def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
     (tmp_path / "broken.ppm").write_bytes(b"P6\n60 40\n255\nshort")
     (tmp_path / "ids.txt").write_text("1 2 3")
     write_ppm(tmp_path / "good.ppm", photos(1, 1, 40, 60)[0, 0])
+    write_ppm(tmp_path / "small.ppm", photos(1, 1, 28, 28)[0, 0])
+    write_ppm(tmp_path / "turned.ppm", photos(1, 1, 60, 40)[0, 0])
     good = [tmp_path / "good.ppm"] * 2
     for words in (
         ["nothing"],
         ["features", tmp_path, tmp_path / "out", *good],
-        ["features", folder, tmp_path / "out", tmp_path / "broken.ppm"],
+        ["features", folder, tmp_path / "out", tmp_path / "broken.ppm", good[0]],
+        ["features", folder, tmp_path / "out", good[0]],
+        ["features", folder, tmp_path / "out", *good, good[0]],
+        ["features", folder, tmp_path / "out", good[0], tmp_path / "small.ppm"],
+        ["features", folder, tmp_path / "out", *[tmp_path / "small.ppm"] * 2],
+        ["features", folder, tmp_path / "out", *[tmp_path / "turned.ppm"] * 2],
         ["generate", folder, tmp_path / "none.txt", 3, *good],
         ["generate", folder, tmp_path / "ids.txt", 3, *good],
     ):
         done = run(runner, *words)
         assert done.returncode == 2 and done.stderr.startswith("runner: ") and done.stdout == "", words
+        assert not (tmp_path / "out").exists(), words
