@@ -3,10 +3,11 @@
 //   runner features ENGINE OUT.bin IMAGE.ppm...          image features (V, T_img, D), as raw float32
 //   runner generate ENGINE IDS.txt COUNT IMAGE.ppm...    greedy tokens behind a prompt's ids, on standard output
 //
-// ENGINE is a folder of `python -m qwen_batched.export --target engine`; an image, a binary PPM of the exported size, for
-// each camera; IDS.txt a prompt's token ids, each image token repeated as often as an image has cells.
+// ENGINE is a folder of `python -m qwen_batched.export --target engine`; an image, a binary PPM of the exported size,
+// for each camera; IDS.txt a prompt's token ids, each image token repeated as often as an image has cells.
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
 
 #include <algorithm>
 #include <fstream>
@@ -15,7 +16,7 @@
 #include <map>
 #include <sstream>
 
-using torch::Tensor;
+using at::Tensor;
 using torch::inductor::AOTIModelPackageLoader;
 using Settings = std::map<std::string, std::vector<double>>;
 
@@ -58,7 +59,7 @@ Tensor read_ppm(const std::string& path) {
   if (!file || magic != "P6" || width < 1 || height < 1 || largest != 255)
     throw std::runtime_error(path + " must be a binary PPM of 8 bits");
   file.get();
-  Tensor pixels = torch::empty({height, width, 3}, torch::kUInt8);
+  Tensor pixels = at::empty({height, width, 3}, at::kByte);
   if (!file.read(reinterpret_cast<char*>(pixels.data_ptr()), pixels.numel()))
     throw std::runtime_error(path + " ends before its last pixel");
   return pixels.permute({2, 0, 1}).contiguous();
@@ -67,7 +68,8 @@ Tensor read_ppm(const std::string& path) {
 // A sample's frames (1, V, 3, H, W). A package checks neither shape nor dtype: it would read past the end of others.
 Tensor read_frames(const std::vector<std::string>& paths, const Settings& settings) {
   const auto shape = integers(settings, "frames");  // cameras, height, width
-  if (integers(settings, "batch")[0] > 1) throw std::runtime_error("the engine must take a single sample, and does not");
+  if (integers(settings, "batch")[0] > 1)
+    throw std::runtime_error("the engine must take a single sample, and does not");
   if (static_cast<int64_t>(paths.size()) != shape[0])
     throw std::runtime_error("expected " + std::to_string(shape[0]) + " images, got " + std::to_string(paths.size()));
   std::vector<Tensor> frames;
@@ -79,69 +81,69 @@ Tensor read_frames(const std::vector<std::string>& paths, const Settings& settin
                                std::to_string(shape[1]) + " high, got " + std::to_string(width) + " and " +
                                std::to_string(height));
   }
-  const Tensor pixels = torch::stack(frames).unsqueeze(0);
+  const Tensor pixels = at::stack(frames).unsqueeze(0);
   const int64_t bits = integers(settings, "frame_bits")[0];  // 8: uint8 in 0..255; else floating, in 0..1
-  return bits == 8 ? pixels : pixels.to(torch::kFloat32).div(255).to(bits == 16 ? torch::kFloat16 : torch::kFloat32);
+  return bits == 8 ? pixels : pixels.to(at::kFloat).div(255).to(bits == 16 ? at::kHalf : at::kFloat);
 }
 
 Tensor read_ids(const std::string& path) {
   std::ifstream file(path);
   std::vector<int64_t> ids{std::istream_iterator<int64_t>(file), {}};
   if (ids.empty()) throw std::runtime_error(path + " holds no token ids");
-  return torch::tensor(ids, torch::kInt64).unsqueeze(0);
+  return at::tensor(ids, at::kLong).unsqueeze(0);
 }
 
 // Rope positions (3, 1, S) where all images have `grid`, as `rope_positions` of qwen_batched.export.programs.
 Tensor rope_positions(const Tensor& is_image, const std::vector<int64_t>& grid) {
   const int64_t cells = grid[0] * grid[1];
-  Tensor cell = torch::remainder(is_image.to(torch::kInt64).cumsum(1) - 1, cells);
-  Tensor last = (cell == cells - 1).to(torch::kInt64) * std::max(grid[0], grid[1]);
-  Tensor advance = torch::where(is_image, last, torch::ones_like(last));
-  Tensor first = advance.cumsum(1) - advance, none = torch::zeros_like(cell);
-  Tensor row = torch::where(is_image, cell.div(grid[1], "floor"), none);
-  Tensor column = torch::where(is_image, torch::remainder(cell, grid[1]), none);
-  return torch::stack({first, first + row, first + column});
+  Tensor cell = at::remainder(is_image.to(at::kLong).cumsum(1) - 1, cells);
+  Tensor last = (cell == cells - 1).to(at::kLong) * std::max(grid[0], grid[1]);
+  Tensor advance = at::where(is_image, last, at::ones_like(last));
+  Tensor first = advance.cumsum(1) - advance, none = at::zeros_like(cell);
+  Tensor row = at::where(is_image, cell.div(grid[1], "floor"), none);
+  Tensor column = at::where(is_image, at::remainder(cell, grid[1]), none);
+  return at::stack({first, first + row, first + column});
 }
 
 // Features (..., M, D) in the place of the image tokens, (..., S, D), zeros elsewhere.
 Tensor place(const Tensor& features, const Tensor& is_image) {
   std::vector<int64_t> sizes = features.sizes().vec();
   sizes[sizes.size() - 2] = is_image.size(1);
-  return torch::zeros(sizes, features.options()).index_copy(-2, is_image[0].nonzero().flatten(), features);
+  return at::zeros(sizes, features.options()).index_copy(-2, is_image[0].nonzero().flatten(), features);
 }
 
 void generate(const std::string& folder, const Settings& settings, Tensor ids, int64_t count,
               const std::vector<Tensor>& features) {
   AOTIModelPackageLoader decoder(folder + "/cached_decoder.pt2");
-  const torch::Device device = features[0].device();
+  const at::Device device = features[0].device();
   const auto cache = integers(settings, "cache");  // layers, key-value heads, size of a head
   const auto ends = integers(settings, "eos_token_ids");
   const double penalty = numbers(settings, "repetition_penalty")[0];
   ids = ids.to(device);
   Tensor is_image = ids == integers(settings, "image_token_id")[0], seen = ids;
-  Tensor mask = torch::ones_like(ids), positions = rope_positions(is_image, integers(settings, "grid"));
+  Tensor mask = at::ones_like(ids), positions = rope_positions(is_image, integers(settings, "grid"));
   if (is_image.sum().item<int64_t>() != features[0].size(1) * features[0].size(2))
     throw std::runtime_error("the ids must hold as many image tokens as the images have cells");
   Tensor embeds = place(features[0].flatten(1, 2), is_image), deep;
   if (features.size() > 1) deep = place(features[1].flatten(2, 3), is_image);
-  Tensor keys = torch::zeros({cache[0], 1, 0, cache[1], cache[2]}, embeds.options()), values = keys;
+  Tensor keys = at::zeros({cache[0], 1, 0, cache[1], cache[2]}, embeds.options()), values = keys;
   for (int64_t step = 0; step < count; ++step) {
     std::vector<Tensor> inputs{ids, mask, positions, embeds, keys, values};
     if (deep.defined()) inputs.push_back(deep);
     auto results = decoder.run(inputs);
-    Tensor logits = results[0].select(1, -1).to(torch::kFloat32);
+    Tensor logits = results[0].select(1, -1).to(at::kFloat);
     Tensor of_seen = logits.gather(1, seen);
-    logits.scatter_(1, seen, torch::where(of_seen > 0, of_seen / penalty, of_seen * penalty));
+    logits.scatter_(1, seen, at::where(of_seen > 0, of_seen / penalty, of_seen * penalty));
     ids = logits.argmax(-1, true);
-    seen = torch::cat({seen, ids}, 1);
+    seen = at::cat({seen, ids}, 1);
     keys = results[1], values = results[2];
     const int64_t token = ids.item<int64_t>();
     std::cout << token << (step + 1 < count ? ' ' : '\n') << std::flush;
     if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
-    mask = torch::cat({mask, torch::ones_like(ids)}, 1);
+    mask = at::cat({mask, at::ones_like(ids)}, 1);
     positions = (positions.max() + 1).expand({3, 1, 1}).contiguous();
-    embeds = torch::zeros_like(embeds.narrow(1, 0, 1));
-    if (deep.defined()) deep = torch::zeros_like(deep.narrow(2, 0, 1));
+    embeds = at::zeros_like(embeds.narrow(1, 0, 1));
+    if (deep.defined()) deep = at::zeros_like(deep.narrow(2, 0, 1));
   }
 }
 
@@ -151,16 +153,16 @@ int main(int argc, char** argv) try {
   const size_t first_image = is_generation ? 4 : 3;
   if (words.size() <= first_image || (words[0] != "features" && !is_generation))
     throw std::runtime_error("expected: features ENGINE OUT IMAGE... or generate ENGINE IDS COUNT IMAGE...");
-  torch::NoGradGuard no_grad;
+  const c10::InferenceMode no_grad;
   const auto settings = read_settings(words[1]);
-  const torch::Device device(numbers(settings, "cuda")[0] ? torch::kCUDA : torch::kCPU);
+  const at::Device device(numbers(settings, "cuda")[0] ? at::kCUDA : at::kCPU);
   const Tensor frames = read_frames({words.begin() + first_image, words.end()}, settings);
   AOTIModelPackageLoader vision(words[1] + "/vision.pt2");
   auto features = vision.run(std::vector<Tensor>{frames.to(device)});
   if (is_generation) {
     generate(words[1], settings, read_ids(words[2]), std::stoll(words[3]), features);
   } else {
-    Tensor out = features[0][0].to(torch::kCPU, torch::kFloat32).contiguous();
+    Tensor out = features[0][0].to(at::kCPU, at::kFloat).contiguous();
     std::ofstream(words[2], std::ios::binary).write(static_cast<const char*>(out.data_ptr()), out.nbytes());
   }
   if (std::getenv("RUNNER_MAPS")) std::cerr << std::ifstream("/proc/self/maps").rdbuf();  // what is loaded, for tests
