@@ -138,8 +138,9 @@ void generate(const std::string& folder, const Settings& settings, Tensor ids, i
     seen = at::cat({seen, ids}, 1);
     keys = results[1], values = results[2];
     const int64_t token = ids.item<int64_t>();
-    std::cout << token << (step + 1 < count ? ' ' : '\n') << std::flush;
-    if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
+    const bool is_last = step + 1 == count || std::find(ends.begin(), ends.end(), token) != ends.end();
+    std::cout << token << (is_last ? '\n' : ' ') << std::flush;
+    if (is_last) break;
     mask = at::cat({mask, at::ones_like(ids)}, 1);
     positions = (positions.max() + 1).expand({3, 1, 1}).contiguous();
     embeds = at::zeros_like(embeds.narrow(1, 0, 1));

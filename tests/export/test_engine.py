@@ -93,6 +93,37 @@ def test_the_runner_has_no_python_and_gives_features_and_tokens(engine, runner, 
     assert list(map(int, done.stdout.split())) == expected
 
 
+def test_the_runner_follows_the_repetition_penalty_and_the_end_tokens(engine, runner, tmp_path, monkeypatch):
+    model, folder, _ = engine
+    frames = photos(1, 2, 40, 60)
+    paths = [tmp_path / f"{camera}.ppm" for camera in range(2)]
+    for path, frame in zip(paths, frames[0], strict=True):
+        write_ppm(path, frame)
+    ids = model.processor(frames, [TEXT], resize=(56, 84))["input_ids"][0].tolist()
+    (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))
+
+    def both(penalty, *ends):
+        changed = shutil.copytree(folder, tmp_path / f"{penalty}-{len(ends)}")
+        lines = (changed / "runner.txt").read_text().splitlines()
+        kept = [line for line in lines if line.split()[0] not in ("repetition_penalty", "eos_token_ids")]
+        kept += [f"repetition_penalty {penalty}", f"eos_token_ids {' '.join(map(str, ends))}"]
+        (changed / "runner.txt").write_text("\n".join(kept))
+        done = run(runner, "generate", changed, tmp_path / "ids.txt", 24, *paths)
+        assert done.returncode == 0 and done.stdout.endswith("\n"), done.stderr
+        monkeypatch.setattr(model.generation_config, "repetition_penalty", penalty)
+        monkeypatch.setattr(model.generation_config, "eos_token_ids", ends)
+        live = model.generate(frames, [TEXT], resize=(56, 84), max_new_tokens=24).token_ids[0].tolist()
+        return list(map(int, done.stdout.split())), live
+
+    absent = model.processor.config.image_token_id
+    plain, live_plain = both(1.0, absent)
+    penalised, live_penalised = both(1.5, absent)
+    assert (plain, penalised) == (live_plain, live_penalised) and plain != penalised
+    end = next(token for token in penalised[3:] if token not in penalised[:3])
+    ended, live_ended = both(1.5, absent, end)
+    assert ended == live_ended == penalised[: penalised.index(end) + 1]
+
+
 def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
     _, folder, _ = engine
     (tmp_path / "broken.ppm").write_bytes(b"P6\n60 40\n255\nshort")
