@@ -94,7 +94,8 @@ def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str,
             if not deviations[name].is_within:
                 found = f"{deviations[name].measured:.2e}, more than {deviations[name].bound:.2e}"
                 raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")
-        content = manifest.manifest(model, chosen, deviations, prompt)
+        arguments = {name: all_parts.part(name).arguments() for name in chosen.parts}
+        content = manifest.manifest(model, chosen, arguments, deviations, prompt)
         manifest.write(folder, content, model)
         if out.exists():
             out.rmdir()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,11 @@ def open_package(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
 
 
 def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
-    """A part of an exported engine, as a function of its arguments by name, to be given in their order.
+    """A part of an exported engine, as a function of its arguments by name.
 
-    Raises `ValueError` where the folder holds no such part, or one for another PyTorch or another kind of device.
+    The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
+    nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, or
+    one for another PyTorch or another kind of device.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
@@ -57,7 +60,44 @@ def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]
     ):
         if made != here:
             raise ValueError(f"the package {part!r} was made for {what} {made}, got {here}: export it again here")
-    return open_package(folder / f"{part}{SUFFIX}")
+    run, expected, batch = open_package(folder / f"{part}{SUFFIX}"), manifest["arguments"][part], manifest["batch"]
+
+    def checked(arguments: Mapping[str, Tensor]) -> list[Tensor]:
+        check_arguments(arguments, expected, batch, manifest["device_type"])
+        return run({name: arguments[name].contiguous() for name in expected})
+
+    return checked
+
+
+def check_arguments(
+    arguments: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Any]], batch: Sequence[int], device_type: str
+) -> None:
+    """Raises `ValueError` where arguments are not as a manifest describes those of a part."""
+    if arguments.keys() != expected.keys():
+        raise ValueError(f"arguments must be {', '.join(expected)}, got {', '.join(map(str, arguments)) or 'none'}")
+    sizes: dict[str, int] = {}
+    for name, like in expected.items():
+        x, shape = arguments[name], like["shape"]
+        if not isinstance(x, Tensor) or str(x.dtype) != f"torch.{like['dtype']}" or x.device.type != device_type:
+            found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of {like['dtype']} on {device_type}, got {found}")
+        if x.ndim == len(shape):
+            for size, found in zip(shape, x.shape, strict=True):
+                if isinstance(size, str) and "+" not in size:
+                    sizes.setdefault(size, found)
+    for name, like in expected.items():
+        wanted = tuple(_resolved(size, sizes) for size in like["shape"])
+        if tuple(arguments[name].shape) != wanted:
+            named = ", ".join(map(str, like["shape"]))
+            raise ValueError(f"{name} must be ({named}), here {wanted}, got {tuple(arguments[name].shape)}")
+    if not batch[0] <= (found := sizes.get("batch", batch[0])) <= batch[1]:
+        raise ValueError(f"the batch must be of {batch[0]} to {batch[1]} samples, got {found}")
+    if empty := [name for name, size in sizes.items() if size == 0 and name != "past"]:
+        raise ValueError(f"sizes must be at least 1, got 0 for {', '.join(empty)}")
+
+
+def _resolved(size: int | str, sizes: Mapping[str, int]) -> int:
+    return size if isinstance(size, int) else sum(sizes.get(name, 0) for name in size.split(" + "))
 
 
 def device_kind(device: torch.device) -> str:

@@ -28,7 +28,11 @@ LAYOUT = (
 
 
 def manifest(
-    model: QwenBatchedVL, request: ExportRequest, deviations: Mapping[str, Deviation], prompt: list[int | str] | None
+    model: QwenBatchedVL,
+    request: ExportRequest,
+    arguments: Mapping[str, Mapping[str, Any]],
+    deviations: Mapping[str, Deviation],
+    prompt: list[int | str] | None,
 ) -> dict[str, Any]:
     """What manifest.json says."""
     config, parameter = model.processor.config, model.visual.patch_embed.proj.weight
@@ -38,6 +42,7 @@ def manifest(
         "format": FORMAT,
         "target": request.target,
         "parts": list(request.parts),
+        "arguments": dict(arguments),  # of each part, in their order
         "model": model.name_or_path,
         "model_type": config.model_type,
         "weights_sha256": weights_hash(model, request.parts),

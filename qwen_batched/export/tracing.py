@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
 from qwen_batched.ops import use_backend
 
@@ -21,6 +21,22 @@ class Part:
     examples: Mapping[str, Tensor]  # its arguments in their order; dimensions that may vary are 2 or more
     dynamic: Mapping[str, Mapping[int, object]]  # by argument: the dimensions that may vary, as `torch.export.Dim`
     results: tuple[str, ...]  # names of its results
+
+    def arguments(self) -> dict[str, dict[str, object]]:
+        """Dtype and shape of each argument: numbers, names of sizes that may vary, and a sum of two of these."""
+        return {
+            name: {
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "shape": [_size(self.dynamic.get(name, {}).get(dim, size)) for dim, size in enumerate(x.shape)],
+            }
+            for name, x in self.examples.items()
+        }
+
+
+def _size(size: object) -> int | str:
+    if isinstance(size, int):
+        return size
+    return "past + tokens" if size is Dim.AUTO else size.__name__  # the one size that is derived from others
 
 
 def trace(part: Part) -> ExportedProgram:

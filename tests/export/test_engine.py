@@ -72,6 +72,41 @@ def test_packages_serve_every_batch(engine):
         assert relative_error(logits, live.logits) <= COMPILED
 
 
+def test_a_package_is_given_only_what_it_takes(engine):
+    """It would read past the end of what is too small, and give plausible features of it."""
+    _, folder, manifest = engine
+    vision, decoder = load_engine(folder, "vision"), load_engine(folder, "cached_decoder")
+    frames = photos(1, 2, 40, 60)
+    for wrong, words in (
+        ({}, "arguments must be frames, got none"),
+        ({"frames": frames, "more": frames}, "arguments must be frames"),
+        ({"frames": frames[:, :1]}, r"got \(1, 1, 3, 40, 60\)"),
+        ({"frames": frames[..., :28]}, r"here \(1, 2, 3, 40, 60\)"),
+        ({"frames": frames.transpose(3, 4)}, "frames must be"),
+        ({"frames": frames[0]}, "frames must be"),
+        ({"frames": frames.float()}, "must be a tensor of uint8 on cpu, got torch.float32"),
+        ({"frames": frames.numpy()}, "got ndarray"),
+        ({"frames": frames.expand(9, -1, -1, -1, -1)}, "of 1 to 8 samples, got 9"),
+        ({"frames": frames[:0]}, "of 1 to 8 samples, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vision(wrong)
+    turned = frames.permute(0, 1, 2, 4, 3).contiguous().permute(0, 1, 2, 4, 3)  # the same, otherwise in memory
+    assert torch.equal(vision({"frames": turned})[0], vision({"frames": frames})[0])
+    sizes = {"batch": 2, "tokens": 3, "past": 4}
+    good = {}
+    for name, like in manifest["arguments"]["cached_decoder"].items():
+        shape = [x if isinstance(x, int) else sum(sizes[part] for part in x.split(" + ")) for x in like["shape"]]
+        good[name] = torch.ones(shape, dtype=getattr(torch, like["dtype"]))
+    expected = decoder(good)
+    reordered = decoder(dict(reversed(good.items())))
+    assert all(torch.equal(x, y) for x, y in zip(reordered, expected, strict=True))
+    for name in good:
+        for dim in range(good[name].ndim):
+            with pytest.raises(ValueError, match="must be"):
+                decoder({**good, name: good[name].narrow(dim, 0, good[name].shape[dim] - 1)})
+
+
 def test_the_runner_has_no_python_and_gives_features_and_tokens(engine, runner, tmp_path):
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("needs /proc")
