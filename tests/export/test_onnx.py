@@ -124,7 +124,7 @@ def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_p
     model = sisters("tiny").load(resample_backend="pillow")
     assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
     request = ExportRequest.of(model, "onnx", ((50, 70), resize_of("tiny")), 2, "1-8", None, "uint8", 18, None)
-    content = manifest.manifest(model, request, {}, model.processor.prompts.pieces("chat", 2))
+    content = manifest.manifest(model, request, {}, {}, model.processor.prompts.pieces("chat", 2))
     for part in written["parts"]:
         (tmp_path / f"{part}.onnx").hardlink_to(folder / f"{part}.onnx")
         (tmp_path / f"{part}.onnx.data").hardlink_to(folder / f"{part}.onnx.data")
