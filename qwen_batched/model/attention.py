@@ -119,7 +119,7 @@ def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
     """
     batch, length = attention_mask.shape
     padding_BS = (~attention_mask).to(torch.uint8)
-    order_BS = _tokens_first(attention_mask)
+    order_BS = _tokens_first(padding_BS)
     first_B1 = torch.arange(batch, device=order_BS.device)[:, None] * length
     if tokens == batch * length:
         return (first_B1 + order_BS).flatten(), AttentionRows(batch, length)
@@ -128,15 +128,16 @@ def unpad(attention_mask: Tensor, tokens: int) -> tuple[Tensor, AttentionRows]:
     return places_T, AttentionRows(batch, length, slots_BS.flatten().index_select(0, places_T))
 
 
-def _tokens_first(attention_mask: Tensor) -> Tensor:
-    """Int64 (B, S), the places of a row's tokens, and behind them those of its padding."""
+def _tokens_first(padding_BS: Tensor) -> Tensor:
+    """Int64 (B, S), the places of a row's tokens, and behind them those of its padding, where `padding_BS` is 1."""
     if not is_exporting():
-        return torch.argsort((~attention_mask).to(torch.uint8), dim=1, stable=True)
+        return torch.argsort(padding_BS, dim=1, stable=True)
     # The same by cumulative sums: ONNX has no stable sort.
-    tokens_BS, padding_BS = attention_mask.long(), (~attention_mask).long()
+    padding_BS = padding_BS.long()
+    tokens_BS = 1 - padding_BS
     behind_BS = tokens_BS.sum(dim=1, keepdim=True) + padding_BS.cumsum(1)
-    slots_BS = torch.where(attention_mask, tokens_BS.cumsum(1), behind_BS) - 1
-    places_BS = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand(attention_mask.shape)
+    slots_BS = torch.where(padding_BS == 0, tokens_BS.cumsum(1), behind_BS) - 1
+    places_BS = torch.arange(padding_BS.shape[1], device=padding_BS.device).expand(padding_BS.shape)
     return torch.zeros_like(slots_BS).scatter(1, slots_BS, places_BS)
 
 
