@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched import ops
-from qwen_batched.model.geometry import vision_plan
+from qwen_batched.model.geometry import bicubic_weights, vision_plan
 from qwen_batched.model.tensor_processor import TensorProcessor
 
 Size = tuple[int, int]  # height and width in pixels
@@ -37,7 +36,7 @@ class FramesToPatches(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(getattr(image, f"image_{name}"), dtype=torch.float32, device=device).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        steps = ops.pillow_matrices(source, target) if self.follows_pillow else bicubic_matrices(source, target)
+        steps = ops.pillow_matrices(source, target) if self.follows_pillow else _bicubic_matrices(source, target)
         self.dims = [dim for dim, _ in steps]
         for dim, weights in steps:
             self.register_buffer(_NAMES[dim], weights.to(device), persistent=False)
@@ -59,13 +58,8 @@ class FramesToPatches(nn.Module):
 _NAMES = {-2: "row_weights", -1: "column_weights"}
 
 
-def bicubic_matrices(source: Size, target: Size) -> list[tuple[int, Tensor]]:
+def _bicubic_matrices(source: Size, target: Size) -> list[tuple[int, Tensor]]:
     """PyTorch's antialiased bicubic resize as products: of each axis its dimension and float32 (target, source)."""
-    steps = []
-    for dim in (-1, -2):
-        if source[dim] != target[dim]:
-            identity = torch.eye(source[dim], dtype=torch.float32, device="cpu")[None, None]
-            size = (source[dim], target[dim])
-            weights = F.interpolate(identity, size=size, mode="bicubic", antialias=True, align_corners=False)[0, 0].t()
-            steps.append((dim, weights.contiguous()))
-    return steps
+    host = torch.device("cpu")
+    changed = [dim for dim in (-1, -2) if source[dim] != target[dim]]
+    return [(dim, bicubic_weights(source[dim], target[dim], host).t().contiguous()) for dim in changed]

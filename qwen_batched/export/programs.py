@@ -9,7 +9,6 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_batched import ops
@@ -173,10 +172,7 @@ class _BehindCache:
         keys, values = torch.cat((self.past_keys[layer], k), dim=1), torch.cat((self.past_values[layer], v), dim=1)
         self.keys.append(keys)
         self.values.append(values)
-        groups = q.shape[2] // num_kv_heads
-        k, v = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (keys, values))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.visible[:, None])
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        return ops.causal_attention(q, keys, values, self.visible).flatten(0, 1)
 
 
 def embed(decoder: nn.Module, input_ids: Tensor, is_image: Tensor, image_embeds: Tensor) -> Tensor:

@@ -92,20 +92,27 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 def resize_axis(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """One axis of PyTorch's antialiased bicubic resize, as a table for a kernel.
 
-    Read off PyTorch itself, by resizing an identity, so that the kernel's weights are PyTorch's to the last bit.
     Returns int32 (target,), the first source pixel of each target pixel, and float32 (taps, target), the weights of the
     source pixels from there. All of them exist: a kernel needs no mask.
     """
-    # PyTorch's GPU kernel has no room for the weights of a stronger reduction.
-    where = device if source <= MAX_REDUCTION_ON_GPU * target else torch.device("cpu")
-    identity = torch.eye(source, device=where)[None, None]
-    weights = F.interpolate(identity, size=(source, target), mode="bicubic", antialias=True)[0, 0].to(device)
+    weights = bicubic_weights(source, target, device)
     used = (weights != 0).to(torch.uint8)
     starts = used.argmax(dim=0)
     taps = int((source - used.flip(0).argmax(dim=0) - starts).max())
     starts = starts.clamp(max=source - taps)
     pixels = starts + torch.arange(taps, device=device)[:, None]
     return starts.int(), weights.gather(0, pixels).contiguous()
+
+
+def bicubic_weights(source: int, target: int, device: torch.device) -> Tensor:
+    """One axis of PyTorch's antialiased bicubic resize as a matrix, float32 (source, target).
+
+    Read off PyTorch itself, by resizing an identity, so that the weights are PyTorch's to the last bit.
+    """
+    # PyTorch's GPU kernel has no room for the weights of a stronger reduction.
+    where = device if source <= MAX_REDUCTION_ON_GPU * target else torch.device("cpu")
+    identity = torch.eye(source, dtype=torch.float32, device=where)[None, None]
+    return F.interpolate(identity, size=(source, target), mode="bicubic", antialias=True)[0, 0].to(device)
 
 
 def vision_plan(cache: LRUCache, config: VisionConfig, h: int, w: int, device: torch.device) -> VisionPlan:

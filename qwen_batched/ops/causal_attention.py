@@ -12,17 +12,18 @@ from qwen_batched.runtime.backend import backend
 from qwen_batched.runtime.fast_path import can_bypass_dispatcher, wants_gradient
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """See `reference.causal_attention`."""
     if (
-        not q.is_cuda
+        visible is not None
+        or not q.is_cuda
         or not can_bypass_dispatcher(q)
         or wants_gradient(q, k, v)
         or q.dtype == torch.float64
         or forward_ad._current_level >= 0
         or backend() == "reference"
     ):
-        return reference.causal_attention(q, k, v)
+        return reference.causal_attention(q, k, v, visible)
     out = fastest_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     return out.transpose(1, 2).flatten(2)
 
