@@ -30,8 +30,8 @@ ORDER = (
     ("adapters", "testing"),
     ("lora", "pictures", "transformers_reference"),
     ("profile",),
-    ("export",),
     ("deviation",),
+    ("export",),
 )
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")

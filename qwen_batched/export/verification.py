@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qwen_batched.deviation.measures import Distance
 from qwen_batched.export.parts import Parts
 
 FLOAT32_BOUND = 1e-5  # relative L2 from the live model in float32
@@ -47,19 +48,20 @@ def measure(name: str, parts: Parts, run: Run, batches: Sequence[int]) -> Deviat
             continue
         wider = torch.float64 if dtype == torch.float32 else torch.float32
         wide = _widened(program, wider) if wide is None else wide
-        exact = _results(wide(*(x if key == "frames" else _to(x, wider) for key, x in arguments.items())))
+        exact = _results(wide(*(_to(x, wider) for x in arguments.values())))
         own = OWN_BOUNDS[dtype] * relative_l2(live, exact)
         found[-1] = Deviation(relative_l2(written, exact), own, str(wider).removeprefix("torch."))
     return max(found, key=lambda each: math.inf if not each.is_within else each.measured / max(each.bound, 1e-30))
 
 
 def relative_l2(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The worst of several results."""
+    """The worst of several results; no number where one of them is none."""
     distances = []
     for x, y in zip(values, expected, strict=True):
-        x, y = x.detach().cpu().double(), y.detach().cpu().double()
-        distances.append(float((x - y).norm() / y.norm()) if x.shape == y.shape else float("inf"))
-    return max(distances)
+        distance = Distance()
+        distance.add(x.flatten(0, -2), y.flatten(0, -2))
+        distances.append(distance.relative_l2)
+    return math.nan if any(map(math.isnan, distances)) else max(distances)
 
 
 def _widened(program: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -183,6 +183,17 @@ def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
     assert export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])["deviation"]["vision"]["measured"] == 0
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_no_number_in_any_result_is_a_deviation(place):
+    expected = [torch.ones(2, 3, 4), torch.ones(2, 5)]
+    values = [x.clone() for x in expected]
+    assert verification.relative_l2(values, expected) == 0
+    values[place].view(-1)[-1] = torch.nan
+    assert not verification.relative_l2(values, expected) <= 1
+    values[place] = values[place][..., :-1]
+    assert not verification.relative_l2(values, expected) <= 1
+
+
 def test_an_exporter_that_fails_is_named(live, tmp_path, monkeypatch):
     def write(part, path, opset):
         raise RuntimeError("no such operator")
