@@ -1,9 +1,13 @@
-"""What callers and files give: integers of any kind as ints, and values in messages cut to a readable length."""
+"""What callers and files give: integers of any kind as ints, dtypes by name, values in messages cut to be readable."""
 
 from __future__ import annotations
 
 import numbers
 import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_INT = 2**31 - 1
 MAX_SHOWN = 200
@@ -12,6 +16,11 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 12
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 3
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shown(value: object) -> str:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.checkpoint.config import QwenVLConfig
 from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.inputs.checks import Resize
@@ -199,7 +200,7 @@ def profile(
     # Last: with hooks, the model drops its graphs.
     eager_ms, stages = time_stages(model, call, pixels, min(calls, MOST_STAGED_CALLS), floors)
     described = {
-        **{"device": _name(device), "torch": torch.__version__, "dtype": str(dtype).removeprefix("torch.")},
+        **{"device": _name(device), "torch": torch.__version__, "dtype": dtype_name(dtype)},
         **{"blocks": model.config.text.num_hidden_layers, "batch": batch, "cameras": cameras, "size": size},
         **{"resize": resize, "grid": grid, "text tokens": len(prompts.encode(text, "plain", 0)), "sequence": sequence},
         **{"frames on": "pinned host" if host and device.type == "cuda" else device.type, "calls": calls, "hz": hz},

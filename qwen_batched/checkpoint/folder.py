@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from qwen_batched.arguments import cut, shown
+from qwen_batched.arguments import cut, dtype_name, shown
 from qwen_batched.checkpoint.atomic_save import recover, write_file
 from qwen_batched.checkpoint.config import ImageConfig, QwenVLConfig, VisionConfig
 from qwen_batched.checkpoint.files import is_file, read_bytes, read_json, read_text
@@ -159,7 +159,7 @@ class Checkpoint:
             config["torch_dtype"] = None
         # Releases of transformers differ in the name of the dtype, and some wrote such fields in two places.
         for section in (config, text, config.get("vision_config") or {}):
-            section.update({name: str(dtype).removeprefix("torch.") for name in DTYPE_NAMES if name in section})
+            section.update({name: dtype_name(dtype) for name in DTYPE_NAMES if name in section})
         for section in (config, text):
             if "num_hidden_layers" in section:
                 section["num_hidden_layers"] = num_layers

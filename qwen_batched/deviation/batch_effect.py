@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.cases import Case
 from qwen_batched.deviation.comparison import FLOAT32_BOUND, OURS, THEIRS, Plan
-from qwen_batched.deviation.loading import dtype_name, load_ours, load_theirs
+from qwen_batched.deviation.loading import load_ours, load_theirs
 from qwen_batched.deviation.measures import Distance
 from qwen_batched.deviation.ours import call
 from qwen_batched.transformers_reference import without_tf32

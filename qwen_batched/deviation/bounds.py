@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.comparison import FLOAT32_BOUND, OURS, THEIRS, Findings, Plan
-from qwen_batched.deviation.loading import dtype_name
 from qwen_batched.deviation.measures import Continuation, Distance, Equality
 from qwen_batched.deviation.stages import FEATURES, FINAL, LOGITS, PIXELS, decoder_stage
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.cases import Case
-from qwen_batched.deviation.loading import dtype_name, load_ours, load_theirs
+from qwen_batched.deviation.loading import load_ours, load_theirs
 from qwen_batched.deviation.measures import Continuation, Distance, Equality, Measure
 from qwen_batched.deviation.memory import Needs, TooLittleMemory
 from qwen_batched.deviation.ours import camera_pixels, run_ours

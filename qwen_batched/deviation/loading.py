@@ -36,11 +36,6 @@ def load_theirs(folder: str, dtype: torch.dtype, device: torch.device, resample_
         raise ValueError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Without "torch."."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _let_go(device: torch.device) -> None:
     """Frees what earlier models, of which nobody holds a reference any more, have on the device."""
     gc.collect()

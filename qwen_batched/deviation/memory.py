@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.deviation.cases import Case
-from qwen_batched.deviation.loading import dtype_name
 from qwen_batched.deviation.stages import Stages
 from qwen_batched.families import family_of
 from qwen_batched.model.tensor_processor import TensorProcessor

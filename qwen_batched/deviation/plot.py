@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.bounds import FINAL_RATIO_BOUND
 from qwen_batched.deviation.comparison import FLOAT32_BOUND, OURS, THEIRS, Findings, Plan, Run
-from qwen_batched.deviation.loading import dtype_name
 from qwen_batched.deviation.measures import Distance
 from qwen_batched.deviation.stages import decoder_stage, vision_stage
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.bounds import Miss, ratio
 from qwen_batched.deviation.comparison import OURS, THEIRS, Findings, Plan
-from qwen_batched.deviation.loading import dtype_name
 from qwen_batched.deviation.measures import Continuation, Distance, Equality, Measure
 from qwen_batched.deviation.stages import FINAL
 

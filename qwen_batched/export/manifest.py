@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
 from qwen_batched.export.request import ExportRequest
 from qwen_batched.export.verification import Deviation
@@ -46,7 +47,7 @@ def manifest(
         "model": model.name_or_path,
         "model_type": config.model_type,
         "weights_sha256": weights_hash(model, request.parts),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "dtype": dtype_name(parameter.dtype),
         "frames": {"source": request.source, "resized": request.size, "dtype": request.dtype_name},
         "resample": "pillow" if parameter.device.type == "cpu" and request.dtype_name == "uint8" else "pytorch",
         "cameras": request.cameras,

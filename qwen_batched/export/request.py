@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qwen_batched import ops
-from qwen_batched.arguments import as_int, shown
+from qwen_batched.arguments import as_int, dtype_name, shown
 from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS
 from qwen_batched.export.preprocessing import Size
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
@@ -64,7 +64,7 @@ class ExportRequest:
             raise ValueError(f"parts must be some of {PARTS[target]}, got {shown(parts)}")
         source, size = read_frames(frames)
         config = model.processor.config
-        name = str(frames_dtype).removeprefix("torch.")
+        name = dtype_name(frames_dtype)
         factor = config.vision.cell_size
         if any(side % factor for side in size):
             raise ValueError(f"frames must be resized to multiples of {factor} pixels, got {size[0]}x{size[1]}")
@@ -103,7 +103,7 @@ class ExportRequest:
     @property
     def dtype_name(self) -> str:
         """Of the frames."""
-        return str(self.frames_dtype).removeprefix("torch.")
+        return dtype_name(self.frames_dtype)
 
 
 def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset: int) -> None:
@@ -117,7 +117,7 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
         raise ValueError("target 'engine' needs a C++ compiler, and neither g++ nor clang++ is there")
     parameter = model.visual.patch_embed.proj.weight
     if parameter.dtype not in DTYPES[target]:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES[target])
+        names = ", ".join(dtype_name(dtype) for dtype in DTYPES[target])
         raise ValueError(f"target {target!r} must have a model in one of {names}, got {parameter.dtype}")
     if target == "onnx" and parameter.dtype == torch.float16 and opset not in FLOAT16_OPSETS:
         raise ValueError(f"float16 must go with an opset from 18 to 22, with which it runs, got {opset}")

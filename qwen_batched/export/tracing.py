@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.ops import use_backend
 
 
@@ -26,7 +27,7 @@ class Part:
         """Dtype and shape of each argument: numbers, names of sizes that may vary, and a sum of two of these."""
         return {
             name: {
-                "dtype": str(x.dtype).removeprefix("torch."),
+                "dtype": dtype_name(x.dtype),
                 "shape": [_size(self.dynamic.get(name, {}).get(dim, size)) for dim, size in enumerate(x.shape)],
             }
             for name, x in self.examples.items()

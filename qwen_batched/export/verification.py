@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.measures import Distance
 from qwen_batched.export.parts import Parts
 
@@ -50,7 +51,7 @@ def measure(name: str, parts: Parts, run: Run, batches: Sequence[int]) -> Deviat
         wide = _widened(program, wider) if wide is None else wide
         exact = _results(wide(*(_to(x, wider) for x in arguments.values())))
         own = OWN_BOUNDS[dtype] * relative_l2(live, exact)
-        found[-1] = Deviation(relative_l2(written, exact), own, str(wider).removeprefix("torch."))
+        found[-1] = Deviation(relative_l2(written, exact), own, dtype_name(wider))
     return max(found, key=lambda each: math.inf if not each.is_within else each.measured / max(each.bound, 1e-30))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qwen_batched.arguments import shown
+from qwen_batched.arguments import dtype_name, shown
 from qwen_batched.checkpoint.config import QwenVLConfig, TextConfig, VisionConfig
 from qwen_batched.checkpoint.folder import DTYPE_NAMES, Checkpoint
 from qwen_batched.families import family_of, read_config
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Fields):
         return value.to_dict()
     if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
+        return dtype_name(value)
     if isinstance(value, tuple):
         return list(value)
     return copy.deepcopy(value)
