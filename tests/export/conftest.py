@@ -1,4 +1,7 @@
-"""Tiny models for exports, which follow Pillow as every export for CPUs does, and folders that were exported once."""
+"""Tiny models for exports on CPUs, which follow Pillow, and folders that were exported once.
+
+Nothing here runs on a GPU, where exports are untested: the root's models, which may be on one, are not used.
+"""
 
 import functools
 from pathlib import Path
@@ -6,7 +9,13 @@ from typing import NamedTuple
 
 import pytest
 
-pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+from tests.sisters import Sister
+
+
+@pytest.fixture(scope="session")
+def sisters(tmp_path_factory):
+    """A family's tiny checkpoint by its preset, in both libraries, on the CPU. Read only."""
+    return functools.cache(lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint"))
 
 
 @pytest.fixture(scope="session")

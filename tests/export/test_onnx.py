@@ -14,12 +14,13 @@ from qwen_batched.export import manifest, onnx_files
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
-from qwen_batched.export.run_onnx import OnnxModel
 from qwen_batched.export.verification import relative_l2
 from tests.processes import ROOT
 from tests.sisters import FACTORS
 from tests.support import photos
 
+pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+OnnxModel = pytest.importorskip("qwen_batched.export.run_onnx", reason="needs the extra 'onnx'").OnnxModel
 pytestmark = pytest.mark.slow
 WRITTEN = 2e-6  # relative L2 from the live model
 TEXTS = ["Pick up the red block.", "go"]

@@ -14,6 +14,7 @@ from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest, read_frames, read_range
 
+pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 GOOD = {"target": "onnx", "frames": "56x56"}
 
 
