@@ -11,7 +11,7 @@ import sys
 import torch
 
 from qwen_batched.export.api import ExportError, export
-from qwen_batched.export.request import OPSET, PARTS
+from qwen_batched.export.request import OPSET, PARTS, has_decoder
 from qwen_batched.ops import PILLOW
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         loading = {"dtype": options.dtype, "device": options.device, "num_layers": options.num_layers}
-        if options.parts and set(options.parts) == {"vision"}:  # the decoder need not be read
+        if options.parts and not has_decoder(options.parts):  # which need not be read
             loading |= {"num_layers": 1, "lm_head": False}
         on_gpu = options.device is not None and options.device.startswith("cuda")
         model = QwenBatchedVL.from_pretrained(options.model, resample_backend=None if on_gpu else PILLOW, **loading)

@@ -13,7 +13,7 @@ import torch
 
 from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
-from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.request import ExportRequest, has_decoder
 from qwen_batched.export.verification import Deviation
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
@@ -37,7 +37,6 @@ def manifest(
 ) -> dict[str, Any]:
     """What manifest.json says."""
     config, parameter = model.processor.config, model.visual.patch_embed.proj.weight
-    factor = config.vision.cell_size
     prompts = model.processor.prompts
     return {
         "format": FORMAT,
@@ -53,7 +52,7 @@ def manifest(
         "cameras": request.cameras,
         "batch": request.batch,
         "sequence": request.sequence,
-        "grid": [side // factor for side in request.size],
+        "grid": list(request.grid),
         "layout": LAYOUT,
         "image_token_id": config.image_token_id,
         "pad_token_id": prompts.pad_token_id,
@@ -98,7 +97,7 @@ def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL
 
 def weights_hash(model: QwenBatchedVL, parts: Sequence[str]) -> str:
     """SHA-256 of the parameters that the parts hold, names, shapes and dtypes included."""
-    digest, module = hashlib.sha256(), model.visual if set(parts) == {"vision"} else model
+    digest, module = hashlib.sha256(), model if has_decoder(parts) else model.visual
     for name, parameter in sorted(module.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())

@@ -26,11 +26,11 @@ def write(part: Part, path: Path, opset: int) -> None:
         written.save(path, external_data=True)
 
 
-def open_graph(path: Path, provider: str = "CPUExecutionProvider") -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+def open_graph(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The graph as a function of its arguments by name, on ONNX Runtime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=[provider])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     inputs = {each.name for each in session.get_inputs()}
 
     def run(arguments: Mapping[str, Tensor]) -> list[Tensor]:

@@ -26,20 +26,21 @@ class Parts:
     def __init__(self, model: QwenBatchedVL, request: ExportRequest) -> None:
         """Takes a `detached` model."""
         self.model, self.request = model, request
-        config = model.processor.config
-        self.config, factor = config, config.vision.cell_size
+        self.config, self.grid = model.processor.config, request.grid
         self.text = model.model.config  # of the decoder blocks that there are
-        self.grid = (request.size[0] // factor, request.size[1] // factor)
         self._like = model.visual.patch_embed.proj.weight
-        self._deep = len(config.vision.deepstack_visual_indexes or ())
+        self._deep = len(self.config.vision.deepstack_visual_indexes or ())
         self._vision = VisionProgram(model, request.source, request.size, request.frames_dtype)
+        self._made: dict[str, Part] = {}
 
     def part(self, name: str) -> Part:
-        """A part with example arguments of a batch of two or more."""
-        least, most = self.request.batch
-        example = 2 if least <= 2 <= most else least
-        batch = {} if least == most else {0: Dim("batch", min=least, max=most)}
-        return getattr(self, f"_{name}_part")(batch, self.arguments(name, example))
+        """A part with example arguments of a batch of two or more, made once."""
+        if name not in self._made:
+            least, most = self.request.batch
+            example = 2 if least <= 2 <= most else least
+            batch = {} if least == most else {0: Dim("batch", min=least, max=most)}
+            self._made[name] = getattr(self, f"_{name}_part")(batch, self.arguments(name, example))
+        return self._made[name]
 
     def arguments(self, name: str, batch: int, seed: int = 0) -> dict[str, Tensor]:
         """Random arguments: frames, ragged sequences padded on the left, as many images as there are cameras."""
@@ -60,8 +61,7 @@ class Parts:
         ids, mask, is_image = (x.to(self._like.device) for x in (ids, mask, is_image))
         if name == "decoder":
             return {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds, **deep}
-        text = self.text
-        shape = (text.num_hidden_layers, batch, PAST, text.num_key_value_heads, text.head_dim)
+        shape = (self.text.num_hidden_layers, batch, PAST, self.text.num_key_value_heads, self.text.head_dim)
         past = [torch.randn(shape, **random).to(self._like) for _ in range(2)]
         positions = rope_positions(is_image, mask != 0, self.grid)
         seen = torch.ones(batch, PAST, dtype=torch.int64, device="cpu")

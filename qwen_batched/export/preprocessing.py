@@ -30,8 +30,8 @@ class FramesToPatches(nn.Module):
         self.scale = image.rescale_factor if self.is_uint8 else 1.0
         self.follows_pillow = self.is_uint8 and device.type == "cpu"
         factor = vision.cell_size
-        grid = (target[0] // factor, target[1] // factor)
-        plan = vision_plan(processor.plans, vision, *grid, device)
+        self.grid = (target[0] // factor, target[1] // factor)  # in merged cells
+        plan = vision_plan(processor.plans, vision, *self.grid, device)
         self.register_buffer("window_order", plan.window_order, persistent=False)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(image, f"image_{name}"), dtype=torch.float32, device=device).view(3, 1, 1)

@@ -33,16 +33,15 @@ class VisionProgram(nn.Module):
         """Takes the size of the frames, the size they are resized to, and their dtype, uint8 or floating."""
         super().__init__()
         self.visual = model.visual
-        device, factor = model.visual.patch_embed.proj.weight.device, model.processor.config.vision.cell_size
+        device = model.visual.patch_embed.proj.weight.device
         self.patches = FramesToPatches(model.processor, source, target, frames, device)
-        self.grid = (target[0] // factor, target[1] // factor)
         self.has_deep = model.processor.config.vision.deepstack_visual_indexes is not None
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
         """Frames (B, V, 3, H, W) to features (B, V, T_img, D), and of a model with L deep ones (B, L, V, T_img, D)."""
         batch, cameras = frames.shape[:2]
         pixels = self.patches(frames.flatten(0, 1)).unflatten(0, (batch, cameras))
-        grids = (self.grid,) * cameras
+        grids = (self.patches.grid,) * cameras
         if not self.has_deep:
             return (self.visual(pixels, grids).flatten(2, 3),)
         features: Features = self.visual(pixels, grids, deepstack=True)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class ExportRequest:
     parts: tuple[str, ...]
     source: Size  # of the frames, height and width
     size: Size  # to which they are resized
+    grid: tuple[int, int]  # the same in merged cells
     frames_dtype: torch.dtype
     cameras: int
     batch: tuple[int, int]  # least and most samples
@@ -76,7 +78,8 @@ class ExportRequest:
             raise ValueError(f"frames_dtype must be one of {tuple(FRAMES)}, got {shown(frames_dtype)}")
         cameras = as_int("cameras", cameras, 1)
         least, most = read_range(batch)
-        image_tokens = cameras * (size[0] // factor) * (size[1] // factor)
+        grid = (size[0] // factor, size[1] // factor)
+        image_tokens = cameras * grid[0] * grid[1]
         limit = config.text.max_position_embeddings
         if sequence is not None and sequence != "dynamic":
             number = int(sequence) if isinstance(sequence, str) and sequence.isdecimal() else sequence
@@ -87,13 +90,13 @@ class ExportRequest:
         else:
             sequence = None
         needed = image_tokens + cameras + TEXT_TOKENS
-        if sequence is None and set(chosen) != {"vision"} and needed > limit:
+        if sequence is None and has_decoder(chosen) and needed > limit:
             raise ValueError(
                 f"a sequence has at most {limit} tokens, and {cameras} images with a short text have {needed}"
             )
         opset = as_int("opset", opset, LEAST_OPSET, MOST_OPSET)
         check_model(model, target, chosen, opset)
-        return cls(target, chosen, source, size, FRAMES[name], cameras, (least, most), sequence, opset)
+        return cls(target, chosen, source, size, grid, FRAMES[name], cameras, (least, most), sequence, opset)
 
     @property
     def has_prompt(self) -> bool:
@@ -104,6 +107,11 @@ class ExportRequest:
     def dtype_name(self) -> str:
         """Of the frames."""
         return dtype_name(self.frames_dtype)
+
+
+def has_decoder(parts: Sequence[str]) -> bool:
+    """Whether any of the parts holds the decoder."""
+    return set(parts) != {"vision"}
 
 
 def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset: int) -> None:

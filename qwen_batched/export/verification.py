@@ -16,7 +16,7 @@ from qwen_batched.export.parts import Parts
 
 FLOAT32_BOUND = 1e-5  # relative L2 from the live model in float32
 # Times the live model's own deviation from a wider dtype: in half precision from float32; and in float32 from float64,
-# where weights with massive channels make rounding alone exceed the bound above.
+# where massive activations make rounding alone exceed the bound above.
 OWN_BOUNDS = {torch.float32: 1.5, torch.float16: 1.1, torch.bfloat16: 1.1}
 
 Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
