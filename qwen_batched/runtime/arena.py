@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import weakref
 from collections.abc import Iterator
@@ -60,9 +61,10 @@ class Arena:
     def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
         """Captures what is done inside the `with` block.
 
-        Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back.
+        Not by `torch.cuda.graph`, which first waits for the device and gives all cached memory back. No garbage is
+        collected meanwhile: what its finalizers ask of the device can invalidate the capture.
         """
-        with self._one_capture, self._turn, self._record(self._anchors[-1].pool()) as graph:
+        with self._one_capture, self._turn, _no_garbage_collection(), self._record(self._anchors[-1].pool()) as graph:
             yield graph
 
     def _open_pool(self) -> None:
@@ -107,3 +109,14 @@ class Arena:
                 yield self._last_use
             finally:
                 self._last_use.record(stream)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

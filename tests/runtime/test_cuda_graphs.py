@@ -238,6 +238,7 @@ def test_trap26_a_capture_packs_nothing(own, name):
 
 
 def test_a_model_moved_to_the_host_leaves_the_gpu(load):
+    warm(load(device="cuda").requires_grad_(False), frames(28, 28))  # the thread's cuBLAS workspace stays
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = load(device="cuda").requires_grad_(False)
@@ -473,6 +474,33 @@ def test_after_an_invalidated_capture_others_are_captured_and_random_numbers_dra
     for _ in range(3):
         assert torch.equal(run("captured", layer), layer(x))
     assert len(graphs) == 1
+
+
+def test_no_garbage_is_collected_inside_a_capture(own):
+    """A finalizer that waits for the device would invalidate it: here, of something in a cycle."""
+
+    class Waits:
+        def __del__(self):
+            collected.append(torch.cuda.is_current_stream_capturing())
+            torch.cuda.current_stream().synchronize()
+
+    collected = []
+    layer = own.visual.blocks[0].norm1
+    forward = layer.forward
+
+    def run(x):
+        for _ in range(5000):
+            waits = Waits()
+            waits.itself = waits
+        return forward(x)
+
+    graphs, x = CudaGraphs(), torch.randn(4, layer.weight.shape[0], device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(graphs.run([layer], "key", run, x, device=x.device), forward(x))
+    assert len(graphs) == 1
+    assert collected and not any(collected)
+    assert gc.isenabled()
 
 
 def test_running_out_of_memory_names_the_batch_and_the_cure(own):
