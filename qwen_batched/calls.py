@@ -62,6 +62,10 @@ class Calls:
         # Of tokens behind a prompt, of which each graph holds a copy.
         self.suffixes = CudaGraphs(MAX_SUFFIX_GRAPHS, prepare=pack)
 
+    @property
+    def _all(self) -> tuple[CudaGraphs, ...]:
+        return self.tower, self.decoder, self.steps, self.suffixes
+
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:
         return Calls, ()  # a copied or unpickled model begins anew
 
@@ -200,19 +204,32 @@ class Calls:
     @property
     def graph_count(self) -> int:
         """How many there are."""
-        return sum(map(len, (self.tower, self.decoder, self.steps, self.suffixes)))
+        return sum(map(len, self._all))
 
     @contextlib.contextmanager
-    def admitting_all(self) -> Iterator[None]:
-        """Inside the `with` block second calls are captured, whatever has to give way."""
+    def admitting_all(self) -> Iterator[list[RuntimeError]]:
+        """Inside the `with` block second calls are captured, whatever has to give way; yields why some could not be."""
+        refused: list[RuntimeError] = []
         with contextlib.ExitStack() as stack:
-            for graphs in (self.tower, self.decoder, self.steps, self.suffixes):
-                stack.enter_context(graphs.admitting_all())
+            for graphs in self._all:
+                stack.enter_context(graphs.admitting_all(refused))
+            yield refused
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Forgets the graphs made inside the `with` block if it raises."""
+        before = [graphs.keys() for graphs in self._all]
+        try:
             yield
+        except BaseException:
+            self.idle.clear()  # whose steps are among the graphs
+            for graphs, keys in zip(self._all, before, strict=True):
+                graphs.keep_only(keys)
+            raise
 
     def clear(self) -> None:
         """Forgets all graphs, and frees their memory."""
-        for graphs in (self.tower, self.decoder, self.steps, self.suffixes):
+        for graphs in self._all:
             graphs.clear()
         self.idle.clear()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +42,10 @@ class WithWarmup(Trainable):
         Raises:
             TypeError, ValueError: An argument is not as described. Nothing was done.
         """
-        with torch.no_grad(), self._calls.admitting_all():
+        with torch.no_grad(), self._calls.admitting_all() as refused:
             for _ in range(2):  # the first compiles kernels and packs weights
                 self(images, texts, **arguments)
+        _warn_of(refused)
 
     def warmup(
         self,
@@ -101,13 +103,29 @@ class WithWarmup(Trainable):
             return Warmup(0, 0.0)
         before = _allocated(self.device)
         self._check_memory(plans[0], forward_arguments)
-        with torch.no_grad(), self._calls.admitting_all():
-            for plan in tqdm(plans, desc="warmup", disable=not progress):
-                for _ in range(2):
-                    self(*plan, **forward_arguments)
-                if new:
-                    self._warm_generation(*plan, new, forward_arguments)
+        refused = self._capture_all(plans, new, forward_arguments, progress)
+        _warn_of(refused)
         return Warmup(self.graph_count, (_allocated(self.device) - before) / 2**20)
+
+    def _capture_all(
+        self, plans: Sequence[tuple], new: int, arguments: dict[str, Any], progress: bool
+    ) -> list[RuntimeError]:
+        """Why some calls could not be captured; raises `ValueError` without any new graph where memory is too small."""
+        with torch.no_grad(), self._calls.all_or_none(), self._calls.admitting_all() as refused:
+            for done, plan in enumerate(tqdm(plans, desc="warmup", disable=not progress)):
+                try:
+                    for _ in range(2):
+                        self(*plan, **arguments)
+                    if new:
+                        self._warm_generation(*plan, new, arguments)
+                except torch.OutOfMemoryError as error:
+                    refused.append(error)
+                if any(isinstance(error, torch.OutOfMemoryError) for error in refused):
+                    raise ValueError(
+                        f"the graphs of these bounds exceed the GPU's memory, which holds the largest {done} of "
+                        f"{len(plans)}: lower max_text_tokens, max_new_tokens or batch_sizes"
+                    )
+        return refused
 
     def _warm_generation(
         self, images: Any, texts: list[str], mask: Tensor | None, new: int, arguments: dict[str, Any]
@@ -181,6 +199,12 @@ class WithWarmup(Trainable):
                 raise ValueError(f"prompt and new tokens must fit into {most} tokens, got {sizes}")
             if prompts.length - min(found) >= longest:
                 return found
+
+
+def _warn_of(refused: Sequence[RuntimeError]) -> None:
+    if refused:
+        message = f"no CUDA graph for {len(refused)} shapes, which run without: {refused[0]}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _allocated(device: torch.device) -> int:

@@ -37,6 +37,11 @@ class Uses:
         """From now on `key` counts as unused, however often it is."""
         self._times[key] = deque(maxlen=0)
 
+    def admit_refused(self) -> None:
+        """Forgets which keys were refused."""
+        for key in [key for key, times in self._times.items() if times.maxlen == 0]:
+            del self._times[key]
+
     def is_commoner(self, key: Hashable, other: Hashable) -> bool:
         """Whether `key` is worth the place of `other`."""
         return self._last(USES_THAT_REPAY, key) > self._last(2, other)

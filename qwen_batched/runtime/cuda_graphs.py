@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,7 +50,7 @@ class CudaGraphs:
         self._uses = Uses()  # of calls that have run since the snapshot
         self._snapshot: ModuleSnapshot | None = None
         self._arena: Arena | None = None
-        self._thread = threading.local()  # `admits_all`, `ran` and `replayed`, of the calls of a thread
+        self._thread = threading.local()  # `refused`, `ran` and `replayed`, of the calls of a thread
         self._lock = threading.RLock()
 
     def run(
@@ -99,8 +99,7 @@ class CudaGraphs:
                             _, obstacle = self._capture(key, function, inputs, held, device)
         finally:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
-                message = f"no CUDA graph for this shape, it runs without: {obstacle}"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+                self._tell(obstacle)
         return outputs
 
     def repeat(
@@ -124,13 +123,16 @@ class CudaGraphs:
                 count -= 1
 
     @contextlib.contextmanager
-    def admitting_all(self) -> Iterator[None]:
-        """Inside the `with` block the second call of a kind is captured, whatever has to give way."""
-        self._thread.admits_all = True
+    def admitting_all(self, refused: list[RuntimeError]) -> Iterator[None]:
+        """Inside the `with` block the second call of a kind is captured, whatever has to give way.
+
+        Why one could not be is added to `refused`, without a warning.
+        """
+        self._thread.refused = refused
         try:
             yield
         finally:
-            self._thread.admits_all = False
+            self._thread.refused = None
 
     def forget(self) -> None:
         """Forgets all calls; their memory stays for others."""
@@ -147,6 +149,19 @@ class CudaGraphs:
             for full in [full for full in self._calls if full[0] is key]:
                 self._evict(full)
             self._release_finished()
+
+    def keys(self) -> set[Hashable]:
+        """Those of the calls that are captured."""
+        with self._lock:
+            return {*self._calls}
+
+    def keep_only(self, keys: Collection[Hashable]) -> None:
+        """Forgets all other calls, and that some could not be captured."""
+        with self._lock:
+            for key in [key for key in self._calls if key not in keys]:
+                self._evict(key)
+            self._release_finished(wait=True)
+            self._uses.admit_refused()
 
     def clear(self) -> None:
         """Forgets all calls, and lets go of their memory."""
@@ -201,7 +216,7 @@ class CudaGraphs:
     def _earns_graph(self, key: Hashable) -> bool:
         """Whether a call has run, and there is room or it is worth the place of another."""
         return key in self._uses and (
-            getattr(self._thread, "admits_all", False)
+            getattr(self._thread, "refused", None) is not None
             or len(self._calls) < self.max_graphs
             or self._uses.is_commoner(key, self._uses.least_common(self._calls))
         )
@@ -213,7 +228,7 @@ class CudaGraphs:
         inputs: Sequence[Tensor],
         held: Sequence[Tensor],
         device: torch.device,
-    ) -> tuple[CapturedCall | None, str | None]:
+    ) -> tuple[CapturedCall | None, RuntimeError | None]:
         """The call as a graph, or why there is none."""
         if len(self._calls) >= self.max_graphs:
             self._evict(self._uses.least_common(self._calls))
@@ -228,8 +243,16 @@ class CudaGraphs:
                 self._calls[key] = CapturedCall(function, inputs, held, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
-            return None, str(error)
+            return None, error
         return self._calls[key], None
+
+    def _tell(self, obstacle: RuntimeError) -> None:
+        refused = getattr(self._thread, "refused", None)
+        if refused is not None:
+            refused.append(obstacle)
+        else:
+            message = f"no CUDA graph for this shape, it runs without: {obstacle}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def _evict(self, key: Hashable) -> None:
         """A graph gives up its place; its memory is no one else's until the device is through with it."""

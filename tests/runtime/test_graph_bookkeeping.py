@@ -162,12 +162,30 @@ def test_where_all_are_admitted_the_second_call_is_captured_whoever_gives_way(fa
     graphs = CudaGraphs(max_graphs=2)
     for size in (1, 2):
         run_twice(graphs, linear, "key", linear, torch.randn(size, 3))
-    with graphs.admitting_all():
+    with graphs.admitting_all([]):
         run_twice(graphs, linear, "key", linear, torch.randn(3, 3))
     assert fake.captured == 3
     assert len(graphs) == 2
     run_twice(graphs, linear, "key", linear, torch.randn(4, 3))
     assert fake.captured == 3
+
+
+def test_where_all_are_admitted_refusals_are_gathered_and_can_be_forgotten(fake, linear):
+    graphs, kept, x = CudaGraphs(), torch.randn(1, 3), torch.randn(2, 3)
+    run_twice(graphs, linear, "key", linear, kept)
+    before, refused = graphs.keys(), []
+    with warnings.catch_warnings(), graphs.admitting_all(refused):
+        warnings.simplefilter("error")
+        run_twice(graphs, linear, "other", linear, x)
+        fake.error = torch.OutOfMemoryError("full")
+        run_twice(graphs, linear, "key", linear, x)
+    assert refused == [fake.error]
+    fake.error = None
+    assert len(graphs) == 2
+    graphs.keep_only(before)
+    assert graphs.keys() == before
+    run_twice(graphs, linear, "key", linear, x)
+    assert len(graphs) == 2, "what could not be captured is tried again"
 
 
 def test_a_call_is_captured_by_a_thread_that_has_run_it_only(fake, linear):
@@ -229,7 +247,7 @@ def test_what_a_thread_has_run_keeps_nothing_alive_and_is_bounded(fake, linear, 
 def test_a_thread_that_admits_all_does_so_for_itself_alone(fake, linear):
     graphs = CudaGraphs(max_graphs=1)
     run_twice(graphs, linear, "key", linear, torch.randn(1, 3))
-    with graphs.admitting_all():
+    with graphs.admitting_all([]):
         other = threading.Thread(target=lambda: run_twice(graphs, linear, "key", linear, torch.randn(2, 3)))
         other.start()
         other.join()

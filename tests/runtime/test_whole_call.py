@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import random
+import threading
+import warnings
 
 import pytest
 import torch
@@ -472,6 +474,40 @@ def test_captured_steps_give_the_same_tokens(on_gpu, name, dtype):
 
 
 @pytest.mark.gpu
+def test_threads_on_streams_of_their_own_generate_in_each_others_states(on_gpu):
+    """A state goes from one stream to another while the first may still be at work."""
+    texts = [["Pick up the red block.", "a"], ["Open the drawer.", "b c d"]]
+    images = [frames(seed).cuda() for seed in range(2)]
+
+    def generate(which, **options):
+        return [
+            ids.tolist() for ids in on_gpu.generate(images[which], texts[which], max_new_tokens=24, **options).token_ids
+        ]
+
+    expected = [generate(which, cuda_graph=False) for which in range(2)]
+    for which in range(2):
+        for _ in range(2):
+            generate(which)
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(which):
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(12):
+                    assert generate(which) == expected[which]
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, repr(wrong)
+
+
+@pytest.mark.gpu
 def test_memory_is_flat_over_many_generations(on_gpu):
     def round_trip(calls):
         for index in range(calls):
@@ -645,6 +681,36 @@ def test_warmup_looks_for_memory_with_the_largest_batch_and_makes_no_graph_twice
     made = own.warmup(frames(), max_text_tokens=5, batch_sizes=(1, 3, 1), progress=False)
     assert tried == [3]
     assert made.graphs == fake.captured
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_warmup_that_runs_out_of_memory_leaves_no_graph_of_its_own(own, fake, at):
+    for _ in range(2):
+        call(own, frames(), TEXTS)
+    before = own.graph_count
+    assert before == 2
+
+    def fill():
+        if fake.captured == before + at:
+            fake.error = torch.OutOfMemoryError("CUDA out of memory")
+
+    fake.before_capture = fill
+    bounds = {"max_text_tokens": 20, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"exceed the GPU's memory, which holds the largest \d of \d+: lower"):
+            own.warmup(frames(1, height=84), **bounds)
+    assert own.graph_count == before
+    fake.error, fake.before_capture = None, lambda: None
+    assert_replayed(own, fake, frames(), TEXTS)
+    assert own.warmup(frames(1, height=84), **bounds).graphs > before + at, "with memory it is as if never tried"
+
+
+def test_warmup_tells_once_what_else_cannot_be_captured(own, fake):
+    fake.error = RuntimeError("invalidated")
+    with pytest.warns(RuntimeWarning, match="invalidated") as caught:
+        assert own.warmup(frames(), max_text_tokens=5, progress=False).graphs == 0
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
