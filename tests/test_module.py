@@ -294,6 +294,25 @@ def test_texts_not_seen_before_are_copied_without_synchronisation(load, images):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["device frames", "pinned host frames", "device frames, host mask"])
+def test_after_warmup_no_text_makes_a_synchronisation(load, name):
+    """Of no length that was seen before, in a bucket that is known."""
+    place, first, second, options, mask_place = SYNC_CASES[name]
+    model = load(device="cuda").requires_grad_(False)
+    mask = None if mask_place is None else mask_place(MASK)
+    with torch.no_grad():
+        model.warmup(place(first), max_text_tokens=60, camera_mask=mask, progress=False, **options)
+        graphs = model.graph_count
+        for words in (1, 4, 9, 17):
+            images, texts = place(second), ["a " * words, "a b"]
+            out = without_synchronisation(lambda i=images, t=texts: model(i, t, camera_mask=mask, **options))
+            assert model.graph_count == graphs
+            assert torch.equal(
+                out.last_hidden_state, model(images, texts, camera_mask=mask, cuda_graph=False).last_hidden_state
+            )
+
+
+@pytest.mark.gpu
 def test_a_camera_mask_not_seen_before_is_copied_without_synchronisation(load):
     model, frames = load(device="cuda"), FIRST.cuda()
     first, second = torch.tensor([[True, False], [True, True]]), torch.tensor([[True, True], [True, False]])
