@@ -24,8 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import measure
+import peers
 import runs
 import torch
+import whole_peers
 from measure import Goal, Work, note, print_table
 from torch import Tensor
 
@@ -193,6 +195,34 @@ def measure_long_run(run: Run, calls: int) -> dict[str, Any]:
     return found
 
 
+def measure_floors(run: Run, step: float) -> dict[str, Any]:
+    """The loop beside its matrix products alone, timed alike; a decoding step beside reading the weights once."""
+    config, camera, model = run.model.config, run.shapes.camera, run.model
+    frames, text = run.frames(camera.batch, camera.cameras, camera.size), next(texts(12, 12, 0))
+    tokens = model.processor(frames, [text], resize=None, device=run.device, dtype=model.dtype)["input_ids"].numel()
+    tower = peers.products(config.vision, peers.passes_of(config.vision, camera), run.like)
+    decoder = whole_peers.products(config.text, tokens, run.like)
+
+    def products() -> None:
+        tower()
+        decoder()
+
+    loop = {"loop": lambda: model(frames, [text], resize=None), "products alone": products}
+    found = {name: row["median"] for name, row in run.times(loop, take=measure.single_times).items()}
+    source = torch.empty(2**31 if run.device.type == "cuda" else 2**20, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    copy = run.times({"copy": lambda: target.copy_(source)}, take=measure.device_times)["copy"]["median"]
+    read = [*model.language_model.layers.parameters(), model.lm_head.weight]
+    found["weights by the copy's bandwidth"] = sum(tensor.nbytes for tensor in read) / (2 * source.nbytes / copy)
+    found["a step"] = step
+    print_table(("floors", "ms"), [(name, f"{value:.3f}") for name, value in found.items()])
+    run.goals += [
+        Goal("control loop over the products alone", found["loop"] / found["products alone"], 1.42, 1.25, "x"),
+        Goal("decoding step over its weights' bytes", step / found["weights by the copy's bandwidth"], 1.2, 1.08, "x"),
+    ]
+    return found
+
+
 @torch.inference_mode()
 def run_all(options: Namespace, temporary: str) -> int:
     run, _ = Run.begin(options, SMOKE if options.smoke else FULL, temporary)
@@ -211,6 +241,7 @@ def run_all(options: Namespace, temporary: str) -> int:
         after = run.report["after"] = measure_loop(run, "after warmup")
     run.report["generation"] = generation = measure_generation(run, "generate")
     run.report["environments"] = environments = measure_environments(run, "environments")
+    run.report["floors"] = measure_floors(run, generation["B=1: a step"])
     if has_warmup and options.calls:
         run.model.clear_graphs()
         for c in range(1, 5):
