@@ -25,12 +25,13 @@ MAX_DEVICE_LAYOUTS = 64  # of one text, where only the device knows which camera
 
 
 @dataclass(frozen=True, eq=False)
-class TokenRow:
-    """A prompt's tokens (U,) on a device; the last `answer_tokens`, there also as `count` (1,), are its answer's."""
+class TextRows:
+    """A text as tokens on a device, once for each of C choices of cameras."""
 
-    ids: Tensor
-    count: Tensor
-    answer_tokens: int
+    ids: Tensor  # (C, U), filled up with `NO_TOKEN`
+    counts: Tensor  # (C,), how many at the end of each row are its answer's
+    lengths: Sequence[int]  # the same facts for the host: tokens of each row,
+    answer_tokens: Sequence[int]  # and those of its answer
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,16 @@ class PromptRows:
         """
         batch, cameras = len(call.texts), len(call.grids)
         present = [[True] * cameras] * batch if camera_mask is None else camera_mask.tolist()
-        rows, lengths = self._rows_of(call, list(zip(present)))
-        ids, answer_tokens = [], 0
-        for sample, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            if length == row.answer_tokens:
+        rows, lengths = self._rows_of(call, [[here] for here in present])
+        for sample, (row, (length,)) in enumerate(zip(rows, lengths, strict=True)):
+            if length == row.answer_tokens[0]:
                 raise ValueError(f"a prompt must have at least one token, got none for sample {sample}")
-            ids.append(row.ids)
-            answer_tokens += row.answer_tokens
-        answers = None if call.targets is None else torch.cat([row.count for row in rows])
-        return Prompts(_pad_rows(ids), max(lengths), sum(lengths), answers, answer_tokens)
+        ids = rows[0].ids  # a control loop's only prompt: two launches less
+        if batch > 1:
+            ids = pad_sequence([row.ids[0] for row in rows], batch_first=True, padding_value=ops.NO_TOKEN)
+        answers = None if call.targets is None else torch.cat([row.counts for row in rows])
+        totals = [length for (length,) in lengths]
+        return Prompts(ids, max(totals), sum(totals), answers, sum(row.answer_tokens[0] for row in rows))
 
     def lay_out_on_device(self, call: TextCall, camera_mask: Tensor) -> Prompts:
         """The same where only the device knows the mask: whatever it may be is laid out, and the device chooses.
@@ -77,68 +79,76 @@ class PromptRows:
         Raises `ValueError` also where the template has slots for so many cameras that there are too many layouts.
         """
         cells, batch, has_slots = _cells(call), len(call.texts), call.encoder.has_slots(call.template)
-        options = _options(cells, has_slots)
-        rows, lengths = self._rows_of(call, [options] * batch)
+        rows, lengths = self._rows_of(call, [_options(cells, has_slots)] * batch)
         if has_slots:
             bits = torch.arange(len(cells), device=camera_mask.device)
             chosen = (camera_mask.long() << bits).sum(dim=1, keepdim=True)
         else:
             chosen = camera_mask.sum(dim=1, keepdim=True)
-        ids = _pad_rows([row.ids for row in rows]).unflatten(0, (batch, len(options)))
-        ids = ids.gather(1, chosen[..., None].expand(-1, 1, ids.shape[-1]))[:, 0]
+        ids_BUC = rows[0].ids.T[None]
+        if batch > 1:
+            ids_BUC = pad_sequence([row.ids.T for row in rows], batch_first=True, padding_value=ops.NO_TOKEN)
+        ids = ids_BUC.gather(2, chosen[:, None].expand(-1, ids_BUC.shape[1], 1))[..., 0]
+        longest = max(map(max, lengths))
         if call.targets is None:
-            return Prompts(ids, max(lengths), tokens=None)
-        answers = torch.cat([row.count for row in rows]).view(batch, len(options)).gather(1, chosen)[:, 0]
-        samples = (rows[start : start + len(options)] for start in range(0, len(rows), len(options)))
-        most = sum(max(row.answer_tokens for row in sample) for sample in samples)
-        return Prompts(ids, max(lengths), None, answers, most)
+            return Prompts(ids, longest, tokens=None)
+        answers = torch.stack([row.counts for row in rows]).gather(1, chosen)[:, 0]
+        return Prompts(ids, longest, None, answers, sum(max(row.answer_tokens) for row in rows))
 
-    def _rows_of(self, call: TextCall, present: Sequence[Sequence[Sequence[bool]]]) -> tuple[list[TokenRow], list[int]]:
-        """For each sample a row for each choice of its cameras, and the lengths of their sequences, images expanded."""
+    def _rows_of(
+        self, call: TextCall, present: Sequence[Sequence[Sequence[bool]]]
+    ) -> tuple[list[TextRows], list[list[int]]]:
+        """Each text for each choice of its cameras, and the lengths of these sequences, images expanded."""
         stamp, has_slots = call.encoder.stamp(call.template), call.encoder.has_slots(call.template)
         cells = _cells(call)
         rows, lengths = [], []
         for text, answer, choices in zip(call.texts, call.targets or [None] * len(call.texts), present, strict=True):
-            for here in choices:
-                count = sum(here)
-                span = sum(itertools.compress(cells, here)) - count
-                row = self._row(call, text, answer, tuple(here) if has_slots else count, span, stamp)
-                rows.append(row)
-                lengths.append(len(row.ids) + span)
+            counts = [sum(here) for here in choices]
+            spans = [sum(itertools.compress(cells, here)) - count for here, count in zip(choices, counts, strict=True)]
+            row = self._row(call, text, answer, tuple(map(tuple, choices) if has_slots else counts), spans, stamp)
+            rows.append(row)
+            lengths.append(list(map(operator.add, row.lengths, spans)))
         return rows, lengths
 
     def _row(
-        self, call: TextCall, text: str, answer: str | None, cameras: Cameras, span: int, stamp: str | None
-    ) -> TokenRow:
-        """Tokens on the device, copied there the first time only; `span` more come with the images.
+        self,
+        call: TextCall,
+        text: str,
+        answer: str | None,
+        choices: tuple[Cameras, ...],
+        spans: Sequence[int],
+        stamp: str | None,
+    ) -> TextRows:
+        """Tokens on the device, copied there the first time only; `spans` more come with the images.
 
         Nothing is kept of a prompt that is refused.
         """
         encoder, config = call.encoder, call.config
 
-        def make() -> TokenRow:
+        def make() -> TextRows:
             least = encoder.least_tokens(text) + (encoder.least_tokens(answer) if answer else 0)
             if least > config.max_position_embeddings:  # and is not worth tokenising
                 _check_length(config, least, 0, "at least ")
-            if answer is None:
-                ids, answer_tokens = encoder.encode(text, call.template, cameras, call.system), 0
-            else:
-                ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
-            _check_length(config, len(ids) + span, call.max_new_tokens)
-            if (largest := max(ids, default=0)) >= config.vocab_size:
-                token = f"{largest} for {encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
-                limit = f"{config.vocab_size}, the rows of the model's embedding"
-                raise ValueError(f"token ids must be below {limit}, got {token}")
-            # A tensor of a list takes the host several times as long as one of an array.
-            both = h2d(call.device, torch.frombuffer(array("q", [*ids, answer_tokens]), dtype=torch.int64))
-            return TokenRow(both[:-1], both[-1:], answer_tokens)
+            encoded = []
+            for cameras, span in zip(choices, spans, strict=True):
+                if answer is None:
+                    ids, answer_tokens = encoder.encode(text, call.template, cameras, call.system), 0
+                else:
+                    ids, answer_tokens = encoder.encode_with_answer(text, answer, call.template, cameras, call.system)
+                _check_length(config, len(ids) + span, call.max_new_tokens)
+                if (largest := max(ids, default=0)) >= config.vocab_size:
+                    token = f"{largest} for {encoder.tokenizer.convert_ids_to_tokens(largest)!r:.100}"
+                    limit = f"{config.vocab_size}, the rows of the model's embedding"
+                    raise ValueError(f"token ids must be below {limit}, got {token}")
+                encoded.append((ids, answer_tokens))
+            return _on_device(encoded, call.device)
 
         key = (
             text,
             answer,
             call.template,
             call.system,
-            cameras,
+            choices,
             stamp,
             encoder,
             encoder.vocabulary,
@@ -147,9 +157,21 @@ class PromptRows:
             call.device,
         )
         row = cached_h2d(self._rows, key, make)
-        if len(row.ids) + span + call.max_new_tokens > config.max_position_embeddings:  # which are not in the key
-            _check_length(config, len(row.ids) + span, call.max_new_tokens)
+        longest = max(map(operator.add, row.lengths, spans))
+        if longest + call.max_new_tokens > config.max_position_embeddings:  # which are not in the key
+            _check_length(config, longest, call.max_new_tokens)
         return row
+
+
+def _on_device(encoded: Sequence[tuple[list[int], int]], device: torch.device) -> TextRows:
+    """Token ids and how many of them are an answer's, of each choice: by one copy."""
+    lengths = [len(ids) for ids, _ in encoded]
+    longest, values = max(lengths), array("q")
+    for ids, answer_tokens in encoded:
+        values.extend([*ids, *[ops.NO_TOKEN] * (longest - len(ids)), answer_tokens])
+    # A tensor of a list takes the host several times as long as one of an array.
+    both = h2d(device, torch.frombuffer(values, dtype=torch.int64).view(len(encoded), longest + 1))
+    return TextRows(both[:, :-1], both[:, -1], lengths, [answer_tokens for _, answer_tokens in encoded])
 
 
 def _cells(call: TextCall) -> list[int]:
@@ -178,13 +200,6 @@ def _options(cells: Sequence[int], has_slots: bool) -> list[tuple[bool, ...]]:
     return [choice[::-1] for choice in itertools.product((False, True), repeat=len(cells))]
 
 
-def _pad_rows(rows: list[Tensor]) -> Tensor:
-    """Rows of ids as a tensor (rows, longest), filled up with `NO_TOKEN`."""
-    if len(rows) == 1:
-        return rows[0][None]  # a control loop's only prompt: two launches less
-    return pad_sequence(rows, batch_first=True, padding_value=ops.NO_TOKEN)
-
-
 def _row_bytes(key: tuple[Hashable, ...], row: object) -> int:
     strings = sum(sys.getsizeof(part) for part in key if isinstance(part, str))
-    return strings + row.ids.numel() * row.ids.element_size()
+    return strings + row.ids.nbytes
