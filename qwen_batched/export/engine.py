@@ -7,6 +7,7 @@ kind of device that compiled it.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import Tensor
 from qwen_batched.export.tracing import Part, trace
 
 SUFFIX = ".pt2"
+# A compiler without the link `libstdc++.so` takes the static library. With a C++ library of its own beside that of
+# PyTorch a package crashes when it is loaded, in `std::regex`, which finds the facets of the other one.
+SETTINGS = {"aot_inductor.custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}
 
 
 def write(part: Part, path: Path) -> None:
@@ -26,7 +30,7 @@ def write(part: Part, path: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _inductor.aoti_compile_and_package(trace(part), package_path=str(path))
+        _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=SETTINGS)
 
 
 def open_package(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
@@ -60,7 +64,8 @@ def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]
     ):
         if made != here:
             raise ValueError(f"the package {part!r} was made for {what} {made}, got {here}: export it again here")
-    run, expected, batch = open_package(folder / f"{part}{SUFFIX}"), manifest["arguments"][part], manifest["batch"]
+    run = open_package(folder / f"{part}{SUFFIX}")
+    expected, batch = manifest["arguments"][part], manifest["batch"]
 
     def checked(arguments: Mapping[str, Tensor]) -> list[Tensor]:
         check_arguments(arguments, expected, batch, manifest["device_type"])

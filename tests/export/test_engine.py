@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qwen_batched.export import export, load_engine
+from qwen_batched.export.engine import open_package, write
 from qwen_batched.export.programs import rope_positions
+from qwen_batched.export.tracing import Part
 from tests.export.conftest import load
 from tests.processes import ROOT
 from tests.support import photos, relative_error
@@ -182,3 +184,16 @@ def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
         done = run(runner, *words)
         assert done.returncode == 2 and done.stderr.startswith("runner: ") and done.stdout == "", words
         assert not (tmp_path / "out").exists(), words
+
+
+def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path):
+    """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded."""
+    compiler = tmp_path / "static-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-shared*) set -- "$@" -static-libstdc++;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    layer, x = torch.nn.Linear(4, 4).requires_grad_(False), torch.randn(2, 4)
+    part = Part(layer, {"input": x}, {}, ("output",))
+    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),), "fx_graph_cache": False}):
+        write(part, tmp_path / "layer.pt2")
+    (found,) = open_package(tmp_path / "layer.pt2")({"input": x})
+    assert relative_error(found, layer(x)) <= COMPILED
