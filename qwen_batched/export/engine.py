@@ -10,12 +10,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
 
 SUFFIX = ".pt2"
@@ -28,16 +30,18 @@ def write(part: Part, path: Path) -> None:
     """Compiles a part to a package."""
     from torch import _inductor
 
+    if next(iter(part.examples.values())).is_cuda:
+        part = replace(part, program=packed(part.program))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=SETTINGS)
 
 
-def open_package(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
-    """The package as a function of its arguments in their order."""
+def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+    """The package as a function of its arguments in their order; see `load_engine`."""
     from torch import _inductor
 
-    package = _inductor.aoti_load_package(str(path))
+    package = _inductor.aoti_load_package(str(path), run_single_threaded=for_graphs)
 
     def run(arguments: Mapping[str, Tensor]) -> list[Tensor]:
         results = package(*arguments.values())
@@ -46,8 +50,12 @@ def open_package(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     return run
 
 
-def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+def load_engine(
+    folder: str | Path, part: str, *, for_graphs: bool = False
+) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """A part of an exported engine, as a function of its arguments by name.
+
+    With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it.
 
     The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
     nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, or
@@ -64,7 +72,7 @@ def load_engine(folder: str | Path, part: str) -> Callable[[Mapping[str, Tensor]
     ):
         if made != here:
             raise ValueError(f"the package {part!r} was made for {what} {made}, got {here}: export it again here")
-    run = open_package(folder / f"{part}{SUFFIX}")
+    run = open_package(folder / f"{part}{SUFFIX}", for_graphs)
     expected, batch = manifest["arguments"][part], manifest["batch"]
 
     def checked(arguments: Mapping[str, Tensor]) -> list[Tensor]:
