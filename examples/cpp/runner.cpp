@@ -8,6 +8,10 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#ifdef WITH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
 
 #include <algorithm>
 #include <fstream>
@@ -43,6 +47,28 @@ const std::vector<double>& numbers(const Settings& settings, const std::string& 
 std::vector<int64_t> integers(const Settings& settings, const std::string& name) {
   const auto& found = numbers(settings, name);
   return {found.begin(), found.end()};
+}
+
+// What a package gives. On a GPU by a CUDA graph, which a loop would keep, and replay after it has copied new values into
+// `inputs`.
+std::vector<Tensor> run(AOTIModelPackageLoader& package, const std::vector<Tensor>& inputs) {
+  auto results = package.run(inputs);
+#ifdef WITH_CUDA
+  if (inputs[0].is_cuda()) {
+    at::cuda::CUDAGraph graph;
+    c10::cuda::getCurrentCUDAStream().synchronize();
+    {
+      const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool());
+      graph.capture_begin();
+      results = package.run(inputs);
+      graph.capture_end();
+    }
+    graph.replay();
+    for (Tensor& result : results) result = result.clone();
+    c10::cuda::getCurrentCUDAStream().synchronize();
+  }
+#endif
+  return results;
 }
 
 // A binary PPM as uint8 (3, H, W).
@@ -158,8 +184,9 @@ int main(int argc, char** argv) try {
   const auto settings = read_settings(words[1]);
   const at::Device device(numbers(settings, "cuda")[0] ? at::kCUDA : at::kCPU);
   const Tensor frames = read_frames({words.begin() + first_image, words.end()}, settings);
-  AOTIModelPackageLoader vision(words[1] + "/vision.pt2");
-  auto features = vision.run(std::vector<Tensor>{frames.to(device)});
+  // For one thread at a time: else it waits for the device, which no capture allows.
+  AOTIModelPackageLoader vision(words[1] + "/vision.pt2", "model", /*run_single_threaded=*/true);
+  auto features = run(vision, {frames.to(device)});
   if (is_generation) {
     generate(words[1], settings, read_ids(words[2]), std::stoll(words[3]), features);
   } else {
