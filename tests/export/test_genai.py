@@ -175,6 +175,18 @@ def test_a_pad_token_that_prompts_hold_is_not_the_runtimes(folders, tmp_path, mo
     assert Runtime(changed).generate("go") == live_tokens(model, "go")
 
 
+def test_added_tokens_are_read_as_the_live_processor_reads_them(folders, sisters, tmp_path):
+    _, folder, _ = folders("tiny")
+    model = load(sisters("tiny"))
+    assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    write_config_files(changed, model, request_of(model))
+    text = "<act_2> then <act_1><act_1> é 漢字 🤖\n\n  x"
+    ids = model.processor(None, [text])["input_ids"][0].tolist()
+    inputs = Runtime(changed).inputs([{"role": "user", "content": text}], ())
+    assert inputs["input_ids"].as_numpy()[0].tolist() == ids
+
+
 def test_texts_of_one_length_run_as_a_batch(folders):
     model, folder, _ = folders("tiny")
     runtime = Runtime(folder)
@@ -259,6 +271,15 @@ def test_a_chat_template_that_looks_at_its_text_goes_along(write_again, folders,
     manifest = write_again(tmp_path / "out")
     assert manifest["deviation"]["call"]["measured"] <= WRITTEN
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+
+
+def test_an_export_leaves_the_live_model_as_it_was(write_again, folders, tmp_path):
+    model, frames = folders("tiny").model, photos(1, 1, 56, 84)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    expected = model(frames, ["go"], resize=None).last_hidden_state
+    write_again(tmp_path / "out")
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert torch.equal(model(frames, ["go"], resize=None).last_hidden_state, expected)
 
 
 def test_the_command_exports(write_again, sisters, tmp_path, capsys):
