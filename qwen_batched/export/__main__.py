@@ -1,4 +1,4 @@
-"""`python -m qwen_batched.export`: a checkpoint -> a folder for ONNX Runtime, or of compiled packages.
+"""`python -m qwen_batched.export`: a checkpoint -> a folder of ONNX graphs, for onnxruntime-genai, or of packages.
 
 Exit code 0; 2 where nothing was exported, with the reason in a line on standard error.
 """

@@ -14,11 +14,14 @@ import torch
 from tqdm import tqdm
 
 from qwen_batched.export import engine, manifest, onnx_files
+from qwen_batched.export.genai.config_files import write_config_files
+from qwen_batched.export.genai.parts import GenaiParts
+from qwen_batched.export.genai.running import open_folder
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.preprocessing import Size
 from qwen_batched.export.programs import detached
-from qwen_batched.export.request import OPSET, ExportRequest, check_folder
-from qwen_batched.export.verification import Run, measure
+from qwen_batched.export.request import CALL, GENAI, OPSET, ExportRequest, check_folder
+from qwen_batched.export.verification import Deviation, Run, measure
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 TEMPLATE = "chat"
@@ -44,23 +47,26 @@ def export(
     opset: int = OPSET,
     parts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Writes a folder of compiled packages or of ONNX graphs, and a manifest.
+    """Writes a folder of compiled packages, of ONNX graphs, or of what onnxruntime-genai runs, and a manifest.
 
     The parts: `vision`, frames to features; `decoder`, ids and features to logits; `cached_decoder`, the same behind a
-    key-value cache; `call` (engine only), frames and ids to hidden states. See docs/export.md for their arguments.
+    key-value cache; `call` (engine only), frames and ids to hidden states. Those of "genai" are `vision`, `embedding`
+    and `text`. See docs/export.md for their arguments.
 
     Args:
         model: In the dtype and on the device that are exported for. It stays as it is.
         out: A folder that does not exist or is empty. It appears when all is written and checked.
-        target: "engine" for AOTInductor packages (.pt2), "onnx" for ONNX graphs.
+        target: "engine" for AOTInductor packages (.pt2), "onnx" for ONNX graphs, "genai" for the graphs and configs of
+            onnxruntime-genai, which runs the whole folder before it appears.
         frames: Height and width of the frames and of what they are resized to, "480x640:224x224" or pairs of ints; one
             size where they are not resized.
-        cameras: Frames of a sample.
+        cameras: Frames of a sample. With "genai" a prompt may have any number, and this many are checked.
         batch: Least and most samples, "1-8" or a pair, or a single number.
         sequence: Tokens of a sequence in `decoder` and `call`; None or "dynamic" for any number.
-        frames_dtype: uint8 in 0..255, or float32 or float16 in 0..1.
+        frames_dtype: uint8 in 0..255, or float32 or float16 in 0..1, but with "genai".
         opset: Of ONNX graphs.
-        parts: Which are written; None for all. Each part that holds the decoder holds its weights again.
+        parts: Which are written; None for all, as "genai" must have. Each part that holds the decoder holds its weights
+            again.
 
     Returns:
         What manifest.json says, the measured deviation of each part included.
@@ -74,7 +80,7 @@ def export(
         raise TypeError(f"model must be a QwenBatchedVL, got {type(model).__name__}")
     out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
-    check_folder(out, model, len(chosen.parts))
+    check_folder(out, model, chosen.copies)
     with torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):  # which graphs would keep
         return _export(model, out, chosen)
 
@@ -82,15 +88,15 @@ def export(
 def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str, Any]:
     prompts = model.processor.prompts
     prompt = prompts.pieces(TEMPLATE, chosen.cameras) if chosen.has_prompt and prompts.chat else None
-    all_parts = Parts(detached(model), chosen)
+    all_parts = (GenaiParts if chosen.target == GENAI else Parts)(detached(model), chosen)
     missing = [parent for parent in out.parents if not parent.exists()]
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         folder.mkdir(parents=True)
         deviations = {}
-        for name in tqdm(chosen.parts, desc="export", leave=False, disable=None):
-            run = _written(all_parts, name, folder)
-            deviations[name] = measure(name, all_parts, run, sorted({*chosen.batch}))
+        steps = (*chosen.parts, CALL) if chosen.target == GENAI else chosen.parts  # the last runs what the others wrote
+        for name in tqdm(steps, desc="export", leave=False, disable=None):
+            deviations[name] = _measured(all_parts, name, _written(all_parts, name, folder))
             if not deviations[name].is_within:
                 found = f"{deviations[name].measured:.2e}, more than {deviations[name].bound:.2e}"
                 raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")
@@ -109,11 +115,14 @@ def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str,
     return content
 
 
-def _written(parts: Parts, name: str, folder: Path) -> Run:
+def _written(parts: Parts | GenaiParts, name: str, folder: Path) -> Run:
     """Writes a part, and opens what was written."""
     target, part = parts.request.target, parts.part(name)
     try:
-        if target == "onnx":
+        if target == GENAI and name == CALL:
+            write_config_files(folder, parts.model, parts.request)
+            return open_folder(folder, parts)
+        if target != "engine":
             path = folder / f"{name}{onnx_files.SUFFIX}"
             onnx_files.write(part, path, parts.request.opset)
             return onnx_files.open_graph(path)
@@ -124,3 +133,12 @@ def _written(parts: Parts, name: str, folder: Path) -> Run:
         raise
     except Exception as error:
         raise ExportError(f"{name} could not be written as {target}: {error}") from error
+
+
+def _measured(parts: Parts | GenaiParts, name: str, run: Run) -> Deviation:
+    try:
+        return measure(name, parts, run, sorted({*parts.request.batch}))
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise ExportError(f"{name} could not be run: {error}") from error

@@ -13,12 +13,12 @@ import torch
 
 from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
-from qwen_batched.export.request import ExportRequest, has_decoder
+from qwen_batched.export.request import GENAI, ExportRequest, has_decoder
 from qwen_batched.export.verification import Deviation
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 FORMAT = 1
-VERSIONS = ("qwen_batched", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+VERSIONS = ("qwen_batched", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 LAYOUT = (
     "S: length of the sequence. T_img: image tokens of an image, grid[0] * grid[1]. P: index of its first token: "
     "input_ids are image_token_id at [P, P + T_img); several images are several such windows, in order. image_embeds "
@@ -53,15 +53,15 @@ def manifest(
         "batch": request.batch,
         "sequence": request.sequence,
         "grid": list(request.grid),
-        "layout": LAYOUT,
+        "layout": None if request.target == GENAI else LAYOUT,
         "image_token_id": config.image_token_id,
         "pad_token_id": prompts.pad_token_id,
         "eos_token_ids": list(model.generation_config.eos_token_ids),
         "repetition_penalty": model.generation_config.repetition_penalty,
         "prompt": prompt,
         "renumbered": {str(ours): theirs for ours, theirs in prompts.vocabulary.renumbered.items()},
-        "opset": request.opset if request.target == "onnx" else None,
-        "provider": "CPUExecutionProvider" if request.target == "onnx" else None,
+        "opset": request.opset if request.target != "engine" else None,
+        "provider": "CPUExecutionProvider" if request.target != "engine" else None,
         "device": device_kind(parameter.device),
         "device_type": parameter.device.type,
         "versions": {name: found for name in VERSIONS if (found := _version(name)) is not None},

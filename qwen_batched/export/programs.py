@@ -6,6 +6,7 @@ Shape letters as in CONTRIBUTING.md. V cameras have frames of one size; an image
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,24 +105,11 @@ class CachedDecoderProgram(nn.Module):
             image_embeds: (B, T, D), as of `DecoderProgram`; `deep_embeds` likewise.
             past_keys, past_values: (L, B, C, K, E) of the decoder's L blocks, keys rotated.
         """
-        batch, tokens = input_ids.shape
-        past = past_keys.shape[2]
         is_image = input_ids == self.image_token_id
         embeds = embed(self.decoder, input_ids, is_image, image_embeds)
-        causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeds.device).tril(past)
-        # A padded query sees itself, or softmax would have nothing to add up to 1.
-        itself = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeds.device).triu(past) & causal
-        visible = (causal & (attention_mask != 0)[:, None]) | itself
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        cache = (past_keys, past_values, keys, values)
         deep = () if deep_embeds is None else deep_embeds.unbind(1)
-        hidden = run_in_context(
-            self.decoder,
-            embeds,
-            position_ids,
-            lambda cos, sin: _BehindCache(cos, sin, batch, tokens, visible, *cache),
-            deep,
+        hidden, keys, values = run_behind_cache(
+            self.decoder, embeds, attention_mask != 0, position_ids, past_keys.unbind(0), past_values.unbind(0), deep
         )
         return apply_linear(self.head, hidden), torch.stack(keys), torch.stack(values)
 
@@ -144,6 +132,34 @@ class CallProgram(nn.Module):
         return self.decoder(input_ids, attention_mask, image_embeds, torch.stack(placed, dim=1))
 
 
+def run_behind_cache(
+    decoder: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    position_ids: Tensor,
+    past_keys: Sequence[Tensor],
+    past_values: Sequence[Tensor],
+    deep: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Last hidden states (B, T, D) of new tokens, and keys and values of all tokens, of each block (B, C + T, K, E).
+
+    `mask` is bool (B, C + T), `position_ids` (3, B, T), `past_keys` and `past_values` are of each block (B, C, K, E).
+    """
+    batch, tokens = embeds.shape[:2]
+    past = past_keys[0].shape[1]
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeds.device).tril(past)
+    # A padded query sees itself, or softmax would have nothing to add up to 1.
+    itself = torch.ones(tokens, past + tokens, dtype=torch.bool, device=embeds.device).triu(past) & causal
+    visible = (causal & mask[:, None]) | itself
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    cache = (past_keys, past_values, keys, values)
+    hidden = run_in_context(
+        decoder, embeds, position_ids, lambda cos, sin: _BehindCache(cos, sin, batch, tokens, visible, *cache), deep
+    )
+    return hidden, keys, values
+
+
 @dataclass(frozen=True)
 class _BehindCache:
     """What the decoder's blocks share about new tokens behind a cache, see `model.attention`."""
@@ -153,8 +169,8 @@ class _BehindCache:
     batch: int
     tokens: int
     visible: Tensor  # bool (B, T, C + T)
-    past_keys: Tensor
-    past_values: Tensor
+    past_keys: Sequence[Tensor]  # of each block (B, C, K, E)
+    past_values: Sequence[Tensor]
     keys: list[Tensor]  # of each block (B, C + T, K, E), as they come
     values: list[Tensor]
 

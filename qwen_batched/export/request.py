@@ -17,24 +17,32 @@ from qwen_batched import ops
 from qwen_batched.arguments import as_int, dtype_name, shown
 from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS
 from qwen_batched.export.preprocessing import Size
+from qwen_batched.families import FAMILIES
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.runtime.fast_path import plain_linear
 
-PARTS = {"engine": ("vision", "decoder", "cached_decoder", "call"), "onnx": ("vision", "decoder", "cached_decoder")}
-DTYPES = {"engine": (torch.float32, torch.float16, torch.bfloat16), "onnx": (torch.float32, torch.float16)}
-PACKAGES = {"engine": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+GENAI = "genai"
+PARTS = {
+    "engine": ("vision", "decoder", "cached_decoder", "call"),
+    "onnx": ("vision", "decoder", "cached_decoder"),
+    GENAI: ("vision", "embedding", "text"),
+}
+ONNX_DTYPES, ONNX_PACKAGES = (torch.float32, torch.float16), ("onnx", "onnxscript", "onnxruntime")
+DTYPES = {"engine": (torch.float32, torch.float16, torch.bfloat16), "onnx": ONNX_DTYPES, GENAI: ONNX_DTYPES}
+PACKAGES = {"engine": (), "onnx": ONNX_PACKAGES, GENAI: (*ONNX_PACKAGES, "onnxruntime_genai")}
 FRAMES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16}
 LEAST_OPSET, MOST_OPSET, OPSET = 18, 23, 18
 FLOAT16_OPSETS = range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtime
+CALL = "call"  # frames and token ids to results, through all parts
 TEXT_TOKENS = 9  # of example sequences, beside images, where the sequence is of any length
-FREE_SHARE = 1.2  # of the weights' bytes that must be free on the disk, for each part that holds them
+FREE_SHARE = 1.2  # of the weights' bytes that must be free on the disk, for each copy of them
 
 
 @dataclass(frozen=True)
 class ExportRequest:
     """A checked export."""
 
-    target: str  # "engine" or "onnx"
+    target: str  # "engine", "onnx" or "genai"
     parts: tuple[str, ...]
     source: Size  # of the frames, height and width
     size: Size  # to which they are resized
@@ -95,6 +103,8 @@ class ExportRequest:
                 f"a sequence has at most {limit} tokens, and {cameras} images with a short text have {needed}"
             )
         opset = as_int("opset", opset, LEAST_OPSET, MOST_OPSET)
+        if target == GENAI:
+            _check_genai(model, chosen, name, sequence)
         check_model(model, target, chosen, opset)
         return cls(target, chosen, source, size, grid, FRAMES[name], cameras, (least, most), sequence, opset)
 
@@ -102,6 +112,11 @@ class ExportRequest:
     def has_prompt(self) -> bool:
         """Whether texts are laid out by what the folder says."""
         return self.target == "onnx" and {"vision", "cached_decoder"} <= set(self.parts)
+
+    @property
+    def copies(self) -> int:
+        """Times that the weights are written, at most."""
+        return 2 if self.target == GENAI else len(self.parts)  # an embedding is written apart from a head tied to it
 
     @property
     def dtype_name(self) -> str:
@@ -127,12 +142,12 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
     if parameter.dtype not in DTYPES[target]:
         names = ", ".join(dtype_name(dtype) for dtype in DTYPES[target])
         raise ValueError(f"target {target!r} must have a model in one of {names}, got {parameter.dtype}")
-    if target == "onnx" and parameter.dtype == torch.float16 and opset not in FLOAT16_OPSETS:
+    if target != "engine" and parameter.dtype == torch.float16 and opset not in FLOAT16_OPSETS:
         raise ValueError(f"float16 must go with an opset from 18 to 22, with which it runs, got {opset}")
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1 or parameter.device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model must be on one CPU or GPU, got {sorted(map(str, devices))}")
-    if model.lm_head is None and set(parts) & {"decoder", "cached_decoder"}:
+    if model.lm_head is None and set(parts) & {"decoder", "cached_decoder", "text"}:
         raise ValueError("the decoder is exported with its logits, and the model was loaded with lm_head=False")
     of_images = model.processor.resample_backend
     if parameter.device.type == "cpu" and of_images != ops.PILLOW:
@@ -146,7 +161,23 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
             raise ValueError(f"every linear layer must be unmodified, got {type(module).__name__} at {name}")
 
 
-def check_folder(out: Path, model: QwenBatchedVL, parts: int) -> None:
+def _check_genai(model: QwenBatchedVL, parts: tuple[str, ...], frames_dtype: str, sequence: int | None) -> None:
+    """Raises `ValueError` where onnxruntime-genai does not know the family, or leaves no choice."""
+    if model.family.genai_type is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.genai_type is not None)
+        raise ValueError(f"target 'genai' must have a model_type of {known}, got {model.family.model_type}")
+    device = model.visual.patch_embed.proj.weight.device.type
+    for name, expected, found, is_right in (
+        ("parts", "all three", parts, sorted(parts) == sorted(PARTS[GENAI])),
+        ("frames_dtype", "uint8", frames_dtype, frames_dtype == "uint8"),
+        ("sequence", "dynamic", sequence, sequence is None),
+        ("the model", "on the CPU", device, device == "cpu"),
+    ):
+        if not is_right:
+            raise ValueError(f"{name} must be {expected} with target 'genai', got {found}")
+
+
+def check_folder(out: Path, model: QwenBatchedVL, copies: int) -> None:
     """Raises `ValueError` where a folder cannot be written: it holds something, or the disk is too full."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}")
@@ -155,7 +186,7 @@ def check_folder(out: Path, model: QwenBatchedVL, parts: int) -> None:
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"out must be in a folder, got {out}, and {parent} is none")
-    needed = int(FREE_SHARE * parts * sum(p.numel() * p.element_size() for p in model.parameters()))
+    needed = int(FREE_SHARE * copies * sum(p.numel() * p.element_size() for p in model.parameters()))
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ValueError(f"{parent} must have {needed / 2**30:.1f} GiB free, got {free / 2**30:.1f}")
 

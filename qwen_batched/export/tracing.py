@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,9 +43,14 @@ def _size(size: object) -> int | str:
 
 def trace(part: Part) -> ExportedProgram:
     """Exports a part's program."""
-    shapes = tuple(dict(part.dynamic.get(name, {})) for name in part.examples)
+    shapes = [dict(part.dynamic.get(name, {})) for name in part.examples]
+    named = [x for x in inspect.signature(part.program.forward).parameters.values() if x.kind is not x.VAR_POSITIONAL]
+    if len(named) < len(shapes):  # the rest are those of `*arguments`, which take theirs as one
+        shapes[len(named) :] = [tuple(shapes[len(named) :])]
     with ExitStack() as stack:
         stack.enter_context(use_backend("reference"))
         # No parameter wants a gradient. Inside `torch.no_grad` the program would come wrapped in an operation.
         stack.enter_context(torch.enable_grad())
-        return torch.export.export(part.program, tuple(part.examples.values()), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            part.program, tuple(part.examples.values()), dynamic_shapes=tuple(shapes), strict=False
+        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen_batched.arguments import dtype_name
 from qwen_batched.deviation.measures import Distance
+from qwen_batched.export.genai.parts import GenaiParts
 from qwen_batched.export.parts import Parts
 
 FLOAT32_BOUND = 1e-5  # relative L2 from the live model in float32
@@ -37,7 +38,7 @@ class Deviation:
 
 
 @torch.no_grad()
-def measure(name: str, parts: Parts, run: Run, batches: Sequence[int]) -> Deviation:
+def measure(name: str, parts: Parts | GenaiParts, run: Run, batches: Sequence[int]) -> Deviation:
     """The deviation of a part that was written, run by `run`."""
     program, dtype = parts.part(name).program, parts.model.dtype
     wide, found = None, []

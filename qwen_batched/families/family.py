@@ -45,6 +45,7 @@ class Family:
     token_ids: Mapping[str, int] = field(default_factory=dict)  # of further tokens, which config.json may leave out
     accepts_loss_kwargs: bool = False  # whether Trainer passes `num_items_in_batch` to transformers' class
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of the text config that have one value here
+    genai_type: str | None = None  # the type of model as which onnxruntime-genai runs it; None where it has none
 
     @property
     def model_type(self) -> str:

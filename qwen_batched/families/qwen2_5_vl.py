@@ -34,4 +34,5 @@ FAMILY = Family(
     image_processor="Qwen2VLImageProcessor",
     keys=NAMED_AS_MODULES,
     prompt=prompt_style((*SPECIAL_TOKENS, *CODE_TOKENS)),
+    genai_type="qwen2_5_vl",
 )

@@ -53,4 +53,5 @@ FAMILY = Family(
     keys=KeyLayout(adapters=NESTED, others=HEADLESS, saved=NESTED),
     prompt=prompt_style((*SPECIAL_TOKENS, *CODE_TOKENS, *THINKING_TOKENS)),
     fixed={"attention_bias": False},
+    genai_type="qwen3_vl",
 )

@@ -53,6 +53,43 @@ def test_bad_arguments_are_refused(live, tmp_path, changed, error, words):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"parts": ["vision"]}, "parts must be all three with target 'genai'"),
+        ({"parts": ["cached_decoder"]}, "parts must be some of"),
+        ({"frames_dtype": "float32"}, "frames_dtype must be uint8 with target 'genai', got float32"),
+        ({"sequence": 64}, "sequence must be dynamic with target 'genai', got 64"),
+        ({"frames": "56x57"}, "multiples of 28"),
+        ({"opset": 17}, "opset"),
+    ],
+    ids=str,
+)
+def test_what_onnxruntime_genai_leaves_no_choice_of_is_refused(live, tmp_path, changed, words):
+    with pytest.raises(ValueError, match=words):
+        export(live("tiny"), tmp_path / "out", **{**GOOD, "target": "genai", **changed})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_onnxruntime_genai_does_not_run_are_refused(sisters, live, tmp_path, monkeypatch):
+    sister, out, given = sisters("tiny"), tmp_path / "out", {**GOOD, "target": "genai"}
+    with pytest.raises(ValueError, match=r"model_type of qwen2_5_vl, qwen3_vl, got qwen2_vl$"):
+        export(live("qwen2-vl-tiny"), out, **given)
+    with pytest.raises(ValueError, match=r"needs the package onnxruntime_genai: pip install 'qwen_batched\[genai\]'"):
+        monkeypatch.setattr(request.importlib.util, "find_spec", lambda name: name != "onnxruntime_genai" or None)
+        export(live("tiny"), out, **given)
+    monkeypatch.setattr(request.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ValueError, match=r"one of float32, float16, got torch\.bfloat16"):
+        export(sister.load(resample_backend="pillow", dtype="bfloat16"), out, **given)
+    with pytest.raises(ValueError, match="opset from 18 to 22"):
+        export(sister.load(resample_backend="pillow", dtype="float16"), out, **given, opset=23)
+    with pytest.raises(ValueError, match="resample_backend='pillow'"):
+        export(sister.load(resample_backend="torchvision"), out, **given)
+    with pytest.raises(ValueError, match="lm_head=False"):
+        export(sister.load(resample_backend="pillow", lm_head=False), out, **given)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_that_a_target_cannot_hold_are_refused(sisters, live, tmp_path, monkeypatch):
     sister, out = sisters("tiny"), tmp_path / "out"
     with pytest.raises(TypeError, match="must be a QwenBatchedVL"):
@@ -81,13 +118,15 @@ def test_models_that_a_target_cannot_hold_are_refused(sisters, live, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapters_are_refused(sisters, tmp_path):
+def test_adapters_are_refused(sisters, tmp_path, monkeypatch):
     from peft import LoraConfig, inject_adapter_in_model
 
     model = sisters("tiny").load(resample_backend="pillow")
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
-    with pytest.raises(ValueError, match="adapters must be merged"):
-        export(model, tmp_path / "out", **GOOD)
+    monkeypatch.setattr(request.importlib.util, "find_spec", lambda name: True)
+    for target in ("onnx", "genai"):
+        with pytest.raises(ValueError, match="adapters must be merged"):
+            export(model, tmp_path / "out", **{**GOOD, "target": target})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,6 +254,8 @@ def test_an_exporter_that_fails_is_named(live, tmp_path, monkeypatch):
         ["--frames", "56x56", "--dtype", "int8"],
         ["--frames", "56x56", "--model", "no/such-folder"],
         ["--frames", "56x56", "--target", "trt"],
+        ["--frames", "56x56", "--target", "genai", "--parts", "vision"],
+        ["--frames", "56x56", "--target", "genai", "--frames-dtype", "float16"],
         ["--frames", "56x56", "--device", "nothing"],
     ],
     ids=str,
