@@ -40,11 +40,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     `q` (B, S, N, E), `k` and `v` (B, C, K, E), K dividing N. `visible` is None for causal attention, where C = S,
     or bool, the keys that every query of a sample may see, (B, C), or that each may, (B, S, C).
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # PyTorch's float32 GPU kernels do not know grouped heads and would fall back to S x S scores in memory.
     grouped = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and visible is None
-    if not grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if not grouped:  # before they are transposed: PyTorch 2.11 exports no other order for sequences of any length
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = visible
     if visible is not None:
         mask = visible[:, None, None] if visible.ndim == 2 else visible[:, None]
