@@ -96,7 +96,7 @@ def measure_work(run: runs.Run, name: str, temporary: str) -> None:
     run.report[name] = {"times": times, "deviation": deviation, "load_seconds": seconds}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_all(options: Namespace, temporary: str) -> int:
     run, _ = runs.Run.begin(options, SMOKE if options.smoke else FULL, temporary)
     for name in options.works:

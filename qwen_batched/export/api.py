@@ -81,7 +81,8 @@ def export(
     out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
     check_folder(out, model, chosen.copies)
-    with torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):  # which graphs would keep
+    # Graphs would keep autocast; tensors made in inference mode cannot be traced.
+    with torch.inference_mode(False), torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):
         return _export(model, out, chosen)
 
 
