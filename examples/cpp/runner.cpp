@@ -6,9 +6,12 @@
 // ENGINE is a folder of `python -m qwen_batched.export --target engine`; an image, a binary PPM of the exported size,
 // for each camera; IDS.txt a prompt's token ids, each image token repeated as often as an image has cells.
 #include <ATen/ATen.h>
+#include <ATen/Version.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/version.h>
 #ifdef WITH_CUDA
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDAGuard.h>
 #endif
@@ -22,31 +25,49 @@
 
 using at::Tensor;
 using torch::inductor::AOTIModelPackageLoader;
-using Settings = std::map<std::string, std::vector<double>>;
+using Settings = std::map<std::string, std::string>;
 
-// runner.txt: a name and its numbers in each line.
+// runner.txt: in each line a name, and what belongs to it.
 Settings read_settings(const std::string& folder) {
   Settings settings;
   std::ifstream file(folder + "/runner.txt");
   if (!file) throw std::runtime_error(folder + " holds no runner.txt");
   for (std::string line; std::getline(file, line);) {
-    std::istringstream words(line);
-    std::string name;
-    words >> name;
-    settings[name] = {std::istream_iterator<double>(words), {}};
+    const auto space = std::min(line.find(' '), line.size());
+    settings[line.substr(0, space)] = line.substr(std::min(space + 1, line.size()));
   }
   return settings;
 }
 
-const std::vector<double>& numbers(const Settings& settings, const std::string& name) {
+const std::string& text(const Settings& settings, const std::string& name) {
   const auto found = settings.find(name);
   if (found == settings.end()) throw std::runtime_error("runner.txt has no " + name + ": export the engine again");
   return found->second;
 }
 
+std::vector<double> numbers(const Settings& settings, const std::string& name) {
+  std::istringstream words(text(settings, name));
+  return {std::istream_iterator<double>(words), {}};
+}
+
 std::vector<int64_t> integers(const Settings& settings, const std::string& name) {
-  const auto& found = numbers(settings, name);
+  const auto found = numbers(settings, name);
   return {found.begin(), found.end()};
+}
+
+// Where the engine runs. Its packages hold code for one version of PyTorch and one kind of device.
+at::Device check_device(const Settings& settings) {
+  const std::vector<int64_t> version{TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH};
+  if (integers(settings, "torch") != version)
+    throw std::runtime_error("the engine was made for PyTorch " + text(settings, "torch") + ", got " + TORCH_VERSION);
+  const bool on_gpu = numbers(settings, "cuda")[0];
+  std::string device = on_gpu ? "no GPU" : "CPU " + at::get_cpu_capability();
+#ifdef WITH_CUDA
+  if (on_gpu && at::cuda::is_available()) device = at::cuda::getCurrentDeviceProperties()->name;
+#endif
+  if (device != text(settings, "device"))
+    throw std::runtime_error("the engine was made for " + text(settings, "device") + ", got " + device);
+  return on_gpu ? at::kCUDA : at::kCPU;
 }
 
 // What a package gives. On a GPU by a CUDA graph, which a loop would keep, and replay after it has copied new values into
@@ -182,7 +203,7 @@ int main(int argc, char** argv) try {
     throw std::runtime_error("expected: features ENGINE OUT IMAGE... or generate ENGINE IDS COUNT IMAGE...");
   const c10::InferenceMode no_grad;
   const auto settings = read_settings(words[1]);
-  const at::Device device(numbers(settings, "cuda")[0] ? at::kCUDA : at::kCPU);
+  const at::Device device = check_device(settings);
   const Tensor frames = read_frames({words.begin() + first_image, words.end()}, settings);
   // For one thread at a time: else it waits for the device, which no capture allows.
   AOTIModelPackageLoader vision(words[1] + "/vision.pt2", "model", /*run_single_threaded=*/true);

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
@@ -81,7 +82,7 @@ def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> Non
 
 
 def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
-    """What examples/cpp reads: a name and its numbers in each line."""
+    """What examples/cpp reads: a name and its numbers in each line, but for the device, which has a name."""
     decoder = model.model.config
     settings = {
         name: content[name] for name in ("image_token_id", "batch", "grid", "eos_token_ids", "repetition_penalty")
@@ -91,6 +92,8 @@ def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL
     settings["frame_bits"] = 8 * getattr(torch, frames["dtype"]).itemsize  # 8 is uint8, more is floating
     settings["cache"] = (decoder.num_hidden_layers, decoder.num_key_value_heads, decoder.head_dim)
     settings["cuda"] = int(content["device_type"] == "cuda")
+    settings["torch"] = Version(content["versions"]["torch"]).release
+    settings["device"] = [content["device"]]
     lines = (f"{name} {' '.join(map(str, x if isinstance(x, Sequence) else [x]))}" for name, x in settings.items())
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

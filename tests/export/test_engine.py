@@ -186,6 +186,21 @@ def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
         assert not (tmp_path / "out").exists(), words
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("torch", "1 2 3"), ("device", "CPU none"), ("device", "NVIDIA H200"), ("cuda", "1")]
+)
+def test_the_runner_takes_no_engine_of_another_pytorch_or_device(engine, runner, tmp_path, name, value):
+    changed = shutil.copytree(engine[1], tmp_path / "engine")
+    lines = (changed / "runner.txt").read_text().splitlines()
+    lines = [f"{name} {value}" if line.split()[0] == name else line for line in lines]
+    (changed / "runner.txt").write_text("\n".join(lines))
+    for camera in range(2):
+        write_ppm(tmp_path / f"{camera}.ppm", photos(1, 1, 40, 60)[0, 0])
+    done = run(runner, "features", changed, tmp_path / "out", tmp_path / "0.ppm", tmp_path / "1.ppm")
+    assert done.returncode == 2 and done.stderr.startswith("runner: the engine was made for "), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path):
     """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded."""
     compiler = tmp_path / "static-c++"
