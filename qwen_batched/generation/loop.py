@@ -12,7 +12,8 @@ from tqdm import tqdm
 from qwen_batched.generation.decoding import INVALID, Decoding
 from qwen_batched.generation.rules import Rules
 from qwen_batched.generation.stop_strings import StopStrings
-from qwen_batched.inputs.prompt import PromptEncoder, TextStream
+from qwen_batched.generation.text_stream import TextStream
+from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.outputs import GenerateOutput
 
 # A GPU runs so many steps before the host looks at their tokens, and so many more while it looks.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen_batched.inputs.prompt import PromptEncoder, TextStream
+from qwen_batched.generation.text_stream import TextStream
+from qwen_batched.inputs.prompt import PromptEncoder
 
 
 class StopStrings:

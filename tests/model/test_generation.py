@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.generation import STEPS_PER_POLL, Sampling
-from qwen_batched.inputs.prompt import TextStream
+from qwen_batched.generation.text_stream import TextStream
 from qwen_batched.testing import write_checkpoint
 from qwen_batched.transformers_reference import TransformersReference
 from tests.support import assert_equal_to, photos
