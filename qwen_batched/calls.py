@@ -132,9 +132,9 @@ class Calls:
         may_use_graphs = self._may_use_graphs(processor, call.device, graph)
         if isinstance(call, Request):
             if not call.frames or not may_use_graphs:
-                return processor.batch(call, dtype)
-            features = self._features(caller, replace(call, prompts=None))
-            return replace(processor.batch(replace(call, frames=()), dtype), features=features)
+                return processor.batch(call.laid_out, dtype)
+            features = self._features(caller, call.images)
+            return replace(processor.batch(replace(call.laid_out, frames=()), dtype), features=features)
         batch = _batch_of(call, processor, dtype)
         if batch.pixel_values is None or not may_use_graphs:
             return batch

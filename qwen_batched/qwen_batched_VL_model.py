@@ -389,6 +389,8 @@ class QwenBatchedVL(Generative, WithPromptCache, WithImageLists, WithWarmup, Wit
         """The call that a user makes, checked."""
         device = self.device
         dtype = self._embedding_dtype()
+        # What the device does first of all: the host is as long at the texts as at all else.
+        layout["images_first"] = self._calls.makes_graphs(self.processor, device)
         return read_call(self.processor, self.config, device, dtype, images, texts, batch, **layout)
 
     def _embedding_dtype(self) -> torch.dtype | None:

@@ -44,12 +44,14 @@ def read_call(
     camera_mask: Tensor | None = None,
     targets: object = None,
     max_new_tokens: int = 0,
+    images_first: bool = False,
     **layout: Any,
 ) -> Request | Batch | TransformersBatch:
     """A call, checked as far as the host can see it. What is None in `batch` was not given.
 
     `dtype` is what embeddings and image features must have, None for any; `layout` the processor's `template`,
-    `resize` and `system`. Raises `TypeError` or `ValueError` before any work.
+    `resize` and `system`, `images_first` as of `TensorProcessor.request`. Raises `TypeError` or `ValueError` before any
+    work.
     """
     batch = {name: value for name, value in batch.items() if value is not None}
     if batch.keys() - BESIDE_TEXTS or (batch and texts is None):
@@ -59,6 +61,8 @@ def read_call(
     embeds, options = batch.pop("inputs_embeds", None), {"max_new_tokens": max_new_tokens, **layout}
     if batch:
         options |= {**batch, "dtype": dtype}
+    if images_first and embeds is None:
+        options["images_first"] = True
     request = processor.request(images, texts, camera_mask, targets=targets, device=device, **options)
     if embeds is None:
         return request

@@ -175,6 +175,23 @@ class PromptEncoder:
         """A number of tokens that a text has at least, found without tokenising it."""
         return self._vocabulary.least_tokens(text)
 
+    def most_tokens(self, text: str, template: str, cameras: int, system: str | None = None) -> int | None:
+        """A number of tokens that a prompt has at most, found without tokenising it.
+
+        None where none is known, where the prompt may have no token, or where `encode` may refuse it. Raises
+        `ValueError` where the template cannot be laid out.
+        """
+        if template == "chat" and self.chat is not None and self.chat.timed:
+            return None
+        layout = self._layout(template, cameras, system is not None)
+        if layout.looked or not layout.control_tokens:
+            return None
+        most = [
+            1 if isinstance(piece, int) else self._vocabulary.most_tokens(piece)
+            for piece in self._filled(layout, text, cameras, system)
+        ]
+        return None if None in most else sum(most)
+
     def written_ids(self) -> list[int]:
         """The ids that are written without a text that holds them: of images, of padding, after answers."""
         ids = (self.image_token_id, self.pad_token_id, self.tokenizer.eos_token_id)

@@ -95,6 +95,21 @@ class PromptRows:
         answers = torch.stack([row.counts for row in rows]).gather(1, chosen)[:, 0]
         return Prompts(ids, longest, None, answers, sum(max(row.answer_tokens) for row in rows))
 
+    def surely_lays_out(self, call: TextCall, camera_mask: Tensor | None) -> bool:
+        """Whether no prompt can be refused, as far as can be told without tokenising: then that can wait.
+
+        Raises `ValueError` where the template cannot be laid out.
+        """
+        encoder, config, cameras = call.encoder, call.config, len(call.grids)
+        if call.targets is not None or encoder.has_slots(call.template):
+            return False
+        if encoder.vocabulary.largest_id >= config.vocab_size:
+            return False
+        room = config.max_position_embeddings - call.max_new_tokens - sum(_cells(call)) + cameras
+        counts = range(cameras + 1) if camera_mask is not None else (cameras,)
+        most = (encoder.most_tokens(text, call.template, n, call.system) for text in call.texts for n in counts)
+        return all(tokens is not None and tokens <= room for tokens in most)
+
     def _rows_of(
         self, call: TextCall, present: Sequence[Sequence[Sequence[bool]]]
     ) -> tuple[list[TextRows], list[list[int]]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ class Request:
     as_list: bool = False  # whether image features are to be a list, of one tensor for each camera
     features: Features | None = None  # in place of frames
     inputs_embeds: Tensor | None = None  # (B, S, D), in place of the embeddings of the tokens
+    # Makes the prompts, where that was put off until the frames are on their way; None where it is done.
+    lay_out: Callable[[], Prompts] | None = None
+
+    @property
+    def images(self) -> Request:
+        """The request for images only."""
+        return replace(self, prompts=None, lay_out=None)
+
+    @property
+    def laid_out(self) -> Request:
+        """The request with its prompts."""
+        return self if self.lay_out is None else replace(self, prompts=self.lay_out(), lay_out=None)
 
 
 TENSORS = ("frames", "camera_mask", "features", "inputs_embeds")

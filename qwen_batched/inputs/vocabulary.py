@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
@@ -19,8 +20,8 @@ from qwen_batched.inputs.checks import check_unicode
 # What `lstrip` and `rstrip` of a token take: Unicode's White_Space, which is not what str.strip() takes.
 _SPACE = "[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+"
 _LEADING, _TRAILING = re.compile(rf"\A{_SPACE}"), re.compile(rf"{_SPACE}\Z")
-# NFC makes at most 9 bytes into 3 (three Korean letters into a syllable), never more.
-_NFC_SHRINKS = 3
+# NFC makes at most 9 bytes into 3 (three Korean letters into a syllable), never more, and of one byte 3 at most.
+_NFC_SHRINKS = _NFC_GROWS = 3
 
 
 class Vocabulary:
@@ -131,6 +132,25 @@ class Vocabulary:
         size = len(text.encode("utf-8"))
         shrinks = 1 if unicodedata.is_normalized("NFC", text) else _NFC_SHRINKS
         return -(-size // (self._max_token_bytes * shrinks))
+
+    def most_tokens(self, text: str) -> int | None:
+        """A number of tokens that a text has at most; None where none is known, or `encode` may refuse the text."""
+        if self._max_token_bytes is None or self._makes_control_tokens:
+            return None
+        grows = 1 if text.isascii() or unicodedata.is_normalized("NFC", text) else _NFC_GROWS
+        return len(text.encode("utf-8")) * grows
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """Of those that texts are made into, and of control tokens."""
+        ids = (self._renamed.get(index, index) for index in self._tokenizer.get_vocab().values())
+        return max(max(ids, default=0), *self._forbidden, 0)
+
+    @functools.cached_property
+    def _makes_control_tokens(self) -> bool:
+        """Whether the vocabulary holds a control token's id twice, so that a text may become it."""
+        ids = {self._renamed.get(index, index) for index in self._tokenizer.get_vocab().values()}
+        return not self._forbidden.isdisjoint(ids)
 
 
 def check_new_tokens(tokens: object) -> dict[str, str | AddedToken]:

@@ -6,6 +6,7 @@ texts, targets -> token ids -> sequences with a place for each image cell and la
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -191,10 +192,12 @@ class TensorProcessor:
         system: str | None = None,
         image_features: FeatureMaps | Features | None = None,
         dtype: torch.dtype | None = None,
+        images_first: bool = False,
     ) -> Request:
         """Checks a call and does what the host has to do of it; arguments and errors as of `__call__`.
 
-        `dtype` is what image features must have, None for any.
+        `dtype` is what image features must have, None for any. With `images_first` texts that cannot be refused are
+        tokenised by `Request.laid_out`, so that the device can be at work on the frames by then.
         """
         max_new_tokens = as_int("max_new_tokens", max_new_tokens, 0)
         factor = self.config.vision.cell_size
@@ -225,16 +228,18 @@ class TensorProcessor:
             self.prompts.end_token(template)
         if system is not None:
             checks.check_system(system, texts, template)
-        prompts = None
+        prompts = later = None
         if texts is not None:
             text = self.config.text
             call = TextCall(self.prompts, text, texts, targets, template, system, grids, max_new_tokens, device)
             on_host = camera_mask is None or camera_mask.device.type == "cpu"
             lay_out = self._rows.lay_out if on_host else self._rows.lay_out_on_device
-            prompts = lay_out(call, camera_mask)
+            later = functools.partial(lay_out, call, camera_mask)
+            if not (images_first and groups and self._rows.surely_lays_out(call, camera_mask)):
+                prompts, later = later(), None
         mask = None if camera_mask is None else self._mask_on_device(camera_mask, device)
         as_list = isinstance(images if features is None else features.main, (list, tuple))
-        return Request(tuple(groups), mask, prompts, grids, device, as_list, features)
+        return Request(tuple(groups), mask, prompts, grids, device, as_list, features, lay_out=later)
 
     @torch.compiler.disable
     def batch(self, request: Request, dtype: torch.dtype) -> Batch:

@@ -64,6 +64,35 @@ def their_ids(reference, text, template="chat", cameras=0):
     return reference.tokenizer(reference.prompt(cameras, text, template))["input_ids"]
 
 
+# --- what is known of a prompt before it is tokenised ---
+
+
+@SETTINGS
+@given(
+    text=st.one_of(texts, st.text(alphabet="\U0001d160\ufb2c\u0958é\u0301한a", max_size=12)),
+    system=st.none() | texts,
+    template=st.sampled_from(TEMPLATES),
+    cameras=st.integers(0, 2),
+)
+def test_a_prompt_has_no_more_tokens_than_foretold(processor, text, system, template, cameras):
+    prompts, system = processor.prompts, system if template == "chat" else None
+    most = prompts.most_tokens(text, template, cameras, system)
+    assert most is not None or (template in ("plain", "Q:{text}\n{images}A:", "{images}{text}") and cameras == 0)
+    if most is not None:
+        assert 1 <= len(prompts.encode(text, template, cameras, system)) <= most
+
+
+def test_nothing_is_foretold_of_prompts_that_may_be_refused(processor, monkeypatch):
+    prompts = copy.copy(processor.prompts)
+    assert prompts.most_tokens("", "plain", 0) is None
+    prompts.chat_template = "{{ messages[0].content[-1].text | upper }}<|im_end|>"
+    assert prompts.most_tokens("a", "chat", 0) is None
+    prompts.chat_template = "{{ strftime_now('%H') }}<|im_end|>{{ messages[0].content[-1].text }}"
+    assert prompts.most_tokens("a", "chat", 0) is None
+    monkeypatch.setattr(prompts._vocabulary, "_max_token_bytes", None)  # of a tokenizer that may drop bytes
+    assert prompts.most_tokens("a", "plain", 1) is None
+
+
 # --- trap 18: ids ---
 
 

@@ -421,6 +421,60 @@ def test_a_head_of_its_own_and_weights_changed_between_calls(tmp_path, fake, mon
     assert_generates_the_same(model)
 
 
+# --- the device is at work on frames while the host is at the texts ---
+
+
+@pytest.fixture
+def log(own, monkeypatch):
+    """Of what comes when: the vision transformer, and the texts."""
+    log = []
+    for owner, name in ((Calls, "encode"), (PromptRows, "lay_out"), (PromptRows, "lay_out_on_device")):
+        real = getattr(owner, name)
+
+        def logged(*arguments, real=real, name=name, **options):
+            log.append("frames" if name == "encode" else "texts")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, logged)
+    return log
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_texts_are_tokenised_when_the_frames_are_on_their_way(own, fake, log, mask):
+    call(own, frames(), ["A new text.", "Another one."], mask)
+    own.generate(frames(), ["A third text.", "A fourth."], max_new_tokens=2, camera_mask=mask)
+    assert log == ["frames", "texts"] * 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [
+        (["a" * 10**6, "b"], {}),
+        (["", ""], {"template": "{text}{images}", "camera_mask": torch.zeros(2, 2, dtype=torch.bool)}),
+        (["a", "b"], {"template": "{text}{image}"}),
+        (["a", "b"], {"template": "{text}{image}{image}", "camera_mask": [[True] * 2] * 2}),
+        (["a", "b"], {"targets": ["c", "\ud800"]}),
+    ],
+    ids=["too long", "no token", "no layout", "no mask", "no answer"],
+)
+def test_texts_that_are_refused_are_refused_before_any_work(own, fake, log, texts, options):
+    with pytest.raises((TypeError, ValueError)):
+        call(own, frames(), texts, **options)
+    assert "frames" not in log
+
+
+def test_a_prompt_and_its_new_tokens_that_do_not_fit_are_refused_before_any_work(own, fake, log):
+    most = own.config.text.max_position_embeddings
+    with pytest.raises(ValueError, match="must fit"):
+        own.generate(frames(), TEXTS, max_new_tokens=most)
+    assert "frames" not in log
+    with pytest.raises(ValueError, match="embedding"):
+        config = dataclasses.replace(own.processor.config.text, vocab_size=300)
+        own.processor.config = dataclasses.replace(own.processor.config, text=config)
+        call(own, frames(), TEXTS)
+    assert "frames" not in log
+
+
 # --- on a GPU, with CUDA's graphs ---
 
 
