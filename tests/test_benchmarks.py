@@ -48,6 +48,15 @@ def test_a_smoke_run_finds_right_results_and_claims_nothing(script, kept):
 
 
 @pytest.mark.slow
+def test_exports_are_measured_by_what_they_say_and_by_the_memory_they_take():
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    report = run_smoke("export", "deviation", "--targets", "onnx", "--parts", "vision")
+    assert 0 < report["onnx 56x84"]["vision"] < 2e-6 and report["wrong"] == report["goals"] == []
+    report = run_smoke("export", "memory")
+    assert 2**28 < report["peak_bytes"] < 2**33 and report["wrong"] == report["goals"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options"),
     [

@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from qwen_batched.export.api import ExportError, export
+from qwen_batched.export.api import ExportError, export_live
+from qwen_batched.export.live import LiveModel
 from qwen_batched.export.request import OPSET, PARTS, has_decoder
 from qwen_batched.ops import PILLOW
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
@@ -24,10 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.parts and not has_decoder(options.parts):  # which need not be read
             loading |= {"num_layers": 1, "lm_head": False}
         on_gpu = options.device is not None and options.device.startswith("cuda")
-        model = QwenBatchedVL.from_pretrained(options.model, resample_backend=None if on_gpu else PILLOW, **loading)
-        sizes = {"cameras": options.cameras, "batch": options.batch, "sequence": options.sequence}
-        more = {"frames_dtype": options.frames_dtype, "opset": options.opset, "parts": options.parts}
-        written = export(model, options.out, options.target, options.frames, **sizes, **more)
+        loading["resample_backend"] = None if on_gpu else PILLOW
+        live = LiveModel(lambda: QwenBatchedVL.from_pretrained(options.model, **loading), is_kept=False)
+        sizes = (options.frames, options.cameras, options.batch, options.sequence)
+        more = (options.frames_dtype, options.opset, options.parts)
+        written = export_live(live, options.out, options.target, *sizes, *more)
     except (ExportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
         print(f"export: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from tqdm import tqdm
 from qwen_batched.export import engine, manifest, onnx_files
 from qwen_batched.export.genai.config_files import write_config_files
 from qwen_batched.export.genai.parts import GenaiParts
-from qwen_batched.export.genai.running import open_folder
+from qwen_batched.export.genai.running import Run, open_folder
+from qwen_batched.export.live import LiveModel
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.preprocessing import Size
-from qwen_batched.export.programs import detached
 from qwen_batched.export.request import CALL, GENAI, OPSET, ExportRequest, check_folder
-from qwen_batched.export.verification import Deviation, Run, measure
+from qwen_batched.export.verification import Deviation, exact_results, live_cases, measure
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 TEMPLATE = "chat"
@@ -78,32 +79,41 @@ def export(
     """
     if not isinstance(model, QwenBatchedVL):
         raise TypeError(f"model must be a QwenBatchedVL, got {type(model).__name__}")
+    options = (target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
+    return export_live(LiveModel(lambda: model, is_kept=True), out, *options)
+
+
+def export_live(live: LiveModel, out: str | Path, *options: Any) -> dict[str, Any]:
+    """`export` of a model that need not stay in memory; takes the other arguments as `ExportRequest.of` does."""
     out = Path(os.path.realpath(out))  # of a link, what it leads to
-    chosen = ExportRequest.of(model, target, frames, cameras, batch, sequence, frames_dtype, opset, parts)
-    check_folder(out, model, chosen.copies)
+    chosen = ExportRequest.of(live.model, *options)
+    check_folder(out, live.model, chosen.copies)
+    device = live.model.visual.patch_embed.proj.weight.device.type
     # Graphs would keep autocast; tensors made in inference mode cannot be traced.
-    with torch.inference_mode(False), torch.autocast(model.visual.patch_embed.proj.weight.device.type, enabled=False):
-        return _export(model, out, chosen)
+    with torch.inference_mode(False), torch.autocast(device, enabled=False):
+        return _export(live, out, chosen)
 
 
-def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str, Any]:
-    prompts = model.processor.prompts
+def _export(live: LiveModel, out: Path, chosen: ExportRequest) -> dict[str, Any]:
+    prompts, parts = live.model.processor.prompts, live.parts(chosen)
     prompt = prompts.pieces(TEMPLATE, chosen.cameras) if chosen.has_prompt and prompts.chat else None
-    all_parts = (GenaiParts if chosen.target == GENAI else Parts)(detached(model), chosen)
+    arguments = {name: parts.part(name).arguments() for name in chosen.parts}
+    content = manifest.manifest(live.model, chosen, arguments, prompt)
+    del parts
     missing = [parent for parent in out.parents if not parent.exists()]
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         folder.mkdir(parents=True)
+        manifest.write_companions(folder, content, live.model)
         deviations = {}
         steps = (*chosen.parts, CALL) if chosen.target == GENAI else chosen.parts  # the last runs what the others wrote
         for name in tqdm(steps, desc="export", leave=False, disable=None):
-            deviations[name] = _measured(all_parts, name, _written(all_parts, name, folder))
+            deviations[name] = _write_part(live, chosen, name, folder)
             if not deviations[name].is_within:
                 found = f"{deviations[name].measured:.2e}, more than {deviations[name].bound:.2e}"
                 raise ExportError(f"{name} deviates from the live model by a relative L2 of {found}: nothing is left")
-        arguments = {name: all_parts.part(name).arguments() for name in chosen.parts}
-        content = manifest.manifest(model, chosen, arguments, deviations, prompt)
-        manifest.write(folder, content, model)
+        content["deviation"] = {name: vars(each) for name, each in deviations.items()}
+        manifest.write(folder, content)
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
@@ -116,30 +126,42 @@ def _export(model: QwenBatchedVL, out: Path, chosen: ExportRequest) -> dict[str,
     return content
 
 
-def _written(parts: Parts | GenaiParts, name: str, folder: Path) -> Run:
-    """Writes a part, and opens what was written."""
-    target, part = parts.request.target, parts.part(name)
-    try:
-        if target == GENAI and name == CALL:
-            write_config_files(folder, parts.model, parts.request)
-            return open_folder(folder, parts)
-        if target != "engine":
-            path = folder / f"{name}{onnx_files.SUFFIX}"
-            onnx_files.write(part, path, parts.request.opset)
-            return onnx_files.open_graph(path)
+def _write_part(live: LiveModel, chosen: ExportRequest, name: str, folder: Path) -> Deviation:
+    """Writes a part and runs what was written, after the live model, whose weights need not stay meanwhile."""
+    parts = live.parts(chosen)
+    with _failures_named(f"{name} could not be written as {chosen.target}"):
+        open_written = _write(parts, name, folder)
+    cases, dtype = live_cases(name, parts, sorted({*chosen.batch})), parts.dtype
+    del parts
+    live.release()
+    with _failures_named(f"{name} could not be run"):
+        run = open_written()
+        written = [run(case.arguments) for case in cases]
+        del run
+    return measure(cases, written, dtype, lambda: exact_results(name, live.parts(chosen), [x.arguments for x in cases]))
+
+
+def _write(parts: Parts | GenaiParts, name: str, folder: Path) -> Callable[[], Run]:
+    """Writes a part; what is returned opens it."""
+    request = parts.request
+    if request.target == GENAI and name == CALL:
+        write_config_files(folder, parts.model, request)
+        return functools.partial(open_folder, folder, parts.prompts)
+    if request.target == "engine":
         path = folder / f"{name}{engine.SUFFIX}"
-        engine.write(part, path)
-        return engine.open_package(path)
-    except OSError:
-        raise
-    except Exception as error:
-        raise ExportError(f"{name} could not be written as {target}: {error}") from error
+        engine.write(parts.part(name), path)
+        return functools.partial(engine.open_package, path)
+    path = folder / f"{name}{onnx_files.SUFFIX}"
+    onnx_files.write(parts.part(name), path, request.opset)
+    return functools.partial(onnx_files.open_graph, path)
 
 
-def _measured(parts: Parts | GenaiParts, name: str, run: Run) -> Deviation:
+@contextlib.contextmanager
+def _failures_named(what: str) -> Iterator[None]:
+    """`ExportError` in place of what an exporter raises, but for files that cannot be written, and too little memory."""
     try:
-        return measure(name, parts, run, sorted({*parts.request.batch}))
+        yield
     except (OSError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
-        raise ExportError(f"{name} could not be run: {error}") from error
+    except Exception as error:
+        raise ExportError(f"{what}: {error}") from error

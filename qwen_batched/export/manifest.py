@@ -15,7 +15,6 @@ from packaging.version import Version
 from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
 from qwen_batched.export.request import GENAI, ExportRequest, has_decoder
-from qwen_batched.export.verification import Deviation
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 FORMAT = 1
@@ -33,10 +32,9 @@ def manifest(
     model: QwenBatchedVL,
     request: ExportRequest,
     arguments: Mapping[str, Mapping[str, Any]],
-    deviations: Mapping[str, Deviation],
     prompt: list[int | str] | None,
 ) -> dict[str, Any]:
-    """What manifest.json says."""
+    """What manifest.json says, but for the measured deviations."""
     config, parameter = model.processor.config, model.visual.patch_embed.proj.weight
     prompts = model.processor.prompts
     return {
@@ -66,13 +64,16 @@ def manifest(
         "device": device_kind(parameter.device),
         "device_type": parameter.device.type,
         "versions": {name: found for name in VERSIONS if (found := _version(name)) is not None},
-        "deviation": {name: vars(each) for name, each in deviations.items()},
     }
 
 
-def write(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
-    """Writes the manifest, and the tokenizers: the checkpoint's, and one to which control tokens are text."""
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes manifest.json."""
     (folder / "manifest.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_companions(folder: Path, content: Mapping[str, Any], model: QwenBatchedVL) -> None:
+    """Writes what C++ reads, and the tokenizers: the checkpoint's, and one to which control tokens are text."""
     if content["target"] == "engine":
         _write_settings(folder / "runner.txt", content, model)
     if content["prompt"] is not None:

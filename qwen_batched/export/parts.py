@@ -29,6 +29,7 @@ class Parts:
         self.config, self.grid = model.processor.config, request.grid
         self.text = model.model.config  # of the decoder blocks that there are
         self._like = model.visual.patch_embed.proj.weight
+        self.dtype = self._like.dtype  # of the weights
         self._deep = len(self.config.vision.deepstack_visual_indexes or ())
         self._vision = VisionProgram(model, request.source, request.size, request.frames_dtype)
         self._made: dict[str, Part] = {}

@@ -20,7 +20,16 @@ FLOAT32_BOUND = 1e-5  # relative L2 from the live model in float32
 # where massive activations make rounding alone exceed the bound above.
 OWN_BOUNDS = {torch.float32: 1.5, torch.float16: 1.1, torch.bfloat16: 1.1}
 
-Run = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a part, and what the live model gives for them."""
+
+    arguments: Mapping[str, Tensor]
+    live: Results
+    exact: Results | None  # of the live model in float32, where its own dtype is a narrower one
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,44 @@ class Deviation:
 
 
 @torch.no_grad()
-def measure(name: str, parts: Parts | GenaiParts, run: Run, batches: Sequence[int]) -> Deviation:
-    """The deviation of a part that was written, run by `run`."""
-    program, dtype = parts.part(name).program, parts.model.dtype
-    wide, found = None, []
-    for batch in batches:
-        arguments = parts.arguments(name, batch, seed=batch)
-        live, written = _results(program(*arguments.values())), run(arguments)
-        found.append(Deviation(relative_l2(written, live), FLOAT32_BOUND, "live model"))
-        if dtype == torch.float32 and found[-1].is_within:
-            continue
-        wider = torch.float64 if dtype == torch.float32 else torch.float32
-        wide = _widened(program, wider) if wide is None else wide
-        exact = _results(wide(*(_to(x, wider) for x in arguments.values())))
-        own = OWN_BOUNDS[dtype] * relative_l2(live, exact)
-        found[-1] = Deviation(relative_l2(written, exact), own, dtype_name(wider))
+def live_cases(name: str, parts: Parts | GenaiParts, batches: Sequence[int]) -> list[Case]:
+    """What there is to compare a part with, for each number of samples; the wider copy of its weights does not stay."""
+    program = parts.part(name).program
+    arguments = [parts.arguments(name, batch, seed=batch) for batch in batches]
+    live = [_results(program(*each.values())) for each in arguments]
+    exact = [None] * len(live) if parts.dtype == torch.float32 else exact_results(name, parts, arguments)
+    return [Case(*each) for each in zip(arguments, live, exact, strict=True)]
+
+
+@torch.no_grad()
+def exact_results(name: str, parts: Parts | GenaiParts, arguments: Sequence[Mapping[str, Tensor]]) -> list[Results]:
+    """The live model's results in a wider dtype, float64 of a model in float32."""
+    dtype = _wider(parts.dtype)
+    wide = _widened(parts.part(name).program, dtype)
+    return [_results(wide(*(_to(x, dtype) for x in each.values()))) for each in arguments]
+
+
+def measure(
+    cases: Sequence[Case], written: Sequence[Results], dtype: torch.dtype, exact: Callable[[], list[Results]]
+) -> Deviation:
+    """The deviation of what a written part gives for each case; `exact` is called where float64 has to decide."""
+    pairs = list(zip(cases, written, strict=True))
+    near = [Deviation(relative_l2(ours, case.live), FLOAT32_BOUND, "live model") for case, ours in pairs]
+    if dtype == torch.float32 and all(each.is_within for each in near):
+        return _worst(near)
+    wide = exact() if dtype == torch.float32 else [case.exact for case in cases]
+    found = [_measure_from(wider, case.live, ours, dtype) for wider, (case, ours) in zip(wide, pairs, strict=True)]
+    if dtype == torch.float32:
+        found = [each if each.is_within else other for each, other in zip(near, found, strict=True)]
+    return _worst(found)
+
+
+def _measure_from(exact: Results, live: Results, written: Results, dtype: torch.dtype) -> Deviation:
+    own = OWN_BOUNDS[dtype] * relative_l2(live, exact)
+    return Deviation(relative_l2(written, exact), own, dtype_name(_wider(dtype)))
+
+
+def _worst(found: Sequence[Deviation]) -> Deviation:
     return max(found, key=lambda each: math.inf if not each.is_within else each.measured / max(each.bound, 1e-30))
 
 
@@ -64,6 +96,10 @@ def relative_l2(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         distance.add(x.flatten(0, -2), y.flatten(0, -2))
         distances.append(distance.relative_l2)
     return math.nan if any(map(math.isnan, distances)) else max(distances)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def _widened(program: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -15,6 +15,7 @@ from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
 from qwen_batched.export.verification import relative_l2
+from tests.export.conftest import load
 from tests.processes import ROOT
 from tests.sisters import FACTORS
 from tests.support import photos
@@ -49,6 +50,18 @@ def test_graphs_serve_every_batch_as_the_live_model_does(exported, preset):
             with torch.no_grad():
                 live = program(*arguments.values())
             assert relative_l2(run(arguments), live if isinstance(live, tuple) else (live,)) <= WRITTEN, (name, batch)
+
+
+@pytest.mark.parametrize(("preset", "dtype"), [("tiny", "float32"), ("tiny", "float16"), ("qwen3-vl-tiny", "float32")])
+def test_the_live_model_is_bit_for_bit_as_one_that_was_never_exported(exported, sisters, preset, dtype):
+    model = exported(preset, dtype).model
+    fresh = load(sisters(preset), num_layers=2, dtype=dtype)
+    weights, expected = model.state_dict(), fresh.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    frames, resize = photos(2, 2, 50, 70), resize_of(preset)
+    ours, theirs = (each(frames, TEXTS, resize=resize, logits="all") for each in (model, fresh))
+    assert torch.equal(ours.logits, theirs.logits)
 
 
 @presets
@@ -125,11 +138,12 @@ def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_p
     model = sisters("tiny").load(resample_backend="pillow")
     assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
     request = ExportRequest.of(model, "onnx", ((50, 70), resize_of("tiny")), 2, "1-8", None, "uint8", 18, None)
-    content = manifest.manifest(model, request, {}, {}, model.processor.prompts.pieces("chat", 2))
+    content = manifest.manifest(model, request, {}, model.processor.prompts.pieces("chat", 2))
     for part in written["parts"]:
         (tmp_path / f"{part}.onnx").hardlink_to(folder / f"{part}.onnx")
         (tmp_path / f"{part}.onnx.data").hardlink_to(folder / f"{part}.onnx.data")
-    manifest.write(tmp_path, content, model)
+    manifest.write(tmp_path, content)
+    manifest.write_companions(tmp_path, content, model)
     text = "<act_2> then <act_1><act_1> <|im_end|>"
     expected = model.processor(photos(1, 2, 50, 70), [text], resize=resize_of("tiny"))["input_ids"][0].tolist()
     assert content["renumbered"] and OnnxModel(tmp_path).encode_text(text) == expected

@@ -1,14 +1,17 @@
 """Bad input is refused before any work, a failure leaves nothing behind, and the command says why in a line."""
 
 import errno
+import functools
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qwen_batched import QwenBatchedVL
 from qwen_batched.export import __main__ as command
-from qwen_batched.export import engine, export, onnx_files, request, verification
+from qwen_batched.export import api, engine, export, onnx_files, request, verification
 from qwen_batched.export.api import ExportError
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
@@ -223,6 +226,52 @@ def test_what_deviates_is_not_left(live, tmp_path, monkeypatch, shift):
     assert export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])["deviation"]["vision"]["measured"] == 0
 
 
+@pytest.mark.parametrize("shift", [0, 1e-3])
+def test_the_command_holds_no_weights_while_what_was_written_runs(checkpoint, tmp_path, capsys, monkeypatch, shift):
+    """A large model and its graph would not fit side by side. float64 decides, for which the model is loaded again."""
+    loaded, alive = [], []
+    real = QwenBatchedVL.from_pretrained
+
+    def load(*arguments, **options):
+        model = real(*arguments, **options)
+        loaded.append(weakref.ref(model.visual.patch_embed.proj.weight))
+        return model
+
+    def open_graph(path):
+        alive.append([each for each in loaded if each() is not None])
+        expected = real(checkpoint, device="cpu", resample_backend="pillow")
+        return lambda arguments: [
+            expected.encode_images(arguments["frames"], resize=None).flatten(2, 3).detach() * (1 + shift)
+        ]
+
+    monkeypatch.setattr(QwenBatchedVL, "from_pretrained", load)
+    monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: path.write_bytes(b""))
+    monkeypatch.setattr(onnx_files, "open_graph", open_graph)
+    arguments = ["--frames", "56x56", "--target", "onnx", "--parts", "vision", "--dtype", "float32", "--batch", "2"]
+    code = command.main(["--model", str(checkpoint), "--out", str(tmp_path / "out"), *arguments])
+    printed = capsys.readouterr().err
+    assert code == (2 if shift else 0) and ("vision deviates" in printed) == bool(shift), printed
+    assert alive == [[]] and len(loaded) == (2 if shift else 1)
+
+
+def test_weights_that_change_between_two_parts_are_refused(checkpoint, tmp_path, capsys, monkeypatch):
+    real, loaded = QwenBatchedVL.from_pretrained, []
+
+    def load(*arguments, **options):
+        model = real(*arguments, **options)
+        loaded.append(model.lm_head.weight.detach().add_(len(loaded)))
+        return model
+
+    monkeypatch.setattr(QwenBatchedVL, "from_pretrained", load)
+    monkeypatch.setattr(onnx_files, "write", lambda part, path, opset: path.write_bytes(b""))
+    monkeypatch.setattr(onnx_files, "open_graph", lambda path: lambda arguments: [])
+    monkeypatch.setattr(api, "measure", lambda *_: verification.Deviation(0.0, 1.0, "live model"))
+    out = tmp_path / "out"
+    code = command.main(["--model", str(checkpoint), "--target", "onnx", "--frames", "56x56", "--out", str(out)])
+    assert code == 2 and "changed while they were exported" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_no_number_in_any_result_is_a_deviation(place):
     expected = [torch.ones(2, 3, 4), torch.ones(2, 5)]
@@ -297,15 +346,15 @@ def test_float64_decides_where_rounding_alone_exceeds_the_bound(live, monkeypatc
     model = detached(live("tiny"))
     request_ = ExportRequest.of(model, "engine", "56x56", 1, 2, None, "uint8", 18, ("decoder",))
     parts = Parts(model, request_)
-    program = parts.part("decoder").program
+    cases = verification.live_cases("decoder", parts, [2])
 
-    def written(arguments, shift=0.0):
-        with torch.no_grad():
-            logits = program(*arguments.values())
-        return [logits * (1 + shift)]
+    def found(shift=0.0):
+        written = [[x * (1 + shift) for x in case.live] for case in cases]
+        arguments = [case.arguments for case in cases]
+        exact = functools.partial(verification.exact_results, "decoder", parts, arguments)
+        return verification.measure(cases, written, parts.dtype, exact)
 
-    assert verification.measure("decoder", parts, written, [2]).measured_from == "live model"
+    assert found().measured_from == "live model"
     monkeypatch.setattr(verification, "FLOAT32_BOUND", -1.0)
-    found = verification.measure("decoder", parts, written, [2])
-    assert found.measured_from == "float64" and 0 < found.measured <= found.bound < 1e-5 and found.is_within
-    assert not verification.measure("decoder", parts, lambda a: written(a, 1e-4), [2]).is_within
+    assert found().measured_from == "float64" and 0 < found().measured <= found().bound < 1e-5 and found().is_within
+    assert not found(1e-4).is_within

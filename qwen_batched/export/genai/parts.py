@@ -32,6 +32,7 @@ class GenaiParts:
         self.text = model.model.config  # of the decoder blocks that there are
         self.cells = request.grid[0] * request.grid[1]
         self._like, self._width = model.visual.patch_embed.proj.weight, width(model)
+        self.dtype = self._like.dtype  # of the weights
         self._made: dict[str, Part] = {}
 
     def part(self, name: str) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qwen_batched.export.genai.parts import STEPS, GenaiParts
-from qwen_batched.export.verification import Run
+from qwen_batched.export.genai.parts import STEPS
+
+Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
-def open_folder(folder: Path, parts: GenaiParts) -> Run:
+def open_folder(folder: Path, prompts: Sequence[str]) -> Run:
     """The folder as a function of the arguments of `call`: its processor reads frames and prompts, its model runs them.
 
+    `prompts` are that with images and that without, as strings.
     The function raises `RuntimeError` where prompts are read as other tokens, or the runtime fails.
     """
     with without_telemetry():
         import onnxruntime_genai as runtime
 
         model = runtime.Model(str(folder))
-    processor, prompts = model.create_multimodal_processor(), parts.prompts
+    processor = model.create_multimodal_processor()
 
     def logits(prompt: str, images: Any, ids: list[int]) -> Tensor:
         """Of the prompt's last token, and of those that are fed behind it, float32 (STEPS + 1, vocabulary)."""
