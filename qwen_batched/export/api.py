@@ -158,7 +158,7 @@ def _write(parts: Parts | GenaiParts, name: str, folder: Path) -> Callable[[], R
 
 @contextlib.contextmanager
 def _failures_named(what: str) -> Iterator[None]:
-    """`ExportError` in place of what an exporter raises, but for files that cannot be written, and too little memory."""
+    """`ExportError` in place of what is raised, but for files that cannot be written, and too little memory."""
     try:
         yield
     except (OSError, torch.OutOfMemoryError):

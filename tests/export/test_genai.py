@@ -238,7 +238,7 @@ def test_other_pixels_are_not_left(write_again, tmp_path, monkeypatch):
     [
         ({"image_token_id": 7}, "call deviates"),
         ({"vision_start_token_id": 7}, "call deviates"),
-        ({"type": "none"}, "call could not be written as genai: Unsupported model_type"),
+        ({"type": "none"}, "call could not be run: Unsupported model_type"),
     ],
     ids=str,
 )
