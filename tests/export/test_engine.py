@@ -212,3 +212,11 @@ def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_pa
         write(part, tmp_path / "layer.pt2")
     (found,) = open_package(tmp_path / "layer.pt2")({"input": x})
     assert relative_error(found, layer(x)) <= COMPILED
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_as_near_to_float32_as_the_live_model(sisters, tmp_path, dtype):
+    model = load(sisters("tiny"), num_layers=1, dtype=dtype)
+    part = "vision" if dtype == "bfloat16" else "decoder"
+    found = export(model, tmp_path / "out", "engine", "40x60:56x84", parts=[part])["deviation"][part]
+    assert found["measured_from"] == "float32" and 0 < found["measured"] <= found["bound"] < 2e-2
