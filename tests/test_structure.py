@@ -32,6 +32,8 @@ ORDER = (
     ("profile",),
     ("deviation",),
     ("export",),
+    ("extraction",),
+    ("extract",),
 )
 # The yardstick and the checkpoints it reads are made without the code that they judge.
 INDEPENDENT = ("testing", "transformers_reference")

@@ -1,0 +1,96 @@
+"""A video file and timestamps -> its frames, decoded from the first to the last in one go.
+
+Which frame belongs to a timestamp follows LeRobot's `decode_video_frames_pyav`: the nearest one, and none that is
+farther away than the tolerance, distances being taken between float32 numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+
+from qwen_batched.extraction.sources.source import Damage, Frame
+
+SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"})
+TOLERANCE = 1e-4  # seconds; LeRobot's default
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """When each frame of a file is shown, in seconds, ascending; nothing is decoded.
+
+    Raises `OSError` or `av.FFmpegError` where the file cannot be read.
+    """
+    with av.open(str(path)) as container:
+        stream = _video(container, path)
+        times = [float(packet.pts * packet.time_base) for packet in container.demux(stream) if packet.pts is not None]
+    return np.sort(np.array(times))
+
+
+def frames_at(path: Path, times: Sequence[float], tolerance: float = TOLERANCE) -> Iterator[Frame]:
+    """The frames at ascending timestamps in seconds, one for each; `Damage` where there is none within `tolerance`."""
+    given = 0
+    try:
+        for frame in _nearest(path, times, tolerance):
+            yield frame
+            given += 1
+    except (OSError, av.FFmpegError, ValueError) as error:
+        reason = " ".join(str(error).split()).removesuffix(f": '{path}'") or type(error).__name__
+        for _ in range(len(times) - given):
+            yield Damage(str(path), reason)
+
+
+def _video(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+    if not container.streams.video:
+        raise ValueError("has no video stream")
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # each decoding worker is a thread already
+    return stream
+
+
+def _nearest(path: Path, times: Sequence[float], tolerance: float) -> Iterator[Frame]:
+    place, before = 0, None
+    for frame in _decoded_from(path, times[0]):
+        time = float(frame.pts * frame.time_base)
+        while place < len(times) and times[place] <= time:
+            wanted = times[place]
+            is_before = before is not None and wanted - float(before.pts * before.time_base) <= time - wanted
+            yield _pixels(path, before if is_before else frame, wanted, tolerance)
+            place += 1
+        if place == len(times):
+            return
+        before = frame
+    if before is None:
+        raise ValueError("no frame can be decoded")
+    for wanted in times[place:]:
+        yield _pixels(path, before, wanted, tolerance)
+
+
+def _decoded_from(path: Path, time: float) -> Iterator[av.VideoFrame]:
+    """Frames in the order in which they are shown, from one at or before `time` on where there is one."""
+    for is_sought in (True, False) if time > 0 else (False,):
+        with av.open(str(path)) as container:
+            stream = _video(container, path)
+            if is_sought:
+                container.seek(round(time / stream.time_base) - 1, stream=stream, backward=True)
+            is_first = True
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    continue
+                if is_first and is_sought and float(frame.pts * frame.time_base) > time:
+                    break  # a container sought by decoding time: from its start then
+                is_first = False
+                yield frame
+            else:
+                return
+
+
+def _pixels(path: Path, frame: av.VideoFrame, wanted: float, tolerance: float) -> Frame:
+    time = float(frame.pts * frame.time_base)
+    if abs(np.float32(wanted) - np.float32(time)) > tolerance:
+        return Damage(str(path), f"has no frame within {tolerance} s of {wanted:.4f} s, the nearest is at {time:.4f} s")
+    if frame.is_corrupt:
+        return Damage(str(path), f"the frame at {time:.4f} s is damaged")
+    return frame.to_ndarray(format="rgb24")

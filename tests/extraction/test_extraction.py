@@ -1,0 +1,189 @@
+"""The command: features are those of the model on the same batches, whatever was interrupted and whoever shares."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_batched import Features
+from qwen_batched.extract import main
+from qwen_batched.extraction.sources.opening import open_source
+from qwen_batched.extraction.sources.source import Run
+from qwen_batched.testing import write_checkpoint
+from tests.extraction.written import TASKS, arguments, contents
+from tests.processes import ROOT
+from tests.support import assert_equal_to
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+LENGTHS = (7, 5, 9)
+
+
+def start(*parts, **options):
+    command = [sys.executable, "-m", "qwen_batched.extract", *parts]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def frames_of(lerobot):
+    """The data set's frames, as a list of cameras (frames, 3, H, W)."""
+    source = open_source(str(lerobot))
+    runs = [Run(episode, 0, length) for episode, length in enumerate(LENGTHS)]
+    cameras = [torch.stack([torch.tensor(x) for x in source.frames(name, runs)]) for name in source.cameras]
+    return [camera.permute(0, 3, 1, 2).contiguous() for camera in cameras]
+
+
+def test_features_are_bitwise_those_of_the_model_on_the_same_batches(extracted, lerobot, load):
+    model, frames = load(), frames_of(lerobot)
+    texts = [TASKS[episode % 2] for episode, length in enumerate(LENGTHS) for _ in range(length)]
+    stored = {name: load_file(extracted / f"features/{name}/part-00000.safetensors") for name in ("hidden-1", "last")}
+    features = [
+        load_file(extracted / f"features/image_features/{camera}/part-00000.safetensors")["rows"]
+        for camera in ("front", "wrist")
+    ]
+    assert len(features[0]) == sum(LENGTHS)
+    with torch.no_grad():
+        for first in range(0, sum(LENGTHS), 4):  # the last batch has one frame
+            batch = [camera[first : first + 4] for camera in frames]
+            found = model.encode_images(batch)
+            for x, y in zip(found, features, strict=True):
+                assert torch.equal(x, y[first : first + 4])
+            out = model(None, texts[first : first + 4], image_features=found, layers=(1, -1))
+            for name, x in zip(("hidden-1", "last"), out.hidden_states, strict=True):
+                rows, mask = stored[name]["rows"][first : first + 4], stored[name]["mask"][first : first + 4]
+                assert torch.equal(rows[mask], x[out.attention_mask]) and not rows[~mask].any()
+        for frame in (0, 6, 20):
+            alone = model.encode_images([camera[frame : frame + 1] for camera in frames])
+            for x, y in zip(alone, features, strict=True):
+                assert_equal_to(y[frame : frame + 1], x)
+
+
+def test_the_index_has_every_frame_of_every_camera_once_with_its_timestamp(extracted):
+    rows = pq.read_table(extracted / "index/part-00000.parquet").to_pylist()
+    want = [
+        (episode, frame, camera)
+        for episode, length in enumerate(LENGTHS)
+        for frame in range(length)
+        for camera in ("front", "wrist")
+    ]
+    assert [(row["episode"], row["frame"], row["camera"]) for row in rows] == want
+    assert all(abs(row["timestamp"] - row["frame"] / 10) < 1e-6 for row in rows)
+    assert [row["row"] for row in rows] == [place // 2 for place in range(len(rows))]
+    assert {row["shard"] for row in rows} == {"part-00000.safetensors"}
+
+
+@pytest.mark.parametrize("pool", ["none", "mean"])
+def test_a_family_with_deep_features_keeps_them_and_pools_are_means(lerobot, tmp_path, pool):
+    folder = write_checkpoint(tmp_path / "model", "qwen3-vl-tiny")
+    out = tmp_path / "out"
+    what = ("--what", "image_features", "last", "--cameras", "front", "--resize", "64x96")
+    assert main(arguments(lerobot, out, folder, "--pool", pool, "--dtype", "bfloat16", *what)) == 0
+    from qwen_batched import QwenBatchedVL
+
+    model = QwenBatchedVL.from_pretrained(folder, dtype="bfloat16", device="cpu").requires_grad_(False)
+    images = frames_of(lerobot)[0][:4, None]
+    found = model.encode_images(images, resize=(64, 96), deepstack=True)
+    out_of_model = model(None, [TASKS[0]] * 4, image_features=found)
+    want = [found.main[:, 0], *(deep[:, 0] for deep in found.deep)]
+    last = out_of_model.last_hidden_state
+    if pool == "mean":
+        want = [want[0].float().mean((1, 2)).bfloat16()]
+        kept = out_of_model.attention_mask.unsqueeze(-1)
+        last = (last.float() * kept).sum(1).div(kept.sum(1)).bfloat16()
+    names = ["image_features", *(f"deepstack-{i}" for i in range(len(want) - 1))]
+    assert sorted(path.name for path in (out / "features").iterdir()) == sorted([*names, "last"])
+    for name, x in zip(names, want, strict=True):
+        assert torch.equal(load_file(out / f"features/{name}/front/part-00000.safetensors")["rows"][:4], x)
+    stored = load_file(out / "features/last/part-00000.safetensors")["rows"][:4]
+    assert torch.equal(stored if pool == "mean" else stored[:, -last.shape[1] :], last)
+    assert isinstance(found, Features)
+
+
+@pytest.fixture(scope="module")
+def whole(videos, checkpoint, tmp_path_factory):
+    """What an extraction of `videos` writes that nobody disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(arguments(videos, out, checkpoint, "--shard-frames", 20)) == 0
+    found = contents(out)
+    assert sum(name.startswith("index/") for name in found) == 16
+    return found
+
+
+def test_verify_compares_rows_and_finds_one_that_was_changed(videos, checkpoint, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name, data in whole.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    command = arguments(videos, out, checkpoint, "--shard-frames", 20)
+    assert main([*command, "--verify", "40"]) == 0
+    assert "0 differ" in capsys.readouterr().out
+    for part in (out / "features").rglob("*.safetensors"):
+        data = bytearray(part.read_bytes())
+        data[-1] ^= 1
+        part.write_bytes(data)
+    assert main([*command, "--verify", "40"]) == 1
+    assert "differs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_command_started_again_writes_the_same_bytes(videos, checkpoint, whole, tmp_path):
+    out, moments = tmp_path / "out", random.Random(0)
+    command = arguments(videos, out, checkpoint, "--shard-frames", 20, "--decoders", 1)
+    kills = 0
+    for _ in range(3):
+        process = start(*command)
+        while not (out / "claims/lock").exists() and process.poll() is None:
+            time.sleep(0.01)
+        before = {file.name for file in (out / "index").glob("part-*")}
+        time.sleep(moments.uniform(0.0, 0.35))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        assert before <= {file.name for file in (out / "index").glob("part-*")}
+    marks = {file: file.stat().st_mtime_ns for file in (out / "index").glob("part-*")}
+    assert kills and main(command) == 0
+    assert contents(out) == whole
+    assert all(file.stat().st_mtime_ns == mark for file, mark in marks.items())  # nothing was done twice
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_share_the_work_and_end_together(videos, checkpoint, whole, tmp_path):
+    command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", 20, "--decoders", 1)
+    both = [start(*command) for _ in range(2)]
+    texts = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    images = [int(out.split("in this run ")[1].split()[0]) for out, _ in texts]
+    assert sum(images) == 640, images  # each frame of each camera was computed once
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.slow
+def test_processes_of_one_command_and_of_torchrun_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
+    command = arguments(videos, tmp_path / "local", checkpoint, "--shard-frames", 20, "--gpus", 2)
+    process = start(*command)
+    assert process.wait(timeout=200) == 0, process.communicate()
+    assert contents(tmp_path / "local") == whole
+    command = arguments(videos, tmp_path / "ranks", checkpoint, "--shard-frames", 20, "--engine", "torchrun")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, "-m", "qwen_batched.extract", *command], env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(tmp_path / "ranks") == whole
+
+
+@pytest.mark.slow
+def test_actors_of_ray_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray")
+    command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", 20, "--engine", "ray", "--gpus", 2)
+    process = start(*command)
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, out + err
+    assert contents(tmp_path / "out") == whole
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["threads"] == 1

@@ -1,0 +1,193 @@
+"""Data sets of every form: each frame once, at its timestamp; what is damaged or lacking is named."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qwen_batched.extraction.sources import opening
+from qwen_batched.extraction.sources.opening import open_source
+from qwen_batched.extraction.sources.source import Damage, Run
+from qwen_batched.extraction.sources.video import frame_times, frames_at
+from tests.extraction import written
+
+ENCODED = [
+    pytest.param(codec, marks=[] if written.has_encoder(codec) else pytest.mark.skip(reason=f"no encoder of {codec}"))
+    for codec in written.CODECS
+]
+
+
+def runs_of(source):
+    return [Run(place, 0, episode.frames) for place, episode in enumerate(source.episodes)]
+
+
+def numbers(source, camera, runs=None):
+    return [written.read_number(frame) for frame in source.frames(camera, runs or runs_of(source))]
+
+
+def expected(lengths):
+    return [written.number_of(episode, index) for episode, length in enumerate(lengths) for index in range(length)]
+
+
+@pytest.mark.parametrize("codec", ENCODED)
+@pytest.mark.parametrize("gop", [2, 250])
+def test_every_frame_of_a_lerobot_v3_data_set_once_at_its_timestamp(tmp_path, codec, gop):
+    lengths = (7, 5, 9)
+    source = open_source(str(written.write_v3(tmp_path, lengths, codec=codec, gop=gop)))
+    assert source.form == "lerobot v3.0" and source.cameras == ("front", "wrist")
+    assert [(episode.name, episode.frames) for episode in source.episodes] == [(0, 7), (1, 5), (2, 9)]
+    for camera in source.cameras:
+        assert numbers(source, camera) == expected(lengths)
+    times = np.concatenate([source.timestamps(episode) for episode in range(3)])
+    assert np.allclose(times, [i / written.FPS for length in lengths for i in range(length)], atol=1e-6)
+    assert [source.texts(episode)[0] for episode in range(3)] == [*written.TASKS, written.TASKS[0]]
+    middle = [Run(0, 5, 7), Run(1, 0, 3), Run(2, 4, 6), Run(0, 1, 2)]  # across episodes, files, and back
+    for camera in source.cameras:
+        want = [written.number_of(run.episode, i) for run in middle for i in range(run.start, run.stop)]
+        assert numbers(source, camera, middle) == want
+
+
+def test_every_frame_of_a_lerobot_v2_data_set_once(tmp_path):
+    source = open_source(str(written.write_v21(tmp_path, (7, 5))), ["observation.images.wrist"])
+    assert source.form == "lerobot v2.1" and source.cameras == ("wrist",)
+    assert numbers(source, "wrist") == expected((7, 5))
+    assert source.texts(1) == [written.TASKS[1]] * 5
+
+
+def test_every_image_of_a_folder_once(tmp_path):
+    source = open_source(str(written.write_images(tmp_path, (3, 2))))
+    assert source.form == "images" and source.cameras == ("image",)
+    assert [episode.name for episode in source.episodes] == ["scene0", "scene1"]
+    assert numbers(source, "image") == expected((3, 2)) and source.texts(0) is None
+    as_cameras = open_source(str(tmp_path), ["scene1"])
+    assert as_cameras.cameras == ("scene1",) and [episode.frames for episode in as_cameras.episodes] == [2]
+
+
+def test_every_frame_of_a_folder_of_videos_once(tmp_path):
+    for camera in range(2):
+        for episode in range(2):
+            frames = (written.frame(episode, i, camera) for i in range(4 + episode))
+            written.write_video(tmp_path / f"camera{camera}/take{episode}.mp4", frames)
+    source = open_source(str(tmp_path), ["camera1", "camera0"])
+    assert source.form == "videos" and [episode.name for episode in source.episodes] == ["take0", "take1"]
+    assert numbers(source, "camera1") == numbers(source, "camera0") == expected((4, 5))
+    assert np.allclose(source.timestamps(0), np.arange(4) / written.FPS)
+    assert [episode.frames for episode in open_source(str(tmp_path)).episodes] == [4, 5, 4, 5]
+
+
+def test_every_row_of_tables_once(tmp_path):
+    source = open_source(str(written.write_parquet(tmp_path / "a", (5, 3))), text_column="caption")
+    assert source.form == "parquet" and source.cameras == ("photo",)
+    assert numbers(source, "photo") == expected((5, 3))
+    assert numbers(source, "photo", [Run(0, 3, 5)]) == [written.number_of(0, 3), written.number_of(0, 4)]
+    assert source.texts(1) == ["number 0", "number 1", "number 2"]
+    (tmp_path / "b").mkdir()
+    for file in (tmp_path / "a").iterdir():  # as `datasets` saves to disk
+        table = pq.read_table(file)
+        with pa.ipc.new_stream(tmp_path / "b" / f"{file.stem}.arrow", table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    source = open_source(str(tmp_path / "b"))
+    assert numbers(source, "photo") == expected((5, 3))
+    assert numbers(source, "photo", [Run(0, 3, 5)]) == [written.number_of(0, 3), written.number_of(0, 4)]
+
+
+def test_every_sample_of_tars_once(tmp_path):
+    source = open_source(str(written.write_tars(tmp_path, (4, 3))))
+    assert source.form == "webdataset" and source.cameras == ("front", "wrist")
+    assert numbers(source, "wrist") == expected((4, 3))
+    assert source.texts(1) == ["number 0", "number 1", "number 2"]
+
+
+def test_a_hub_id_is_downloaded(tmp_path, monkeypatch):
+    folder, asked = written.write_images(tmp_path, (2,)), []
+    monkeypatch.setattr(opening.huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or folder)
+    assert open_source("somebody/data", revision="v3.0").episodes[0].frames == 2
+    assert asked[0][0] == ("somebody/data",) and asked[0][1]["repo_type"] == "dataset"
+    assert asked[0][1]["revision"] == "v3.0"
+
+
+def test_a_timestamp_has_the_nearest_frame_within_the_tolerance_and_no_other(tmp_path):
+    path = tmp_path / "video.mp4"
+    written.write_video(path, (written.frame(0, i, 0) for i in range(6)))
+    assert np.allclose(frame_times(path), np.arange(6) / written.FPS)
+    found = list(frames_at(path, [0.00005, 0.1, 0.19995, 0.25, 0.3, 0.9], 1e-4))
+    read = [None if isinstance(frame, Damage) else written.read_number(frame) for frame in found]
+    assert read == [0, 1, 2, None, 3, None]
+    assert "within 0.0001 s of 0.2500 s" in str(found[3]) and "nearest is at 0.5000 s" in str(found[5])
+    assert [written.read_number(frame) for frame in frames_at(path, [0.14, 0.16], 0.05)] == [1, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no video", "missing"])
+def test_a_damaged_video_is_damage_for_each_of_its_frames(tmp_path, damage):
+    path = tmp_path / "video.mp4"
+    written.write_video(path, (written.frame(0, i, 0) for i in range(6)))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "no video":
+        path.write_text("no video")
+    else:
+        path.unlink()
+    found = list(frames_at(path, [0.0, 0.1], 1e-4))
+    assert len(found) == 2 and all(isinstance(frame, Damage) and frame.path == str(path) for frame in found)
+
+
+def rewrite(root, name, **changes):
+    table = pq.read_table(root / name)
+    for column, change in changes.items():
+        place = table.column_names.index(column)
+        values = change(table[column].to_pylist())
+        table = table.set_column(place, column, pa.array(values, table.schema.field(column).type))
+    pq.write_table(table, root / name)
+
+
+EPISODES, ROWS = "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"
+VIDEO = "videos/observation.images.front/chunk-000/file-000.mp4"
+BAD = {
+    "another version": (lambda root: edit_info(root, codebase_version="v9.0"), ["v3.x", "v9.0"]),
+    "no features": (lambda root: edit_info(root, features=3), ["features", "3"]),
+    "info": (lambda root: (root / "meta/info.json").write_text("{"), ["info.json"]),
+    "length": (lambda root: rewrite(root, EPISODES, length=lambda x: [6, *x[1:]]), ["episode 0", "6", "7"]),
+    "an empty episode": (lambda root: rewrite(root, EPISODES, length=lambda x: [0, *x[1:]]), ["frames", ": 0"]),
+    "order": (lambda root: rewrite(root, ROWS, frame_index=lambda x: x[::-1]), ["episode 0", "order"]),
+    "task": (lambda root: rewrite(root, ROWS, task_index=lambda x: [9] * len(x)), ["task_index"]),
+    "no video": (lambda root: (root / VIDEO).unlink(), [VIDEO]),
+    "no data": (lambda root: shutil.rmtree(root / "data"), ["episode 0", "0 in data"]),
+    "damaged data": (lambda root: (root / ROWS).write_bytes(b"PAR1"), ["file-000.parquet"]),
+    "no episodes": (lambda root: shutil.rmtree(root / "meta/episodes"), ["meta/episodes"]),
+}
+
+
+def edit_info(root, **changes):
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_lerobot_folder_is_refused_with_what_is_wrong(name, lerobot, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(lerobot, root)
+    change, words = BAD[name]
+    change(root)
+    with pytest.raises(ValueError) as raised:
+        open_source(str(root))
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_what_is_no_data_set_is_refused(tmp_path, lerobot):
+    with pytest.raises(ValueError, match="front, wrist"):
+        open_source(str(lerobot), ["head"])
+    with pytest.raises(ValueError, match="different"):
+        open_source(str(lerobot), ["front", "front"])
+    with pytest.raises(ValueError, match="none of these"):
+        open_source(str(tmp_path))
+    with pytest.raises(ValueError, match="not there"):
+        open_source(str(tmp_path / "nothing" / "here"))
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"a\.tar"):
+        open_source(str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        open_source(str(tmp_path))
