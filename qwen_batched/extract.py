@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
             return DONE
         if options.verify is not None:
             return DONE if command.verify(request, options.verify) else MISSING
-        job = command.open_job(request)
         processes = command.processes(request, options.gpus, options.engine)
+        job = command.open_job(request)
     except command.REFUSALS as error:
         return _say(error, REFUSED)
     try:

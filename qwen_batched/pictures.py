@@ -56,7 +56,7 @@ def draw_feature_maps(
     maps = [camera[sample].detach().float().cpu() for camera in maps]
     if not all(bool(features.isfinite().all()) for features in maps):
         raise ValueError(f"features must be finite, those of sample {sample} are not")
-    return _draw([_as_picture(camera[sample]) for camera in frames], _colour(maps), caption)
+    return _draw([_as_picture(camera[sample]) for camera in frames], colour_maps(maps), caption)
 
 
 def _as_cameras(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -75,8 +75,11 @@ def _as_cameras(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return cameras
 
 
-def _colour(maps: Sequence[Tensor]) -> list[Image.Image]:
-    """Maps (h, w, D) as pictures of h x w pixels."""
+def colour_maps(maps: Sequence[Tensor]) -> list[Image.Image]:
+    """Feature maps (h, w, D) of one width, floating and on the host, as pictures of h x w pixels.
+
+    The first three principal components of all of them become red, green and blue; maps of zeros are black.
+    """
     cells = torch.cat([features.flatten(0, 1) for features in maps])  # (M, D)
     is_present = torch.cat([features.any().expand(features[..., 0].numel()) for features in maps])
     present = cells[is_present]

@@ -53,14 +53,6 @@ def make_manifest(request: Request, source: Source) -> dict[str, Any]:
     total, row_bytes = sum(frames for _, frames in lengths), max(stream.row_bytes(dtype) for stream in streams)
     return {
         "format": FORMAT,
-        "data": {
-            "form": source.form,
-            "sha256": _fingerprint(source, texts, request),
-            "cameras": {camera: list(size) for camera, size in sizes.items()},  # height, width
-            "left_out": [vars(damage) for damage in source.left_out],
-            "tolerance": request.tolerance,
-            "episodes": lengths,
-        },
         "limit": request.limit,
         "what": list(request.what),
         "pool": request.pool,
@@ -75,6 +67,14 @@ def make_manifest(request: Request, source: Source) -> dict[str, Any]:
         "text_column": request.text_column,
         "batch_size": request.batch_size,
         "on_error": request.on_error,
+        "data": {
+            "form": source.form,
+            "cameras": {camera: list(size) for camera, size in sizes.items()},  # height, width
+            "left_out": [vars(damage) for damage in source.left_out],
+            "tolerance": request.tolerance,
+            "episodes": lengths,
+            "sha256": _fingerprint(source, texts, request),
+        },
         "frames_of_a_shard": frames_of_a_shard(total, row_bytes, request.shard_mb, request.shard_frames),
         "device": device_kind(device),
         "threads": (request.threads or torch.get_num_threads()) if device.type == "cpu" else None,

@@ -144,6 +144,19 @@ class FeatureDataset(Dataset):
             found[name] = torch.stack(cameras) if alike else cameras
         return found
 
+    @property
+    def episodes(self) -> list[int | str]:
+        """The episodes that have frames, in their order."""
+        return list(self._episodes)
+
+    def frames_of(self, episode: int | str) -> np.ndarray:
+        """The indices of an episode's frames, in their order. Raises `ValueError` where it is not there."""
+        if episode not in self._codes:
+            some = ", ".join(map(str, self._episodes[:10]))
+            raise ValueError(f"episode must be one that is there ({some}, ...), got {episode}")
+        found = np.flatnonzero(self._episode == self._codes[episode])
+        return found[np.argsort(self._frame[found], kind="stable")]
+
     def position(self, episode: int | str, frame: int) -> int:
         """The index of a frame. Raises `KeyError` where it is not there."""
         key = _key(self._codes[episode], frame) if episode in self._codes else -1

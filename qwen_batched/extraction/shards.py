@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen_batched.arguments import dtype_name
+from qwen_batched.checkpoint.atomic_save import naming
 from qwen_batched.extraction.sources.source import Source
 from qwen_batched.extraction.streams import MASK, Stream
 from qwen_batched.extraction.syncing import sync_folder
@@ -48,6 +49,10 @@ class ShardFile:
 
     def write(self, row: int, tensors: Sequence[Tensor]) -> None:
         """Rows from `row` on, of each tensor, on the host."""
+        with naming(self.path):
+            self._write(row, tensors)
+
+    def _write(self, row: int, tensors: Sequence[Tensor]) -> None:
         for index, x in enumerate(tensors):
             _, dtype, shape = self.tensors[index]
             assert x.dtype == dtype and x.shape[1:] == shape, (x.dtype, x.shape, self.tensors[index])
@@ -56,6 +61,10 @@ class ShardFile:
 
     def finish(self, rows: Sequence[int]) -> None:
         """Keeps these rows, ascending, closes the gaps, and waits until the disk has it; the name stays its own."""
+        with naming(self.path):
+            self._finish(rows)
+
+    def _finish(self, rows: Sequence[int]) -> None:
         if len(rows) < self.frames:
             for index, size in enumerate(self.row_bytes):
                 for place, row in enumerate(rows):
@@ -135,7 +144,7 @@ class PartWriter:
         path = index_path(self.out, self.part)
         path.parent.mkdir(exist_ok=True)
         self.index_draft = draft_of(path)
-        with self.index_draft.open("wb") as opened:
+        with naming(path), self.index_draft.open("wb") as opened:
             pq.write_table(self._index(rows), opened)
             opened.flush()
             os.fsync(opened.fileno())

@@ -133,6 +133,10 @@ def test_verify_compares_rows_and_finds_one_that_was_changed(videos, checkpoint,
     assert "differs" in capsys.readouterr().err
 
 
+def has_claim(out, pid):
+    return any(f'"pid": {pid},' in claim.read_text() for claim in (out / "claims").glob("part-*"))
+
+
 @pytest.mark.slow
 def test_a_killed_command_started_again_writes_the_same_bytes(videos, checkpoint, whole, tmp_path):
     out, moments = tmp_path / "out", random.Random(0)
@@ -140,8 +144,8 @@ def test_a_killed_command_started_again_writes_the_same_bytes(videos, checkpoint
     kills = 0
     for _ in range(3):
         process = start(*command)
-        while not (out / "claims/lock").exists() and process.poll() is None:
-            time.sleep(0.01)
+        while process.poll() is None and not has_claim(out, process.pid):
+            time.sleep(0.005)
         before = {file.name for file in (out / "index").glob("part-*")}
         time.sleep(moments.uniform(0.0, 0.35))
         process.send_signal(signal.SIGKILL)
@@ -166,10 +170,17 @@ def test_two_commands_at_once_share_the_work_and_end_together(videos, checkpoint
 
 
 @pytest.mark.slow
-def test_processes_of_one_command_and_of_torchrun_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
-    command = arguments(videos, tmp_path / "local", checkpoint, "--shard-frames", 20, "--gpus", 2)
+def test_processes_of_one_command_one_killed_and_of_torchrun_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
+    command = arguments(videos, tmp_path / "local", checkpoint, "--shard-frames", 20, "--gpus", 2, "--decoders", 1)
     process = start(*command)
-    assert process.wait(timeout=200) == 0, process.communicate()
+    holder = None
+    while holder is None:  # a worker dies as it works
+        claims = [claim.read_text() for claim in (tmp_path / "local/claims").glob("part-*")]
+        holder = next((json.loads(claim)["pid"] for claim in claims if claim.endswith("}")), None)
+        assert process.poll() is None
+    os.kill(holder, signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "died with exit code -9; the others take its part" in err, err
     assert contents(tmp_path / "local") == whole
     command = arguments(videos, tmp_path / "ranks", checkpoint, "--shard-frames", 20, "--engine", "torchrun")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

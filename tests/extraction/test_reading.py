@@ -1,0 +1,94 @@
+"""Features from disk: a row at random, a batch joined with them, a training step that does without the tower."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from qwen_batched.extract import main
+from qwen_batched.extraction import FeatureDataset
+from qwen_batched.extraction.picture import main as draw
+from tests.extraction.test_extraction import LENGTHS, frames_of
+from tests.extraction.written import TASKS, arguments
+from tests.support import assert_equal_to
+
+PLACES = [(2, 8), (0, 0), (1, 4), (0, 6)]
+
+
+def batch_of(places):
+    """As LeRobot's loader gives it, but for what is not looked at."""
+    episodes, frames = (torch.tensor(values) for values in zip(*places, strict=True))
+    return {"episode_index": episodes, "frame_index": frames, "task": [TASKS[e % 2] for e, _ in places]}
+
+
+def rows_of(places):
+    return [sum(LENGTHS[:episode]) + frame for episode, frame in places]
+
+
+def test_an_item_has_the_frame_that_it_says(extracted, lerobot, load):
+    data, model, frames = FeatureDataset(extracted), load(), frames_of(lerobot)
+    assert len(data) == sum(LENGTHS) and data.cameras == ("front", "wrist") and data.episodes == [0, 1, 2]
+    for index, (episode, frame) in enumerate((e, i) for e, length in enumerate(LENGTHS) for i in range(length)):
+        item = data[index]
+        assert (item["episode"], item["frame"]) == (episode, frame) and data.position(episode, frame) == index
+        assert abs(item["timestamp"] - frame / 10) < 1e-6
+    with torch.no_grad():
+        found = model.encode_images([camera[8:12] for camera in frames])
+    for x, y in zip(data[9]["image_features"], found, strict=True):
+        assert torch.equal(x, y[1])
+    assert data[-1]["frame"] == 8 and data[9]["last"].shape == (len(data[9]["last.mask"]), model.config.hidden_size)
+    with pytest.raises(IndexError):
+        data[sum(LENGTHS)]
+    with pytest.raises(KeyError, match="frame 7 of episode 0"):
+        data.position(0, 7)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[3]["last"], data[3]["last"])
+
+
+def test_a_training_step_on_cached_features_is_that_of_frames(extracted, lerobot, load):
+    data, frames, targets = FeatureDataset(extracted), frames_of(lerobot), ["yes", "no", "up", "no, later"]
+    losses, gradients = [], []
+    for given in ("frames", "features"):
+        model = load()
+        model.visual.requires_grad_(False)
+        batch = batch_of(PLACES)
+        arguments = data.features_for(batch)
+        if given == "frames":
+            arguments = {"images": [camera[rows_of(PLACES)] for camera in frames], "texts": batch["task"]}
+        loss = model(**arguments, targets=targets).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([parameter.grad for parameter in model.model.parameters()])
+    assert_equal_to(losses[1][None], losses[0][None])
+    for x, y in zip(*gradients, strict=True):
+        assert_equal_to(x, y)
+
+
+def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, checkpoint):
+    data, good = FeatureDataset(extracted), batch_of(PLACES)
+    with pytest.raises(KeyError, match="frame 9 of episode 2"):
+        data.features_for(batch_of([(2, 9)]))
+    with pytest.raises(ValueError, match="frame_index"):
+        data.features_for({name: x for name, x in good.items() if name != "frame_index"})
+    with pytest.raises(ValueError, match="1 tasks"):
+        data.features_for(good | {"task": "one"})
+    with pytest.raises(TypeError, match="integer"):
+        data.features_for(good | {"frame_index": torch.zeros(4)})
+    with pytest.raises(ValueError, match="must be an extraction's folder"):
+        FeatureDataset(tmp_path)
+    pooled = tmp_path / "pooled"
+    assert main(arguments(lerobot, pooled, checkpoint, "--pool", "mean", "--limit", 9)) == 0
+    assert len(FeatureDataset(pooled)) == 9 and FeatureDataset(pooled)[0]["image_features"].shape[0] == 2
+    with pytest.raises(ValueError, match="not pooled"):
+        FeatureDataset(pooled).features_for(good)
+    assert draw([str(pooled), str(tmp_path / "a.png")]) == 2
+
+
+def test_an_episode_is_drawn(extracted, tmp_path, capsys):
+    picture = tmp_path / "episode.png"
+    assert draw([str(extracted), str(picture), "--episode", "2", "--camera", "wrist", "--frames", "5"]) == 0
+    assert len(Image.open(picture).convert("RGB").getcolors(2**16)) > 20
+    for wrong in (["--camera", "head"], ["--episode", "9"], ["--frames", "0"]):
+        assert draw([str(extracted), str(picture), *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
