@@ -1,5 +1,6 @@
 """The command: features are those of the model on the same batches, whatever was interrupted and whoever shares."""
 
+import contextlib
 import json
 import os
 import random
@@ -134,7 +135,11 @@ def test_verify_compares_rows_and_finds_one_that_was_changed(videos, checkpoint,
 
 
 def has_claim(out, pid):
-    return any(f'"pid": {pid},' in claim.read_text() for claim in (out / "claims").glob("part-*"))
+    for claim in (out / "claims").glob("part-*"):
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            if f'"pid": {pid},' in claim.read_text():
+                return True
+    return False
 
 
 @pytest.mark.slow
@@ -175,8 +180,9 @@ def test_processes_of_one_command_one_killed_and_of_torchrun_write_the_same_byte
     process = start(*command)
     holder = None
     while holder is None:  # a worker dies as it works
-        claims = [claim.read_text() for claim in (tmp_path / "local/claims").glob("part-*")]
-        holder = next((json.loads(claim)["pid"] for claim in claims if claim.endswith("}")), None)
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            claims = [claim.read_text() for claim in (tmp_path / "local/claims").glob("part-*")]
+            holder = next((json.loads(claim)["pid"] for claim in claims if claim.endswith("}")), None)
         assert process.poll() is None
     os.kill(holder, signal.SIGKILL)
     _, err = process.communicate(timeout=200)
