@@ -41,7 +41,7 @@ PUBLIC = (
     *("qwen_batched", "qwen_batched.lora", "qwen_batched.pictures"),
     *("qwen_batched.adapters.lerobot", "qwen_batched.integrations.starvla"),
     *("qwen_batched.integrations.still_images", "qwen_batched.export", "qwen_batched.export.run_onnx"),
-    "qwen_batched.testing",
+    *("qwen_batched.extraction", "qwen_batched.testing"),
 )
 
 
