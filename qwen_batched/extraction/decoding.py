@@ -123,7 +123,7 @@ class Decoders:
         writer, source = segment.writer, self.source
         runs = cut(writer.part.runs, segment.start, segment.stop)
         places = iter([(run.episode, frame) for run in runs for frame in range(run.start, run.stop)])
-        texts = {run.episode: source.texts(run.episode) for run in runs} if self.has_texts and not self.text else {}
+        texts = {run.episode: source.texts(run.episode) for run in runs} if self.has_texts and self.text is None else {}
         readers = [source.frames(camera, runs) for camera in source.cameras]
         for start in range(segment.start, segment.stop, self.batch_size):
             if (slot := self._free_slot()) is None:
@@ -133,7 +133,7 @@ class Decoders:
                 episode, frame = next(places)
                 if self._fill(slot, len(rows), [next(reader) for reader in readers], writer, episode, frame):
                     rows.append(row)
-                    of_batch.append(self.text or (texts[episode][frame] if texts else ""))
+                    of_batch.append(texts[episode][frame] if texts else self.text or "")
             self.ready.put(Batch(writer, rows, of_batch if self.has_texts else None, slot))
 
     def _fill(self, slot: Slot, place: int, images: list[Any], writer: PartWriter, episode: int, frame: int) -> bool:

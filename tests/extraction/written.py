@@ -14,6 +14,7 @@ from PIL import Image
 FPS = 10
 TASKS = ("Pick up the red block.", "Open the drawer, please, and look inside.")
 CODECS = {"h264": "libx264", "av1": "libsvtav1"}
+PANDAS = {"pandas_type": None, "numpy_type": None, "metadata": None}  # of a column, in a table of pandas
 LAST_ROWS = 8  # of a frame, in which its number stands
 
 
@@ -146,8 +147,10 @@ def write_v3(
     meta = root / "meta/episodes/chunk-000"
     meta.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(described), meta / "file-000.parquet")
-    tasks = {"task_index": list(range(len(TASKS))), "__index_level_0__": list(TASKS)}
-    pq.write_table(pa.table(tasks), root / "meta/tasks.parquet")
+    tasks = pa.table({"task_index": list(range(len(TASKS))), "__index_level_0__": list(TASKS)})
+    names = [{"name": None if x[0] == "_" else x, "field_name": x, **PANDAS} for x in tasks.column_names]
+    pandas = {"index_columns": ["__index_level_0__"], "column_indexes": [], "columns": names}
+    pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), root / "meta/tasks.parquet")
     write_info(root, "v3.0", cameras, lengths)
     return root
 
