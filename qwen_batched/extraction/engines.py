@@ -92,8 +92,6 @@ def _work(
 ) -> None:
     """A process of `run_local`."""
     try:
-        if device != "cpu":
-            torch.cuda.set_device(device)
         worker = make_worker(request, manifest, open_request_source(request), device, parent)
         worker.run(order(work_list(manifest), index, count), lambda frames: connection.send((FRAMES, frames)))
     except Exception as error:  # the parent says it, and ends all
@@ -117,6 +115,5 @@ def run_torchrun(job: Job, report: Report) -> None:
     if device is None and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise ValueError(f"torchrun must start at most one process for each of {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local)
         device = f"cuda:{local}"
     job.work(report, rank, ranks, device)

@@ -89,6 +89,8 @@ def make_worker(
 ) -> Worker:
     """Loads the model on `device`, or the request's, with the manifest's number of threads."""
     on = resolve_device(device or request.device)
+    if on.index is not None and on.type == "cuda":
+        torch.cuda.set_device(on)  # events are of the current device
     if manifest["threads"]:
         torch.set_num_threads(manifest["threads"])
     encoder = Encoder.load(request.model, manifest, on)
