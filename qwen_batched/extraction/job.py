@@ -14,9 +14,10 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.extraction.encoding import Encoder
 from qwen_batched.extraction.manifest import agree, make_manifest
 from qwen_batched.extraction.request import Request
-from qwen_batched.extraction.shards import Skipped, index_path, skipped_in
+from qwen_batched.extraction.shards import Skipped, index_path, is_done, skipped_in
 from qwen_batched.extraction.sources.opening import open_source
 from qwen_batched.extraction.sources.source import Source
+from qwen_batched.extraction.streams import streams_in
 from qwen_batched.extraction.syncing import check_renames
 from qwen_batched.extraction.work import Part, work_list
 from qwen_batched.extraction.worker import Report, Worker
@@ -71,9 +72,10 @@ class Outcome:
 def open_job(request: Request) -> Job:
     """Opens the data set and agrees on the manifest. Raises `ValueError` or `TypeError` before any work."""
     source = open_request_source(request)
+    made = make_manifest(request, source)
     request.out.mkdir(parents=True, exist_ok=True)
     check_renames(request.out)
-    manifest = agree(request.out, make_manifest(request, source), request)
+    manifest = agree(request.out, made, request)
     return Job(request, manifest, source, tuple(work_list(manifest)))
 
 
@@ -106,7 +108,8 @@ def order(parts: Sequence[Part], first: int, step: int) -> list[Part]:
 def outcome(out: Path, manifest: dict[str, Any]) -> Outcome:
     """Reads what is there."""
     parts = work_list(manifest)
-    there = [index_path(out, part) for part in parts if index_path(out, part).exists()]
+    streams = streams_in(manifest)
+    there = [index_path(out, part) for part in parts if is_done(out, part, streams)]
     cameras = len(manifest["data"]["cameras"])
     frames = sum(pq.read_metadata(path).num_rows for path in there) // cameras
     skipped = tuple(each for path in there for each in skipped_in(path))

@@ -26,7 +26,7 @@ from qwen_batched.model.tensor_processor import TensorProcessor
 
 FILE, FORMAT = "manifest.json", 1
 VERSIONS = ("qwen_batched", "torch", "transformers", "av", "pillow", "pyarrow")
-NOTES = ("names",)  # what may differ between runs that share a folder
+NOTES = ("names", "on_error")  # what may differ between runs that share a folder
 PIECE = 2**24  # bytes of a file that are hashed at once
 
 
@@ -116,7 +116,7 @@ def agree(folder: Path, made: dict[str, Any], request: Request) -> dict[str, Any
         which = _first_difference(there.get(name), made[name], name)
         others = f" (and {', '.join(differing[1:])})" if len(differing) > 1 else ""
         raise ValueError(f"{folder} is another extraction's, choose another folder: {which}{others}")
-    return there
+    return there | {"on_error": request.on_error}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from qwen_batched.extraction.work import Part
 
 FEATURES, INDEX, ROWS = "features", "index", "rows"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}  # of safetensors
+MAX_HEADER = 2**20  # bytes of a header, more than any here has
 SKIPPED = b"skipped"  # in an index file's metadata: a JSON list of [camera, episode, frame, reason]
 
 Skipped = tuple[str, int | str, int, str]
@@ -201,6 +202,23 @@ def shard_path(out: Path, stream: Stream, part: Part) -> Path:
 def index_path(out: Path, part: Part) -> Path:
     """Where a part's index is, by which it is done."""
     return out / INDEX / f"{part.name}.parquet"
+
+
+def is_done(out: Path, part: Part, streams: Sequence[Stream]) -> bool:
+    """Whether a part's index is there, and every shard that it speaks of, whole."""
+    return index_path(out, part).exists() and all(_is_whole(shard_path(out, stream, part)) for stream in streams)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, and as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            said = json.loads(file.read(min(length, MAX_HEADER)))
+            stop = max(tensor["data_offsets"][1] for name, tensor in said.items() if name != "__metadata__")
+            return os.fstat(file.fileno()).st_size == 8 + length + stop
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def skipped_in(path: Path) -> list[Skipped]:

@@ -9,7 +9,7 @@ import torch
 
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment
 from qwen_batched.extraction.reading import ShardReader
-from qwen_batched.extraction.shards import PartWriter, index_path, shard_path, skipped_in
+from qwen_batched.extraction.shards import PartWriter, index_path, is_done, shard_path, skipped_in
 from qwen_batched.extraction.work import Part
 from qwen_batched.extraction.worker import Worker
 
@@ -19,7 +19,7 @@ def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[s
 
     Returns a sentence for each row and stream that differs, and how many rows were compared: all of the batches.
     """
-    there = [part for part in parts if index_path(worker.out, part).exists()]
+    there = [part for part in parts if is_done(worker.out, part, worker.encoder.streams)]
     size = worker.manifest["batch_size"]
     picks = random.Random(0)
     chosen = set()

@@ -19,7 +19,7 @@ from qwen_batched.arguments import dtype_name
 from qwen_batched.extraction.claims import Claims
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment, Slot
 from qwen_batched.extraction.encoding import Encoder
-from qwen_batched.extraction.shards import PartWriter, index_path
+from qwen_batched.extraction.shards import PartWriter, is_done
 from qwen_batched.extraction.sources.source import Source
 from qwen_batched.extraction.work import Part, segments
 
@@ -63,27 +63,27 @@ class Worker:
             DamagedData: A frame cannot be had, and is not to be skipped.
             OSError: A file cannot be written. Shards that are there stay, and nothing else is left.
         """
+        self.parts = {part.name: part for part in parts}
         ended = threading.Event()
         heart = threading.Thread(target=self._beat, args=(ended,), daemon=True)
         heart.start()
         try:
             while not all(self._is_done(part.name) for part in parts):
-                self._pass(parts, report)
+                self._pass(report)
         finally:
             ended.set()
             heart.join()
             self.claims.release_all()
 
-    def _pass(self, parts: Sequence[Part], report: Report) -> None:
+    def _pass(self, report: Report) -> None:
         """Takes parts until none is free, and finishes what it took."""
         self.open: dict[str, PartWriter] = {}
         self.waiting: deque[Segment] = deque()
         self.guard = threading.Lock()
-        by_name = {part.name: part for part in parts}
         room = threading.Semaphore(UNWRITTEN)
         unfinished: deque[Future[None]] = deque()
         writing, publishing = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "publisher")
-        decoders = Decoders(self.decoders, self.source, self.manifest, self.slots, lambda: self._next(by_name))
+        decoders = Decoders(self.decoders, self.source, self.manifest, self.slots, self._next)
         self.decoding = decoders
         try:
             with decoders:
@@ -104,15 +104,15 @@ class Worker:
             for writer in self.open.values():
                 writer.discard()
 
-    def _next(self, parts: dict[str, Part]) -> Segment | None:
+    def _next(self) -> Segment | None:
         """A segment for a decoder; waits for what others have claimed. None where only this process's are left."""
         with self.guard:
             while not self.decoding.stopped.is_set():
                 if self.waiting:
                     return self.waiting.popleft()
-                left = [name for name in parts if not self._is_done(name)]
+                left = [name for name in self.parts if not self._is_done(name)]
                 if name := self.claims.take(left, self._is_done):
-                    self._begin(parts[name])
+                    self._begin(self.parts[name])
                 elif all(name in self.claims.held for name in left):
                     return None
                 else:
@@ -166,7 +166,7 @@ class Worker:
         name = writer.part.name
         writer.finish()
         with self.claims.locked():
-            if self.claims.is_mine(name) and not index_path(self.out, writer.part).exists():
+            if self.claims.is_mine(name) and not is_done(self.out, writer.part, self.encoder.streams):
                 writer.publish()
             else:  # this process stood still for so long that another has done it
                 writer.discard()
@@ -174,7 +174,7 @@ class Worker:
         self.claims.release(name)
 
     def _is_done(self, name: str) -> bool:
-        if name not in self.done and (self.out / "index" / f"{name}.parquet").exists():
+        if name not in self.done and is_done(self.out, self.parts[name], self.encoder.streams):
             self.done.add(name)
         return name in self.done
 
