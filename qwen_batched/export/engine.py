@@ -23,22 +23,22 @@ from qwen_batched.export.tracing import Part, trace
 SUFFIX = ".pt2"
 # A compiler without the link `libstdc++.so` takes the static library. With a C++ library of its own beside that of
 # PyTorch a package crashes when it is loaded, in `std::regex`, which finds the facets of the other one.
-SETTINGS: dict[str, object] = {"custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}
+SETTINGS: dict[str, object] = {"aot_inductor.custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}
 # Precompiled headers take 12 to 20 s, and save 2 s a part.
-SETTINGS["precompile_headers"] = False
+SETTINGS["aot_inductor.precompile_headers"] = False
 
 
 def write(part: Part, path: Path) -> None:
     """Compiles a part to a package."""
     from torch import _inductor
-    from torch._inductor import config
 
-    known = {f"aot_inductor.{name}": value for name, value in SETTINGS.items() if hasattr(config.aot_inductor, name)}
+    options = _inductor.list_options()
+    settings = {name: value for name, value in SETTINGS.items() if name in options}
     if next(iter(part.examples.values())).is_cuda:
         part = replace(part, program=packed(part.program))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=known)
+        _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
 
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
