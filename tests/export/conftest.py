@@ -29,7 +29,7 @@ def load(sister, **options):
 
 
 # Of all exports but the first, to save time.
-PARTS = {"float32": ("vision", "cached_decoder"), "float16": ("vision", "decoder")}
+PARTS = {"float32": ("vision", "cached_decoder"), "float16": ("vision", "decoder", "cached_decoder")}
 
 
 class Exported(NamedTuple):

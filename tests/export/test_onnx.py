@@ -152,7 +152,23 @@ def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_p
 def test_half_precision_is_as_near_to_float32_as_the_live_model(exported):
     _, _, manifest = exported("tiny", "float16")
     for each in manifest["deviation"].values():
-        assert 1e-5 < each["measured"] <= each["bound"]
+        assert each["measured_from"] == "float32" and 1e-5 < each["measured"] <= each["bound"]
+
+
+def test_tokens_in_half_precision_are_the_best_but_for_its_rounding(exported, sisters):
+    """Behind a float16 cache, judged by the live model in float32: scores are off by the graphs' own deviation."""
+    _, folder, manifest = exported("tiny", "float16")
+    frames, resize, live = photos(2, 2, 50, 70), resize_of("tiny"), load(sisters("tiny"), num_layers=2)
+    runner = OnnxModel(folder)
+    runner.manifest["eos_token_ids"] = []  # so that both samples are equally long
+    tokens = torch.tensor(runner.generate(frames.numpy(), TEXTS, 32))
+    first = live(frames, TEXTS, resize=resize, logits="last").logits[:, None]
+    hidden = live.extend(live.prefill(frames, TEXTS, resize=resize), tokens[:, :-1])
+    scores = torch.cat((first, live.lm_head(hidden)), dim=1)
+    gap = scores.amax(-1) - scores.gather(2, tokens[..., None])[..., 0]
+    deviation = sum(manifest["deviation"][name]["bound"] for name in ("vision", "cached_decoder"))
+    assert (gap <= 2 * deviation * scores.norm(dim=-1)).all()
+    assert (gap == 0).float().mean() > 0.9
 
 
 def test_wrong_frames_and_folders_are_refused(exported, tmp_path):
