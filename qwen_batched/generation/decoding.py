@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from qwen_batched import ops
 from qwen_batched.generation.rules import Rules
 from qwen_batched.generation.sampling import Sampling
 from qwen_batched.linear.apply import apply_linear
@@ -79,8 +80,9 @@ class Decoding:
         heads = text.num_key_value_heads, text.head_dim
         like = torch.empty(0, dtype=kind.dtype, device=device)
         self._cache = KVCache(text.num_hidden_layers, results, kind.capacity, *heads, like)
-        self._positions_R = torch.zeros(results, dtype=torch.int64, device=device)
-        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        # What grows by one at each step: the column of the next token, and each result's position.
+        self._counts = torch.zeros(1 + results, dtype=torch.int64, device=device)
+        self._column, self._positions_R = self._counts[:1], self._counts[1:]
         # What the next step reads: always ids of the vocabulary, since indexing by any other ends a CUDA process.
         self._token_R = torch.zeros(results, dtype=torch.int64, device=device)
         self._invalid = torch.full((), INVALID, device=device)
@@ -123,7 +125,7 @@ class Decoding:
             self._seen_RW.copy_(each(_tokens_of(prefilled)))
         if rules.allowed is not None:
             self._forbidden_NW[: len(rules.allowed)] = h2d(self.kind.device, ~rules.allowed)
-        self._append(each(prefilled.output.logits).float())
+        self._append(each(prefilled.output.logits))
 
     def lend(self) -> None:
         """Whatever comes now on this thread's stream waits for what the last generation left running on its own."""
@@ -163,7 +165,7 @@ class Decoding:
         """One more token for each sample."""
         embeds_BD = self._decoder.embed_tokens(self._token_R)
         hidden_BD = self._decoder.step(embeds_BD, self._positions_R.expand(3, -1), self._cache)
-        self._append(apply_linear(self._head, hidden_BD).float())
+        self._append(apply_linear(self._head, hidden_BD))
 
     def run(self, steps: int) -> None:
         """So many more tokens for each sample."""
@@ -176,19 +178,32 @@ class Decoding:
         return [self._decoder, self._head]
 
     def _append(self, logits_RW: Tensor) -> None:
-        # One pass: a sum is finite where every logit is. In float64, so that large logits do not overflow it.
-        is_finite_R = logits_RW.sum(dim=-1, dtype=torch.float64).abs() < torch.inf
-        logits_RW = self._ruled(logits_RW)
-        uniform_R = None if self._uniforms_RN is None else self._uniforms_RN.index_select(1, self._column)[:, 0]
-        self._token_R.copy_(self.kind.sampling.choose(logits_RW, uniform_R))
+        likeliest_R, is_finite_R = ops.likeliest_token(logits_RW, self._forbidden())
+        if self._takes_likeliest:
+            self._token_R.copy_(likeliest_R)
+        else:
+            logits_RW = self._ruled(logits_RW.float())
+            uniform_R = None if self._uniforms_RN is None else self._uniforms_RN.index_select(1, self._column)[:, 0]
+            self._token_R.copy_(self.kind.sampling.choose(logits_RW, uniform_R))
         self._tokens_RN.index_copy_(1, self._column, torch.where(is_finite_R, self._token_R, self._invalid)[:, None])
         if self._logprobs_RN is not None:
             logprobs_R1 = logits_RW.log_softmax(dim=-1).gather(1, self._token_R[:, None])
             self._logprobs_RN.index_copy_(1, self._column, logprobs_R1)
         if self._seen_RW is not None:
             self._seen_RW.scatter_(1, self._token_R[:, None], True)
-        self._column += 1
-        self._positions_R += 1
+        self._counts += 1
+
+    @property
+    def _takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest of those allowed, and nothing else of the logits is asked for."""
+        others = self._uniforms_RN, self._logprobs_RN, self._seen_RW, self._ends_E
+        return all(tensor is None for tensor in others)
+
+    def _forbidden(self) -> Tensor | None:
+        """Bool (1, vocabulary), what may not be chosen now; None without such a rule."""
+        if self._forbidden_NW is None or len(self._forbidden_NW) == 1:
+            return self._forbidden_NW
+        return self._forbidden_NW.index_select(0, self._column)
 
     def _ruled(self, logits_RW: Tensor) -> Tensor:
         """The logits with the repetition penalty, and -inf for what may not be chosen now."""
@@ -197,11 +212,9 @@ class Decoding:
             penalty = rules.repetition_penalty
             penalised_RW = torch.where(logits_RW > 0, logits_RW / penalty, logits_RW * penalty)
             logits_RW = torch.where(self._seen_RW, penalised_RW, logits_RW)
-        if self._forbidden_NW is not None:
-            forbidden_NW = self._forbidden_NW
-            if len(forbidden_NW) > 1:
-                forbidden_NW = forbidden_NW.index_select(0, self._column)
-            logits_RW = logits_RW.masked_fill(forbidden_NW, -torch.inf)
+        forbidden_1W = self._forbidden()
+        if forbidden_1W is not None:
+            logits_RW = logits_RW.masked_fill(forbidden_1W, -torch.inf)
         if self._ends_E is not None:
             ends_RE = logits_RW.index_select(1, self._ends_E)
             ends_RE = ends_RE.masked_fill(self._column < rules.min_new_tokens, -torch.inf)

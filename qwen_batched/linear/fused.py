@@ -72,6 +72,21 @@ class FusedLinear:
         biases = (None, None) if operands.bias is None else operands.bias.chunk(2)
         return ops.swiglu_linear(x, operands.weight, *biases, operands.updates)
 
+    def behind_norm(
+        self,
+        owner: nn.Module,
+        update: Tensor,
+        residual: Tensor | None,
+        norm: Tensor,
+        eps: float,
+        is_gated: bool = False,
+    ) -> tuple[Tensor, Tensor] | None:
+        """`ops.norm_linear` of all layers; None where they are not one plain product."""
+        operands = self._operands(owner, [resolve_linear(owner._modules[name]) for name in self.names])
+        if operands is None or operands.trained is not None or operands.updates:
+            return None
+        return ops.norm_linear(update, residual, norm, eps, operands.weight, operands.bias, is_gated)
+
     def pack(self, owner: nn.Module) -> None:
         """Packs weights and biases, unless they cannot be packed; releases memory that parameters have left."""
         self._weights.release_if_left()

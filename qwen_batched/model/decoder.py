@@ -30,7 +30,8 @@ from qwen_batched.model.attention import (
     unpad,
 )
 from qwen_batched.model.geometry import decoder_frequencies
-from qwen_batched.model.parts.norms import AddNorm, resolve_qk_norm, stream_of
+from qwen_batched.model.parts.mlps import SwiGLU
+from qwen_batched.model.parts.norms import AddNorm, resolve_norm, resolve_qk_norm, stream_of
 from qwen_batched.model.parts.ropes import RopeRule, sectioned
 from qwen_batched.runtime.fast_path import can_fuse, check_has_values
 from qwen_batched.runtime.lru_cache import LRUCache
@@ -267,9 +268,21 @@ class DecoderBlock(CheckpointedBlock):
         return context.place(residual_TD + update_TD)
 
     def compute(self, update_TD: Tensor, residual_TD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        if self._is_step_of_one(update_TD):
+            update_TD, residual_TD = self.self_attn.behind_norm(self.input_layernorm, update_TD, residual_TD, context)
+            return self.mlp.behind_norm(self.post_attention_layernorm, update_TD, residual_TD)
         x_TD, residual_TD = self.input_layernorm(update_TD, residual_TD)
         x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, context), residual_TD)
         return self.mlp(x_TD), residual_TD
+
+    def _is_step_of_one(self, x_TD: Tensor) -> bool:
+        """Whether it is one token's, and norms may be left to the products behind them."""
+        return (
+            not torch.compiler.is_compiling()
+            and x_TD.shape[0] == 1
+            and can_fuse(self.self_attn, DecoderAttention)
+            and can_fuse(self.mlp, SwiGLU)
+        )
 
 
 class DecoderAttention(nn.Module):
@@ -292,7 +305,22 @@ class DecoderAttention(nn.Module):
         self._qkv = FusedLinear(self, ("q_proj", "k_proj", "v_proj"))
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        qkv = self._qkv(self, x_TD)  # (T, (N + 2 * K) * E)
+        return self._attend(self._qkv(self, x_TD), context)
+
+    def behind_norm(
+        self, norm: nn.Module, update_TD: Tensor, residual_TD: Tensor | None, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """This behind a norm, and the residual stream, by as few operations as can be."""
+        scale = resolve_norm(norm)
+        fused = None if scale is None else self._qkv.behind_norm(self, update_TD, residual_TD, *scale)
+        if fused is None:
+            x_TD, stream_TD = norm(update_TD, residual_TD)
+            return self(x_TD, context), stream_TD
+        qkv, stream_TD = fused
+        return self._attend(qkv, context), stream_TD
+
+    def _attend(self, qkv: Tensor, context: Context) -> Tensor:
+        """(T, (N + 2K) * E) to (T, D)."""
         qk_norm = resolve_qk_norm(self.q_norm, self.k_norm) if self.has_qk_norm else ()
         if qk_norm is None:
             qkv, qk_norm = self._normalise(qkv), ()

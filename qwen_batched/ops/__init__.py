@@ -13,8 +13,10 @@ from qwen_batched.ops.expand_prompts import expand_prompts
 from qwen_batched.ops.extend_attention import extend_attention
 from qwen_batched.ops.frames_to_patches import frames_to_patches
 from qwen_batched.ops.gelu_linear import gelu, gelu_linear
+from qwen_batched.ops.likeliest_token import likeliest_token
 from qwen_batched.ops.linear import linear
 from qwen_batched.ops.mrope import mrope
+from qwen_batched.ops.norm_linear import norm_linear
 from qwen_batched.ops.packed_linear import join_parameters, packed_linear
 from qwen_batched.ops.quick_gelu import quick_gelu
 from qwen_batched.ops.reference import NO_TOKEN, mrope_tables, patchify
@@ -39,9 +41,11 @@ __all__ = [
     "gelu",
     "gelu_linear",
     "join_parameters",
+    "likeliest_token",
     "linear",
     "mrope",
     "mrope_tables",
+    "norm_linear",
     "packed_linear",
     "patchify",
     "pillow_matrices",

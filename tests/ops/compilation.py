@@ -31,9 +31,11 @@ from qwen_batched.ops.triton.decode_attention import decode_attention
 from qwen_batched.ops.triton.expand_prompts import expand_prompts
 from qwen_batched.ops.triton.extend_attention import extend_attention
 from qwen_batched.ops.triton.frames_to_patches import frames_to_patches
+from qwen_batched.ops.triton.likeliest_token import likeliest_token
 from qwen_batched.ops.triton.linear import linear, swiglu_linear
 from qwen_batched.ops.triton.mixed_product import mixed_product
 from qwen_batched.ops.triton.mrope import mrope, mrope_backward
+from qwen_batched.ops.triton.norm_linear import norm_linear
 from qwen_batched.ops.triton.quick_gelu import quick_gelu, quick_gelu_backward
 from qwen_batched.ops.triton.rotary import rotary
 from qwen_batched.ops.triton.rotary_attention import rotary_attention
@@ -103,6 +105,16 @@ def launch_one_row(inner, outer, dtype, with_bias, gated):
     weight = zeros(2 * outer if gated else outer, inner, dtype=dtype)
     biases = [zeros(outer, dtype=dtype) if with_bias else None for _ in range(2 if gated else 1)]
     (swiglu_linear if gated else linear)(zeros(1, inner, dtype=dtype), weight, *biases)
+
+
+def launch_norm_linear(inner, outer, dtype, with_residual, with_bias, is_gated):
+    x, weight = zeros(1, inner, dtype=dtype), zeros(2 * outer if is_gated else outer, inner, dtype=dtype)
+    bias = zeros(outer, dtype=dtype) if with_bias else None
+    norm_linear(x, x if with_residual else None, zeros(inner, dtype=dtype), 1e-6, weight, bias, is_gated)
+
+
+def launch_likeliest(rows, width, dtype, with_mask):
+    likeliest_token(zeros(rows, width, dtype=dtype), zeros(1, width, dtype=torch.bool) if with_mask else None)
 
 
 def launch_low_rank(rows, width, rank, dtype, transposed):
@@ -190,6 +202,10 @@ def launch_real_shapes(dtype):
     launch_one_row(4096, 2560, dtype, with_bias=False, gated=False)
     launch_one_row(11008, 2048, dtype, with_bias=False, gated=False)
     launch_one_row(2048, 11008, dtype, with_bias=False, gated=True)
+    launch_norm_linear(2048, 2560, dtype, with_residual=True, with_bias=True, is_gated=False)
+    launch_norm_linear(2048, 4096, dtype, with_residual=False, with_bias=False, is_gated=False)
+    launch_norm_linear(2048, 11008, dtype, with_residual=True, with_bias=False, is_gated=True)
+    launch_likeliest(1, 151936, dtype, with_mask=True)
     launch_low_rank(2784, 11008, 16, dtype, transposed=True)
     launch_low_rank(2784, 2048, 48, dtype, transposed=False)
     launch_mixed_product(2784, 11008, 16, dtype, turned=False)
@@ -222,6 +238,9 @@ def launch_odd_shapes(dtype):
     launch_swiglu(5, 33, dtype, with_bias=True)
     launch_one_row(1100, 9, dtype, with_bias=True, gated=True)
     launch_one_row(7, 1, dtype, with_bias=False, gated=False)
+    launch_norm_linear(7, 1, dtype, with_residual=False, with_bias=True, is_gated=False)
+    launch_norm_linear(1100, 9, dtype, with_residual=True, with_bias=False, is_gated=True)
+    launch_likeliest(3, 70, dtype, with_mask=False)
     launch_low_rank(3, 5, 1, dtype, transposed=True)
     launch_low_rank(65, 129, 200, dtype, transposed=False)  # in four parts
     launch_mixed_product(3, 5, 1, dtype, turned=True)

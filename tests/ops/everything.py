@@ -20,8 +20,9 @@ def everything(x, weight, qkv, cos, sin, segments, frames, tables, order):
     gate, up = normed.chunk(2, dim=-1)
     gated = ops.swiglu(gate, up), ops.swiglu(gate, up, *weight.chunk(2))
     products = ops.linear(normed[:1], weight[None]), ops.swiglu_linear(normed[:1], normed[:4])
+    behind_norm = *ops.norm_linear(x[:1], normed[:1], weight, 1e-6, weight[None]), *ops.likeliest_token(x)
     turned = ops.mrope(qkv[0], cos, sin, 2)
-    return normed, stream, *gated, *products, turned, attended, patches
+    return normed, stream, *gated, *products, *behind_norm, turned, attended, patches
 
 
 def everything_inputs(device):

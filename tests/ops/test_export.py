@@ -38,6 +38,12 @@ CASES = {
     "linear": (ops.linear, lambda b: (normal(b, 8), normal(7, 8)), 1),
     "packed_linear": (packed, lambda b: (normal(b, 8), normal(7, 8)), 1),
     "swiglu_linear": (ops.swiglu_linear, lambda b: (normal(b, 8), normal(6, 8)), 1),
+    "norm_linear": (
+        lambda x, y, norm, w: ops.norm_linear(x, y, norm, 1e-6, w),
+        lambda b: (normal(b, 8), normal(b, 8), normal(8), normal(7, 8)),
+        2,
+    ),
+    "likeliest_token": (ops.likeliest_token, lambda b: (normal(b, 70),), 1),
     "mrope": (
         lambda qkv, cos, sin: ops.mrope(qkv, cos, sin, 1),
         lambda b: (normal(b, 32), normal(b, 4), normal(b, 4)),
@@ -107,7 +113,8 @@ def test_every_operation_is_exported_with_a_dynamic_batch(name, strict):
     called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_batched" in str(node.target)}
     fused = name.split("-")[0].replace("rms_norm", "add_norm").replace("add_add", "add")
     own = {"linear", "packed_linear", "causal_attention"}  # PyTorch's products and attention
-    assert called == (set() if fused in own else {fused.replace("swiglu_linear", "swiglu")})
+    fused = fused.replace("swiglu_linear", "swiglu").replace("norm_linear", "add_norm")
+    assert called == (set() if fused in own else {fused})
 
 
 @pytest.mark.parametrize("strict", [False, True])

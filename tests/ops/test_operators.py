@@ -90,6 +90,20 @@ def op_cases():
         "linear-strided": ("linear", (normal(80, 2)[:, :1].t(), normal(80, 7).t(), None)),
         "swiglu_linear": ("swiglu_linear", (normal(1, 80), normal(14, 80), normal(7), normal(7, seed=1))),
         "swiglu_linear-strided": ("swiglu_linear", (normal(80, 2)[:, :1].t(), normal(80, 14).t(), None, None)),
+        "norm_linear": (
+            "norm_linear",
+            (normal(1, 80), normal(1, 80, seed=1), normal(80, seed=2), 1e-6, normal(7, 80, seed=3), normal(7), False),
+        ),
+        "norm_linear-gated": (
+            "norm_linear",
+            (normal(1, 80), None, normal(80, seed=2), 1e-6, normal(14, 80, seed=3), None, True),
+        ),
+        "norm_linear-strided": (
+            "norm_linear",
+            (normal(80, 2)[:, :1].t(), None, normal(80, 2)[:, 0], 1e-6, normal(80, 7).t(), None, False),
+        ),
+        "likeliest_token": ("likeliest_token", (normal(3, 70), None)),
+        "likeliest_token-forbidden": ("likeliest_token", (normal(70, 3).t(), normal(1, 70, seed=1) > 0)),
         "add_low_rank": ("add_low_rank", (normal(9, 40).bfloat16(), normal(9, 3), normal(3, 40), 0.5)),
         "add_low_rank-strided": (
             "add_low_rank",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qwen_batched.linear.apply import apply_gelu_linear, apply_linear
 from qwen_batched.linear.fused import FusedLinear, pack_again
 from qwen_batched.linear.padded import PaddedLinear, apply_padded_linear
+from qwen_batched.model.parts.norms import resolve_norm
 
 # H200, bf16, 16384 tokens, the vision MLP's first product: width 3456 396 us, 3424 440 us; tiles are 128 wide.
 WIDTH_MULTIPLE = 128
@@ -46,8 +47,21 @@ class SwiGLU(nn.Module):
         self._gate_up = FusedLinear(self, ("gate_proj", "up_proj"), WIDTH_MULTIPLE, joins=padded != hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._down(self._gate_up.swiglu(self, x))
+
+    def behind_norm(self, norm: nn.Module, update: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This behind a norm, and the residual stream, by as few operations as can be."""
+        scale = resolve_norm(norm)
+        fused = None if scale is None else self._gate_up.behind_norm(self, update, residual, *scale, is_gated=True)
+        if fused is None:
+            x, stream = norm(update, residual)
+            return self(x), stream
+        hidden, stream = fused
+        return self._down(hidden), stream
+
+    def _down(self, hidden: Tensor) -> Tensor:
         # The padding stays zero: silu(0) * 0, times columns of zeros.
-        return apply_padded_linear(self.down_proj, self._gate_up.swiglu(self, x), self.hidden_dim)
+        return apply_padded_linear(self.down_proj, hidden, self.hidden_dim)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> SwiGLU:
         super()._apply(*arguments, **keywords)

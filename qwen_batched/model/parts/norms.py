@@ -55,8 +55,12 @@ def stream_of(update: Tensor, residual: Tensor | None) -> Tensor:
     return update if residual is None else residual + update
 
 
+def resolve_norm(norm: nn.Module) -> tuple[Tensor, float] | None:
+    """Weight and eps of an RMS norm, for an operation that does it instead; None if it must be called."""
+    return (norm.weight, norm.eps) if can_fuse(norm, AddRMSNorm) and not norm.unit_offset else None
+
+
 def resolve_qk_norm(q_norm: nn.Module, k_norm: nn.Module) -> QKNorm | None:
     """What two norms of heads do, for an operation that does it instead; None if they must be called."""
-    if not all(can_fuse(norm, AddRMSNorm) and not norm.unit_offset for norm in (q_norm, k_norm)):
-        return None
-    return (q_norm.weight, k_norm.weight, q_norm.eps) if q_norm.eps == k_norm.eps else None
+    q, k = resolve_norm(q_norm), resolve_norm(k_norm)
+    return (q[0], k[0], q[1]) if q is not None and k is not None and q[1] == k[1] else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwen_batched.ops.low_rank import LowRankUpdate
 from qwen_batched.ops.reference.activations import gelu, swiglu
+from qwen_batched.ops.reference.norms import add_norm
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()) -> Tensor:
@@ -41,6 +42,26 @@ def swiglu_linear(
 ) -> Tensor:
     """`swiglu` of the two halves of one product: (..., D) to (..., F), with `gate_up` (2F, D)."""
     return swiglu(*linear(x, gate_up, None, updates).chunk(2, dim=-1), gate_bias, up_bias)
+
+
+def norm_linear(
+    update: Tensor,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    is_gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, or `swiglu_linear` where `is_gated`, of what `add_norm` by root mean square makes of its inputs.
+
+    `update` and `residual` (..., D), `norm` (D,), `weight` (F, D) or (2F, D), `bias` as long. Returns (..., F), and the
+    stream (..., D).
+    """
+    normed, stream = add_norm(update, residual, norm, None, eps)
+    if not is_gated:
+        return linear(normed, weight, bias), stream
+    return swiglu_linear(normed, weight, *((None, None) if bias is None else bias.chunk(2))), stream
 
 
 def gelu_linear(
