@@ -56,31 +56,36 @@ def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
 
 
 class Places(NamedTuple):
-    """Which tokens get features, and which rows of the features these are."""
+    """Which tokens get features, and which rows of all features these are."""
 
-    rows: Tensor  # int64 (B * S,), 0 where a token gets none
+    rows: Tensor  # int64 (B * S,), some row where a token gets none
     is_image: Tensor  # bool (B, S, 1)
 
 
-def find_places(feature_index: Tensor, rows_per_sample: int | None) -> Places:
-    """Of `feature_index` (B, S), -1 where a token gets no feature; it counts anew in each sample, or, None, goes on."""
-    rows_BS = feature_index.clamp(min=0)
-    if rows_per_sample is not None and len(feature_index) > 1:
-        samples = torch.arange(len(feature_index), device=feature_index.device)
-        rows_BS = rows_BS + samples[:, None] * rows_per_sample
+def find_places(feature_index: Tensor, rows_BRD: Tensor) -> Places:
+    """Of `feature_index` (B, S), -1 where a token gets no feature; it counts anew in each sample that has rows."""
+    rows_BS, (groups, rows_per_group) = feature_index.clamp(min=0), rows_BRD.shape[:2]
+    if groups > 1:
+        samples = torch.arange(groups, device=feature_index.device)
+        rows_BS = rows_BS + samples[:, None] * rows_per_group
     return Places(rows_BS.flatten(), (feature_index >= 0)[..., None])
 
 
 def feature_rows(features: Tensor | list[Tensor], by_sample: bool) -> Tensor:
-    """Features (B, V, h, w, D), or V tensors (B, h, w, D), as rows: sample by sample, or tensor by tensor."""
+    """Features (B, V, h, w, D), or V tensors (B, h, w, D), as rows (B, R, D) of each sample.
+
+    Or, not `by_sample`, as rows (1, R, D) of all of them, tensor by tensor.
+    """
     if isinstance(features, Tensor):
-        return features.flatten(0, 3)
+        rows = [features.flatten(1, 3)]
+    else:
+        rows = [part.flatten(1, 2) for part in features]
     if not by_sample:
-        return torch.cat([part.flatten(0, 2) for part in features])
-    return torch.cat([camera.flatten(1, 2) for camera in features], dim=1).flatten(0, 1)
+        rows = [part.flatten(0, 1)[None] for part in rows]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
-def place_features(embeds_BSD: Tensor, rows_MD: Tensor, places: Places) -> Tensor:
-    """Token embeddings with each image token's feature in its place."""
-    placed_BSD = rows_MD.index_select(0, places.rows).view(embeds_BSD.shape)
+def place_features(embeds_BSD: Tensor, rows_BRD: Tensor, places: Places) -> Tensor:
+    """Token embeddings with each image token's feature in its place; of rows as `feature_rows` returns them."""
+    placed_BSD = rows_BRD.flatten(0, 1).index_select(0, places.rows).view(embeds_BSD.shape)
     return torch.where(places.is_image, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)
