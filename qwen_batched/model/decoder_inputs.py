@@ -17,14 +17,19 @@ from qwen_batched.runtime.room import Room, pad_all
 TOKEN_STEPS, PACKED_TOKEN_STEPS, ROW_STEPS, ANSWER_STEPS = 16, 64, 8, 4
 LEAST_STEP = 16
 FEW_TOKENS = 224  # up to which sizes are twice as far apart
-# Where the places of tensors are counted, and what they have on more of them.
-PADDING = {
+# Of each tensor of `DecoderInputs`, in its order: along which dimension it has one for each place, and what stands on
+# more of these. Features may have as many rows, and nothing reads those that they have not; None where neither holds.
+PLACES = {
     "input_ids": (1, 0),
     "inputs_embeds": (1, 0),
+    "features": (1, None),
     "feature_index": (1, -1),
     "rope_positions": (2, 0),
     "attention_mask": (1, 0),
+    "kept": None,
     "labels": (1, NO_LABEL),
+    "valid": None,
+    "labels_valid": None,
 }
 
 
@@ -47,7 +52,7 @@ class DecoderInputs:
     is_padded: bool
     answer_tokens: int | None
     has_spare: bool = False  # whether more tokens may be counted than there are, so that padding is computed
-    room: int | None = None  # how many places each sample is given in the end; None for S
+    room: int | None = None  # how many places each sample is given where it runs; None for S
 
     @classmethod
     def of(cls, batch: Batch, features: Features | None, logits: str | int | None) -> DecoderInputs:
@@ -110,14 +115,14 @@ class DecoderInputs:
     @property
     def rooms(self) -> list[Room | None]:
         """The room of each of its tensors, in the order of pytrees; None where one stays as it is."""
-        batch, size = len(self.attention_mask), self.room
-        if size is None:
-            return [None] * len(_pytree.tree_leaves(self))
-        given = {name: place for name, place in PADDING.items() if getattr(self, name) is not None}
-        rooms = {name: Room(dim, size, fill) for name, (dim, fill) in given.items()}
-        features = tuple(Room(1, batch * size // len(rows)) for rows in self.features)
-        leaves = _pytree.tree_leaves(replace(self, features=features, **rooms))
-        return [leaf if isinstance(leaf, Room) else None for leaf in leaves]
+        total = None if self.room is None else len(self.attention_mask) * self.room
+        rooms: list[Room | None] = []
+        for name, place in PLACES.items():
+            value = getattr(self, name)
+            for x in value if isinstance(value, tuple) else (value,):
+                if x is not None:
+                    rooms.append(None if place is None or total is None else Room(place[0], total // len(x), place[1]))
+        return rooms
 
     def padded(self) -> DecoderInputs:
         """The same with its room filled up."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """Up to `size` along `dim`, filled with `fill`, or, None, with what is never read."""
 
     dim: int
