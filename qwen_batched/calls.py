@@ -56,9 +56,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.tower = CudaGraphs(prepare=pack)  # of image features
-        self.decoder = CudaGraphs(
-            MAX_DECODER_GRAPHS, prepare=pack
-        )  # from token ids and features to hidden states and logits
+        self.decoder = CudaGraphs(MAX_DECODER_GRAPHS, prepare=pack)  # from ids and features to hidden states, logits
         self.steps = CudaGraphs(MAX_STEP_GRAPHS)  # of generations, each bound to its state
         self.idle = DecodingPool(lambda decoding: self.steps.drop(decoding.token))  # those states
         # Of tokens behind a prompt, of which each graph holds a copy.
@@ -114,9 +112,8 @@ class Calls:
         """
         if device.type != "cuda" or torch.compiler.is_compiling():
             return False
-        if not runs_own_code(decoder) or not can_fuse(decoder.embed_tokens, nn.Embedding):
-            return False
-        return all(can_fuse(block, DecoderBlock) for block in decoder.layers)
+        parts = (decoder.embed_tokens, nn.Embedding), *((block, DecoderBlock) for block in decoder.layers)
+        return runs_own_code(decoder) and all(can_fuse(part, kind) for part, kind in parts)
 
     @torch.no_grad()
     def extend(self, caller: Caller, cache: PromptCache, suffix: Suffix) -> Tensor:

@@ -63,11 +63,10 @@ class Places(NamedTuple):
 
 
 def find_places(feature_index: Tensor, rows_BRD: Tensor) -> Places:
-    """Of `feature_index` (B, S), -1 where a token gets no feature; it counts anew in each sample that has rows."""
-    rows_BS, (groups, rows_per_group) = feature_index.clamp(min=0), rows_BRD.shape[:2]
-    if groups > 1:
-        samples = torch.arange(groups, device=feature_index.device)
-        rows_BS = rows_BS + samples[:, None] * rows_per_group
+    """Of `feature_index` (B, S), -1 where a token gets no feature, among rows as `feature_rows` returns them."""
+    rows_BS, (samples, rows_per_sample) = feature_index.clamp(min=0), rows_BRD.shape[:2]
+    if samples > 1:
+        rows_BS = rows_BS + torch.arange(samples, device=rows_BS.device)[:, None] * rows_per_sample
     return Places(rows_BS.flatten(), (feature_index >= 0)[..., None])
 
 
@@ -76,16 +75,13 @@ def feature_rows(features: Tensor | list[Tensor], by_sample: bool) -> Tensor:
 
     Or, not `by_sample`, as rows (1, R, D) of all of them, tensor by tensor.
     """
-    if isinstance(features, Tensor):
-        rows = [features.flatten(1, 3)]
-    else:
-        rows = [part.flatten(1, 2) for part in features]
+    parts = [features.flatten(1, 3)] if isinstance(features, Tensor) else [part.flatten(1, 2) for part in features]
     if not by_sample:
-        rows = [part.flatten(0, 1)[None] for part in rows]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        parts = [part.flatten(0, 1)[None] for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def place_features(embeds_BSD: Tensor, rows_BRD: Tensor, places: Places) -> Tensor:
-    """Token embeddings with each image token's feature in its place; of rows as `feature_rows` returns them."""
+    """Token embeddings with each image token's feature in its place; `places` are those among the rows."""
     placed_BSD = rows_BRD.flatten(0, 1).index_select(0, places.rows).view(embeds_BSD.shape)
     return torch.where(places.is_image, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)

@@ -1,4 +1,4 @@
-"""What the decoder and the head run on, with room for a few tokens more, so that few shapes serve every text."""
+"""What the decoder and the head run on, with room for a few tokens more, so that few shapes serve every call."""
 
 from __future__ import annotations
 
@@ -87,25 +87,25 @@ class DecoderInputs:
         """The same with room for padding at the end and more counted tokens, up to the next of few sizes.
 
         Tokens that all blocks compute grow by at most 1/16 from 256 on, by 1/64 where samples differ in length. Which
-        padding is computed reaches no token: it stands behind all tokens of its row. Features get as many rows as there
-        are places, however many images they are of.
+        padding is computed reaches no token: it stands behind all tokens of its row. Features get room for as many rows
+        as there are places, whatever images they are of.
         """
         batch, length = self.attention_mask.shape
         room, tokens = rounded_sizes(batch, length, self.tokens, self.is_padded)
         answers = self.answer_tokens
         if answers is not None:
             answers = min(round_up(answers, ANSWER_STEPS), batch * room)
-        inputs = self._with_fewer_features() if any(x.shape[:2].numel() > batch * room for x in self.features) else self
+        exceeds = bool(self.features) and self.features[0].shape[:2].numel() > batch * room
         return replace(
-            inputs,
+            self._with_a_row_for_each_place() if exceeds else self,
             tokens=tokens if self.is_padded else None,
             answer_tokens=answers,
             has_spare=self.is_padded and self.tokens is not None,
             room=room,
         )
 
-    def _with_fewer_features(self) -> DecoderInputs:
-        """The same with a row (B, S, D) for each place: of absent cameras there are more rows than places."""
+    def _with_a_row_for_each_place(self) -> DecoderInputs:
+        """The same with features (B, S, D): those of absent cameras, for which no token stands, take room too."""
         index_BS = self.feature_index
         rows, is_image = find_places(index_BS, self.features[0])
         features = tuple(x.flatten(0, 1).index_select(0, rows).unflatten(0, index_BS.shape) for x in self.features)
@@ -126,6 +126,8 @@ class DecoderInputs:
 
     def padded(self) -> DecoderInputs:
         """The same with its room filled up."""
+        if self.room is None:
+            return self
         tensors, spec = _pytree.tree_flatten(self)
         return _pytree.tree_unflatten(pad_all(tensors, self.rooms), spec)
 
