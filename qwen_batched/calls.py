@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from qwen_batched.generation import Decoding, DecodingKind, DecodingPool, Rules, Sampling
-from qwen_batched.inputs.batch import Batch, FeatureMaps, Features
-from qwen_batched.inputs.given_features import hide_absent
+from qwen_batched.inputs.batch import Batch, FeatureMaps, Features, without_absent
 from qwen_batched.inputs.prepared import check_on_device
 from qwen_batched.inputs.request import Request
 from qwen_batched.inputs.transformers_batch import TransformersBatch
@@ -27,13 +26,14 @@ from qwen_batched.linear.fused import pack
 from qwen_batched.model import pipeline
 from qwen_batched.model.decoder import Decoder, DecoderBlock
 from qwen_batched.model.decoder_inputs import DecoderInputs
-from qwen_batched.model.embedding import block_outputs, embed, image_features
+from qwen_batched.model.image_features import block_outputs, image_features
 from qwen_batched.model.pipeline import Decoded, Network, Prefilled, Wanted
 from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
 from qwen_batched.runtime.cuda_graphs import CudaGraphs
 from qwen_batched.runtime.fast_path import can_fuse, runs_own_code
+from qwen_batched.runtime.room import Room
 
 
 class Caller(NamedTuple):
@@ -56,7 +56,7 @@ class Calls:
 
     def __init__(self) -> None:
         self.tower = CudaGraphs(prepare=pack)  # of image features
-        self.decoder = CudaGraphs(MAX_DECODER_GRAPHS, prepare=pack)  # from embeddings to hidden states and logits
+        self.decoder = CudaGraphs(MAX_DECODER_GRAPHS, prepare=pack)  # from ids and features to hidden states, logits
         self.steps = CudaGraphs(MAX_STEP_GRAPHS)  # of generations, each bound to its state
         self.idle = DecodingPool(lambda decoding: self.steps.drop(decoding.token))  # those states
         # Of tokens behind a prompt, of which each graph holds a copy.
@@ -87,22 +87,23 @@ class Calls:
     def _decoded(self, caller: Caller, call: Call, wanted: Wanted) -> tuple[Batch, Features | None, Decoded]:
         """A call without gradients: image features by one graph, decoder and head by another.
 
-        Each is keyed by what shapes it, so that cameras and texts do not multiply; what lies between is a few launches.
+        Each is keyed by what shapes it, so that cameras and texts do not multiply. What lies between is few launches:
+        those that lay out the sequences, and copies of what the decoder reads.
         """
         (visual, decoder, head), processor, dtype, graph = caller
         batch = self.batch(caller, call)
-        embedded = embed(visual, decoder, batch)
-        inputs = DecoderInputs.of(batch, embedded, wanted.logits)
+        features, inputs = pipeline.encode(visual, batch, wanted)
         length = inputs.length
         if self._rounds_up(decoder, call.device):
             inputs = inputs.rounded_up()
         run = functools.partial(pipeline.decode, decoder, head, wanted)
         if self._may_use_graphs(processor, call.device, graph):
             modules = [decoder] if head is None else [decoder, head]
-            decoded = self._by_graph(self.decoder, modules, (wanted, dtype), run, inputs, call.device)
+            key = wanted, dtype
+            decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, rooms=inputs.rooms)
         else:
-            decoded = run(inputs)
-        return batch, embedded.features, decoded if inputs.length == length else decoded.cut(length, wanted)
+            decoded = run(inputs.padded())
+        return batch, features, decoded if inputs.room in (None, length) else decoded.cut(length, wanted)
 
     def _rounds_up(self, decoder: Decoder, device: torch.device) -> bool:
         """Whether sequences get room for more tokens, with a graph or without, so that both compute the same.
@@ -111,7 +112,8 @@ class Calls:
         """
         if device.type != "cuda" or torch.compiler.is_compiling():
             return False
-        return runs_own_code(decoder) and all(can_fuse(block, DecoderBlock) for block in decoder.layers)
+        parts = (decoder.embed_tokens, nn.Embedding), *((block, DecoderBlock) for block in decoder.layers)
+        return runs_own_code(decoder) and all(can_fuse(part, kind) for part, kind in parts)
 
     @torch.no_grad()
     def extend(self, caller: Caller, cache: PromptCache, suffix: Suffix) -> Tensor:
@@ -148,7 +150,9 @@ class Calls:
         mask = request.camera_mask
         if mask is None or torch.is_grad_enabled():
             return self.encode(caller, request)
-        return hide_absent(self.encode(caller, replace(request, camera_mask=None)), mask)
+        features = self.encode(caller, replace(request, camera_mask=None))
+        # For callers. No token stands for an absent camera, so the deep ones may stay.
+        return features._replace(main=without_absent(features.main, mask))
 
     def encode(
         self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None
@@ -249,15 +253,16 @@ class Calls:
         call: Call | DecoderInputs | Suffix,
         device: torch.device,
         kept: PromptCache | None = None,
+        rooms: Sequence[Room | None] | None = None,
     ) -> object:
-        """`run` of the call, and of what is `kept` for several."""
+        """`run` of the call, with `rooms` behind its tensors, and of what is `kept` for several."""
         tensors, spec = _pytree.tree_flatten(call)
 
         def on_tensors(*given: Tensor) -> object:
             return run(_pytree.tree_unflatten(given[: len(tensors)], spec), *given[len(tensors) :])
 
         key = (*key, type(call), spec.context)
-        return graphs.run(modules, key, on_tensors, *tensors, device=device, kept=kept)
+        return graphs.run(modules, key, on_tensors, *tensors, device=device, kept=kept, rooms=rooms)
 
 
 def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:

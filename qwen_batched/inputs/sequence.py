@@ -56,31 +56,32 @@ def label_answers(sequences: Sequences, answers: Tensor) -> Tensor:
 
 
 class Places(NamedTuple):
-    """Which tokens get features, and which rows of the features these are."""
+    """Which tokens get features, and which rows of all features these are."""
 
-    rows: Tensor  # int64 (B * S,), 0 where a token gets none
+    rows: Tensor  # int64 (B * S,), some row where a token gets none
     is_image: Tensor  # bool (B, S, 1)
 
 
-def find_places(feature_index: Tensor, rows_per_sample: int | None) -> Places:
-    """Of `feature_index` (B, S), -1 where a token gets no feature; it counts anew in each sample, or, None, goes on."""
-    rows_BS = feature_index.clamp(min=0)
-    if rows_per_sample is not None and len(feature_index) > 1:
-        samples = torch.arange(len(feature_index), device=feature_index.device)
-        rows_BS = rows_BS + samples[:, None] * rows_per_sample
+def find_places(feature_index: Tensor, rows_BRD: Tensor) -> Places:
+    """Of `feature_index` (B, S), -1 where a token gets no feature, among rows as `feature_rows` returns them."""
+    rows_BS, (samples, rows_per_sample) = feature_index.clamp(min=0), rows_BRD.shape[:2]
+    if samples > 1:
+        rows_BS = rows_BS + torch.arange(samples, device=rows_BS.device)[:, None] * rows_per_sample
     return Places(rows_BS.flatten(), (feature_index >= 0)[..., None])
 
 
 def feature_rows(features: Tensor | list[Tensor], by_sample: bool) -> Tensor:
-    """Features (B, V, h, w, D), or V tensors (B, h, w, D), as rows: sample by sample, or tensor by tensor."""
-    if isinstance(features, Tensor):
-        return features.flatten(0, 3)
+    """Features (B, V, h, w, D), or V tensors (B, h, w, D), as rows (B, R, D) of each sample.
+
+    Or, not `by_sample`, as rows (1, R, D) of all of them, tensor by tensor.
+    """
+    parts = [features.flatten(1, 3)] if isinstance(features, Tensor) else [part.flatten(1, 2) for part in features]
     if not by_sample:
-        return torch.cat([part.flatten(0, 2) for part in features])
-    return torch.cat([camera.flatten(1, 2) for camera in features], dim=1).flatten(0, 1)
+        parts = [part.flatten(0, 1)[None] for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def place_features(embeds_BSD: Tensor, rows_MD: Tensor, places: Places) -> Tensor:
-    """Token embeddings with each image token's feature in its place."""
-    placed_BSD = rows_MD.index_select(0, places.rows).view(embeds_BSD.shape)
+def place_features(embeds_BSD: Tensor, rows_BRD: Tensor, places: Places) -> Tensor:
+    """Token embeddings with each image token's feature in its place; `places` are those among the rows."""
+    placed_BSD = rows_BRD.flatten(0, 1).index_select(0, places.rows).view(embeds_BSD.shape)
     return torch.where(places.is_image, placed_BSD.to(embeds_BSD.dtype), embeds_BSD)

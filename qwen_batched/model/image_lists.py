@@ -11,7 +11,7 @@ from qwen_batched.arguments import shown
 from qwen_batched.inputs import checks
 from qwen_batched.inputs.batch import Batch, Grid
 from qwen_batched.inputs.checks import Resize
-from qwen_batched.model.embedding import image_features
+from qwen_batched.model.image_features import image_features
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 from qwen_batched.training.api import Trainable
 

@@ -1,4 +1,4 @@
-"""The network as a function: its modules and a typed batch -> a typed result. Embed, place, decode, head.
+"""The network as a function: its modules and a typed batch -> a typed result. Tower, embed, place, decode, head.
 
 No class around it: this is what a CUDA graph captures, what torch.compile sees and what can be exported.
 """
@@ -17,8 +17,9 @@ from qwen_batched.linear.apply import apply_linear
 from qwen_batched.model.attention import KeysValues, KVCache
 from qwen_batched.model.decoder import Decoder
 from qwen_batched.model.decoder_inputs import DecoderInputs
-from qwen_batched.model.embedding import embed, features_of_images
+from qwen_batched.model.embedding import embed
 from qwen_batched.model.head import answer_loss, last_tokens
+from qwen_batched.model.image_features import blank_features, features_of, features_of_images
 from qwen_batched.model.vision import VisionTransformer
 from qwen_batched.outputs import VLOutput
 
@@ -64,26 +65,33 @@ class Decoded(NamedTuple):
 
 def run(network: Network, batch: Batch, wanted: Wanted) -> VLOutput:
     """The result of a batch with texts."""
-    embedded = embed(network.visual, network.decoder, batch)
-    inputs = DecoderInputs.of(batch, embedded, wanted.logits)
-    return output(batch, embedded.features, decode(network.decoder, network.head, wanted, inputs))
+    features, inputs = encode(network.visual, batch, wanted)
+    return output(batch, features, decode(network.decoder, network.head, wanted, inputs))
+
+
+def encode(visual: VisionTransformer, batch: Batch, wanted: Wanted) -> tuple[Features | None, DecoderInputs]:
+    """The features of a batch's images, None without images, and what the decoder runs on."""
+    features = features_of(visual, batch)
+    placed = blank_features(visual, batch) if features is None else features
+    return features, DecoderInputs.of(batch, placed, wanted.logits)
 
 
 def decode(decoder: Decoder, head: nn.Module | None, wanted: Wanted, inputs: DecoderInputs) -> Decoded:
-    """From embeddings to what is wanted."""
+    """From token ids and features to what is wanted."""
+    embeds_BSD, deep = embed(decoder, inputs)
     mask, position_ids = inputs.attention_mask, inputs.rope_positions.transpose(0, 1)
     keys_values = cache = None
     if wanted.cache:
         text = decoder.config
         sizes = text.num_hidden_layers, *mask.shape, text.num_key_value_heads, text.head_dim
-        cache = KVCache(*sizes, inputs.inputs_embeds)
+        cache = KVCache(*sizes, embeds_BSD)
     elif wanted.keys_values:
         keys_values = KeysValues(wanted.keys_values)
     needs_last = wanted.logits is not None or inputs.labels is not None
     layers = [*wanted.layers, decoder.config.num_hidden_layers] if needs_last else wanted.layers
-    options = {"tokens": inputs.tokens, "deep_features": inputs.deep, "is_padded": inputs.is_padded}
+    options = {"tokens": inputs.tokens, "deep_features": deep, "is_padded": inputs.is_padded}
     options["cache"] = keys_values if cache is None else cache
-    hidden_states = decoder(inputs.inputs_embeds, position_ids, mask, layers, wanted.norm, **options)
+    hidden_states = decoder(embeds_BSD, position_ids, mask, layers, wanted.norm, **options)
     if inputs.has_spare:  # zeros on padding, as where it is not computed
         hidden_states = [x.masked_fill(~mask[..., None], 0) for x in hidden_states]
     logits = loss = None

@@ -19,6 +19,7 @@ from qwen_batched.runtime.admission import Uses
 from qwen_batched.runtime.arena import Arena
 from qwen_batched.runtime.fast_path import has_global_hooks
 from qwen_batched.runtime.lru_cache import hold_values
+from qwen_batched.runtime.room import Room, pad_all
 from qwen_batched.runtime.snapshot import ModuleSnapshot, is_capturable
 
 
@@ -62,26 +63,32 @@ class CudaGraphs:
         device: torch.device,
         stateful: bool = False,
         kept: Kept | None = None,
+        rooms: Sequence[Room | None] | None = None,
     ) -> Outputs:
         """`function(*inputs, *kept.tensors)`, by a graph where there is one.
 
         It reads parameters of `modules` and tensors, on `device` or on the host, must not wait for the device, and
         returns a pytree. `key` is all else that shapes what it does, but the shapes and dtypes of `inputs`. Where it is
         `stateful`, it changes something and must not run in vain. What is `kept` never changes, and is copied to a
-        graph once for all calls with it that follow each other.
+        graph once for all calls with it that follow each other. `rooms` says of each input whether the function is to
+        have it with room behind it, graph or not: then inputs of all sizes that fit share the graph.
         """
+        if rooms is None:
+            rooms = [None] * len(inputs)
         held, self._thread.replayed = () if kept is None else kept.tensors, None
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
-            return function(*inputs, *held)
+            return function(*pad_all(inputs, rooms), *held)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
-        key = (key, device, torch.is_grad_enabled(), _numerics(), *((x.shape, x.dtype) for x in (*inputs, *held)))
+        shapes = [*map(_buffer_shape, inputs, rooms), *(x.shape for x in held)]
+        dtypes = [x.dtype for x in (*inputs, *held)]
+        key = (key, device, torch.is_grad_enabled(), _numerics(), *shapes, *dtypes, *rooms)
         obstacle = None
         with self._lock:
             self._release_finished()
             call = self._calls.get(key)
             earns_graph = call is None and self._earns_graph(key) and self._still_matches(modules)
             if earns_graph and hash(key) in self._ran_here():
-                call, obstacle = self._capture(key, function, inputs, held, device)
+                call, obstacle = self._capture(key, function, inputs, rooms, held, device)
                 earns_graph = False
             if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs, kept)
@@ -90,13 +97,13 @@ class CudaGraphs:
                     self._thread.replayed = call if stateful else None
                     return outputs
         try:
-            outputs = function(*inputs, *held)
+            outputs = function(*pad_all(inputs, rooms), *held)
             if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
                 self._remember(modules, key)
                 if earns_graph:  # and this thread has run it now
                     with self._lock:
                         if key not in self._calls and self._still_matches(modules):
-                            _, obstacle = self._capture(key, function, inputs, held, device)
+                            _, obstacle = self._capture(key, function, inputs, rooms, held, device)
         finally:
             if obstacle is not None:  # told at the end: where warnings are errors, the call has been made
                 self._tell(obstacle)
@@ -226,6 +233,7 @@ class CudaGraphs:
         key: Hashable,
         function: Callable[..., Outputs],
         inputs: Sequence[Tensor],
+        rooms: Sequence[Room | None],
         held: Sequence[Tensor],
         device: torch.device,
     ) -> tuple[CapturedCall | None, RuntimeError | None]:
@@ -236,11 +244,11 @@ class CudaGraphs:
         try:
             self._arena = Arena.of(device)
             try:
-                self._calls[key] = CapturedCall(function, inputs, held, self._arena)
+                self._calls[key] = CapturedCall(function, inputs, rooms, held, self._arena)
             except torch.OutOfMemoryError:
                 self._release_finished(wait=True)
                 torch.cuda.empty_cache()  # which the allocator cannot do by itself inside a capture
-                self._calls[key] = CapturedCall(function, inputs, held, self._arena)
+                self._calls[key] = CapturedCall(function, inputs, rooms, held, self._arena)
         except RuntimeError as error:  # out of memory, or something in the call that a graph cannot hold
             self._uses.refuse(key)
             return None, error
@@ -270,17 +278,28 @@ class CapturedCall:
     """A call as a CUDA graph, with the memory that it reads and writes."""
 
     def __init__(
-        self, function: Callable[..., Outputs], inputs: Sequence[Tensor], held: Sequence[Tensor], arena: Arena
+        self,
+        function: Callable[..., Outputs],
+        inputs: Sequence[Tensor],
+        rooms: Sequence[Room | None],
+        held: Sequence[Tensor],
+        arena: Arena,
     ) -> None:
-        """Captures `function(*inputs, *held)`; it is not run. Raises `RuntimeError` where that cannot be done."""
+        """Captures `function(*inputs, *held)`, inputs with room; it is not run.
+
+        Raises `RuntimeError` where that cannot be done.
+        """
         self.arena = arena
+        self._rooms = rooms
+        self._sizes: list[int | None] = [None] * len(inputs)  # of what was last written where there is room for more
         self._done: torch.cuda.Event | None = None  # the last replay; None before the first
         # Outside inference mode: a graph captured within it is replayed outside it too.
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs, self.held = (
-                [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in tensors]
-                for tensors in (inputs, held)
-            )
+            self.inputs = [
+                torch.empty(_buffer_shape(x, room), dtype=x.dtype, device=arena.device)
+                for x, room in zip(inputs, rooms, strict=True)
+            ]
+            self.held = [torch.empty(x.shape, dtype=x.dtype, device=arena.device) for x in held]
             # The tables that the call takes from caches live as long as the graph, whatever the caches forget.
             with hold_values() as self.tables, arena.capture() as self.graph, backend.reading_ahead():
                 self.outputs, self._spec = _pytree.tree_flatten(function(*self.inputs, *self.held))
@@ -294,8 +313,13 @@ class CapturedCall:
                 for buffer, value in zip(self.held, kept.tensors, strict=True):
                     buffer.copy_(value, non_blocking=True)
                 self._kept = weakref.ref(kept)
-            for buffer, value in zip(self.inputs, inputs, strict=True):
-                buffer.copy_(value, non_blocking=True)
+            for index, (value, buffer, room) in enumerate(zip(inputs, self.inputs, self._rooms, strict=True)):
+                if room is None:
+                    buffer.copy_(value, non_blocking=True)
+                else:
+                    last, self._sizes[index] = self._sizes[index], None
+                    room.write(value, buffer, last)
+                    self._sizes[index] = value.shape[room.dim]
             self.graph.replay()
             return _pytree.tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in self.outputs], self._spec)
 
@@ -307,6 +331,10 @@ class CapturedCall:
         """Returns when it is."""
         if self._done is not None:
             self._done.synchronize()
+
+
+def _buffer_shape(value: Tensor, room: Room | None) -> torch.Size:
+    return value.shape if room is None else room.shape(value)
 
 
 def _must_run_eagerly(inputs: Sequence[Tensor]) -> bool:

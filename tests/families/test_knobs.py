@@ -12,8 +12,10 @@ from qwen_batched.families.qwen2_5_vl import FAMILY
 from qwen_batched.inputs.batch import Batch, Features
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.decoder import Decoder
-from qwen_batched.model.embedding import embed, image_features
+from qwen_batched.model.decoder_inputs import DecoderInputs
+from qwen_batched.model.embedding import embed
 from qwen_batched.model.geometry import IMAGE, look_up, make_vision_plan
+from qwen_batched.model.image_features import image_features
 from qwen_batched.model.parts.mlps import MLP, SwiGLU
 from qwen_batched.model.parts.norms import AddLayerNorm, AddRMSNorm
 from qwen_batched.model.parts.patches import PatchMerger
@@ -206,8 +208,8 @@ def test_deep_features_stand_where_the_main_ones_do():
     features = Features(random(2, 1, 1, 3, 40), [random(2, 1, 1, 3, 40, seed=2)])
     ids = torch.arange(8).view(2, 4)
     decoder = build_decoder()
-    batch = Batch(input_ids=ids, feature_index=index, features=features)
-    embeds, (placed,), _ = embed(build_vision(VISION), decoder, batch)
+    batch = Batch(input_ids=ids, feature_index=index)
+    embeds, (placed,) = embed(decoder, DecoderInputs.of(batch, features, None))
     for ours, maps, text in ((embeds, features.main, decoder.embed_tokens(ids)), (placed, features.deep[0], None)):
         expected = torch.zeros(2, 4, 40) if text is None else text.clone()
         expected[0, 1:] = maps[0, 0, 0]

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_batched.model import pipeline
-from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, TOKEN_STEPS, DecoderInputs, round_up, rows_of
-from qwen_batched.model.embedding import embed
+from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, TOKEN_STEPS, round_up, rows_of
 from tests.sisters import FACTORS, Sister
 from tests.support import assert_equal_to
 
@@ -56,11 +55,11 @@ def test_every_output_is_that_without_the_room(sister, texts, side, logits, norm
     wanted = pipeline.Wanted((0, 1, 2), norm, logits, keys_values=(0, 1))
     with torch.no_grad():
         want = pipeline.run(network, batch, wanted)
-        embedded = embed(network.visual, network.decoder, batch)
-        inputs = DecoderInputs.of(batch, embedded, logits).rounded_up()
+        features, inputs = pipeline.encode(network.visual, batch, wanted)
+        inputs = inputs.rounded_up().padded()
         decoded = pipeline.decode(network.decoder, network.head, wanted, inputs)
         assert all(x.isfinite().all() for x in decoded.hidden_states)
-        found = pipeline.output(batch, embedded.features, decoded.cut(batch.attention_mask.shape[1], wanted))
+        found = pipeline.output(batch, features, decoded.cut(batch.attention_mask.shape[1], wanted))
     assert inputs.length % 16 == 0
     own = batch.attention_mask
     for ours, theirs in zip(found.hidden_states, want.hidden_states, strict=True):

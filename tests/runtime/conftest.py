@@ -59,14 +59,14 @@ def fake(monkeypatch):
     log = types.SimpleNamespace(captured=0, replayed=0, waited=0, busy=False, error=None, capturing=False)
 
     class FakeCall(cuda_graphs.CapturedCall):
-        def __init__(self, function, inputs, held, arena):
+        def __init__(self, function, inputs, rooms, held, arena):
             def on_zeros(*buffers):
                 """A capture runs nothing. Here outputs must be made, from something harmless; without them, nothing."""
                 with monkeypatch.context() as patch:  # nor can anything be read
                     patch.setattr("qwen_batched.inputs.checks.can_read", lambda *tensors: False)
                     return function(*(buffer.zero_() for buffer in buffers)) if buffers else None
 
-            super().__init__(on_zeros, inputs, held, arena)
+            super().__init__(on_zeros, inputs, rooms, held, arena)
 
             def replay():
                 log.replayed += 1

@@ -9,8 +9,9 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen_batched import QwenBatchedVL
+from qwen_batched import QwenBatchedVL, ops
 from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
 from qwen_batched.generation import Decoding, pool
@@ -105,6 +106,103 @@ def test_trap26_all_calls_in_turn_give_what_each_gives_alone(own, fake):
             assert_equal(call(own, *arguments, **options), call(own, *arguments, cuda_graph=False, **options))
     # Four kinds of frames, and nine of what is asked of the decoder: a mask or a resize is nothing to it.
     assert len(own._calls.tower) == 4 and len(own._calls.decoder) == 9 and fake.captured == 13
+
+
+# By how many cameras and of what size, and which of them are there; few words or more, of few sizes of the decoder.
+SHARING = [
+    {"cameras": 2},
+    {"cameras": 1},
+    {"cameras": 1, "height": 84},
+    {"cameras": 2, "text": "b c"},
+    {"cameras": 3, "mask": [False, True, False]},
+    {"cameras": 12, "mask": [False] * 11 + [True]},  # with more rows of features than the sequence has places
+    {"cameras": 1, "as_list": True},
+]
+
+
+def shared_call(model, cameras, height=56, text="a", mask=None, as_list=False, size=1, sick=False, **options):
+    images = frames(7, cameras, height)[:size]
+    if sick:
+        images = images.float() / 255
+        images[0] = torch.nan
+    images = images.to(model.device)
+    given = None if mask is None else torch.tensor([mask] * size)
+    return call(model, [*images.unbind(1)] if as_list else images, [text] * size, given, **options)
+
+
+def assert_cameras_share_a_graph(model, size):
+    for kind in SHARING[:2] * 2:
+        shared_call(model, size=size, **kind)
+    (decoder,) = model._calls.decoder._calls.values()
+    for _ in range(2):
+        for kind in (*SHARING, *reversed(SHARING)):
+            # What a larger call leaves behind reaches no smaller one.
+            assert not shared_call(model, 2, sick=True, size=size).last_hidden_state[0].isfinite().any()
+            ours = shared_call(model, size=size, **kind)
+            assert_equal(ours, shared_call(model, size=size, cuda_graph=False, **kind))
+            assert ours.last_hidden_state.isfinite().all()
+    assert [*model._calls.decoder._calls.values()] == [decoder]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_trap26_cameras_frame_sizes_masks_and_texts_share_a_graph_of_the_decoder(own, fake, size):
+    assert_cameras_share_a_graph(own, size)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_trap_qwen3_deep_features_share_it_too(tmp_path, own, fake, size):
+    write_checkpoint(tmp_path, "qwen3-vl-tiny", image={"min_pixels": 32 * 32})
+    assert_cameras_share_a_graph(QwenBatchedVL.from_pretrained(tmp_path, device="cpu").requires_grad_(False), size)
+
+
+class Launches(TorchDispatchMode):
+    """What PyTorch is asked to compute between the tower's graph and the decoder's, without views and the layout."""
+
+    def __init__(self, model, monkeypatch):
+        super().__init__()
+        self.names, self.counts = [], False
+        for graphs, begins in ((model._calls.tower, True), (model._calls.decoder, False)):
+            (one,) = graphs._calls.values()
+            monkeypatch.setattr(one.graph, "replay", self.switching(one.graph.replay, False, begins))
+        # One kernel on a GPU.
+        expand = self.switching(ops.expand_prompts, False, True)
+        monkeypatch.setattr(ops, "expand_prompts", expand)
+
+    def switching(self, function, during, after):
+        def switched(*arguments):
+            self.counts = during
+            result = function(*arguments)
+            self.counts = after
+            return result
+
+        return switched
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.counts and not function.is_view:
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("preset", "maps"), [("tiny", 1), ("qwen3-vl-tiny", 4)])
+def test_between_the_graphs_stand_only_copies_of_results_and_inputs(tmp_path, own, fake, monkeypatch, preset, maps):
+    write_checkpoint(tmp_path, preset, image={"min_pixels": 32 * 32})
+    model = QwenBatchedVL.from_pretrained(tmp_path, device="cpu").requires_grad_(False)
+    for _ in range(3):
+        call(model, frames()[:1], ["a"])
+    with Launches(model, monkeypatch) as launches:
+        call(model, frames(1)[:1], ["a"])
+    # Ids, places of features, positions, the mask, and the features.
+    assert launches.names == ["clone"] * maps + ["copy_"] * (4 + maps)
+
+
+def test_a_hook_on_a_block_or_on_the_embedding_sees_sequences_as_long_as_they_are(load):
+    decoder, gpu = load().model, torch.device("cuda")
+    assert Calls()._rounds_up(decoder, gpu)
+    for module in (decoder, decoder.layers[1], decoder.embed_tokens):
+        handle = module.register_forward_hook(lambda *arguments: None)
+        assert not Calls()._rounds_up(decoder, gpu)
+        handle.remove()
+    assert Calls()._rounds_up(decoder, gpu)
 
 
 def test_trap26_prompts_of_one_length_share_a_graph_and_others_do_not(own, fake):
@@ -503,6 +601,13 @@ def test_a_graph_of_the_whole_call_gives_bitwise_what_the_call_gives(on_gpu, nam
         ours = call(on_gpu, *arguments, **options)
         assert_equal(ours, call(on_gpu, *arguments, cuda_graph=False, **options))
     assert sum(map(bool, on_gpu._calls.decoder._calls.values())) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2])
+def test_trap26_on_a_gpu_cameras_and_texts_share_a_graph_of_the_decoder(on_gpu, size, dtype):
+    assert_cameras_share_a_graph(on_gpu.to(dtype), size)
 
 
 @pytest.mark.gpu
