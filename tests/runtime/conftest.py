@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from qwen_batched.runtime import cuda_graphs
-
 
 def overwrite(outputs, values):
     """As a replay does: new values in the same memory."""
@@ -56,6 +54,8 @@ class FakeEvent:
 @pytest.fixture
 def fake(monkeypatch):
     """CudaGraphs without CUDA: a replay runs the function again, on the same buffers, into the same outputs."""
+    from qwen_batched.runtime import cuda_graphs  # not with this file, which pytest may load before it is configured
+
     log = types.SimpleNamespace(captured=0, replayed=0, waited=0, busy=False, error=None, capturing=False)
 
     class FakeCall(cuda_graphs.CapturedCall):
