@@ -150,7 +150,7 @@ def test_trap26_cameras_frame_sizes_masks_and_texts_share_a_graph_of_the_decoder
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_trap26_deep_features_share_it_too(tmp_path, own, fake, size):
+def test_deep_features_share_it_too(tmp_path, own, fake, size):
     write_checkpoint(tmp_path, "qwen3-vl-tiny", image={"min_pixels": 32 * 32})
     assert_cameras_share_a_graph(QwenBatchedVL.from_pretrained(tmp_path, device="cpu").requires_grad_(False), size)
 
