@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qwen_batched.extraction.manifest import read_manifest
-from qwen_batched.extraction.request import IMAGE_FEATURES
+from qwen_batched.extraction.parquet import ParquetReader
+from qwen_batched.extraction.request import IMAGE_FEATURES, PARQUET
 from qwen_batched.extraction.shards import FEATURES, INDEX, ROWS
 from qwen_batched.extraction.streams import DEEPSTACK, MASK, streams_in
 from qwen_batched.inputs.batch import FeatureMaps, Features
@@ -63,6 +64,11 @@ class ShardReader:
         self.map.close()
 
 
+def open_shard(path: Path) -> ShardReader | ParquetReader:
+    """Raises `ValueError`, naming the file, where it is missing or damaged."""
+    return ParquetReader(path) if path.suffix == f".{PARQUET}" else ShardReader(path)
+
+
 class FeatureDataset(Dataset):
     """The frames of an extraction, with their features.
 
@@ -95,7 +101,7 @@ class FeatureDataset(Dataset):
             for name in ("frame", "timestamp", "row"):
                 columns[name].append(table[name].to_numpy())
             columns["part"].append(np.full(len(table), len(self._parts), np.int32))
-            self._parts.append(f"{path.stem}.safetensors")
+            self._parts.append(f"{path.stem}.{self.manifest['file_format']}")
         if not any(map(len, columns["frame"])):
             raise ValueError(f"{self.folder} must have at least one frame that was extracted, got none")
         joined = {name: np.concatenate(values) for name, values in columns.items()}
@@ -105,7 +111,7 @@ class FeatureDataset(Dataset):
         keys = _key(self._episode, self._frame)
         self._sorted = np.argsort(keys, kind="stable")
         self._keys = keys[self._sorted]
-        self._open: OrderedDict[tuple[str, int], ShardReader] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int], ShardReader | ParquetReader] = OrderedDict()
 
     def __len__(self) -> int:
         """Frames."""
@@ -118,7 +124,8 @@ class FeatureDataset(Dataset):
             `episode` (int or str), `frame` (int), `timestamp` (float seconds, NaN where the data set has none). With
             image features `image_features`: (V, h, w, D), or pooled (V, D), or a list of one (h, w, D) for each camera
             where grids differ; and the deep ones of families that have some, `deepstack-0` and so on, alike. Of each
-            layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,).
+            layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,). In the dtype of the
+            manifest; pooled ones from parquet are float32.
         """
         size = len(self)
         if not -size <= index < size:
@@ -199,14 +206,14 @@ class FeatureDataset(Dataset):
         deep = [_collate([item[name] for item in items]) for name in levels]
         return {"images": None, "texts": texts, "image_features": Features(main, deep) if deep else main}
 
-    def _shard(self, stream: str, part: int) -> ShardReader:
+    def _shard(self, stream: str, part: int) -> ShardReader | ParquetReader:
         key = stream, part
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
         while len(self._open) >= OPEN:
             self._open.popitem(last=False)
-        shard = self._open[key] = ShardReader(self.folder / FEATURES / stream / self._parts[part])
+        shard = self._open[key] = open_shard(self.folder / FEATURES / stream / self._parts[part])
         return shard
 
     def __getstate__(self) -> dict[str, Any]:

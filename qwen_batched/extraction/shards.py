@@ -1,4 +1,4 @@
-"""Rows of a part in any order -> its safetensors files, then its index: beside, synced, renamed, indexed.
+"""Rows of a part in any order -> its safetensors or parquet files, then its index: beside, synced, renamed, indexed.
 
 Files beside, drafts, are called `.<name>.<token>`, with one token for all of a part by one process. What a killed
 process has left of them is read again: see `PartWriter.take_over`.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from qwen_batched.arguments import dtype_name
 from qwen_batched.checkpoint.atomic_save import naming
 from qwen_batched.extraction.journal import Entry, Journal, Skipped, checksum, data_of, read_journal
+from qwen_batched.extraction.parquet import is_whole, rows_of_a_group, write_parquet
+from qwen_batched.extraction.request import PARQUET
 from qwen_batched.extraction.sources.source import Source
 from qwen_batched.extraction.streams import MASK, Stream
 from qwen_batched.extraction.syncing import sync_folder
@@ -108,6 +111,15 @@ class ShardFile:
             os.close(self.file)
             self.file = None
 
+    def publish(self) -> None:
+        """Renames what is finished to its place."""
+        os.replace(self.draft, self.path)
+
+    def remove(self) -> None:
+        """Removes what has not been renamed."""
+        self.close()
+        self.draft.unlink(missing_ok=True)
+
     def _start(self, index: int, rows: int) -> int:
         """Where a tensor begins in a file of so many rows."""
         return self.header_bytes + rows * sum(self.row_bytes[:index])
@@ -123,6 +135,43 @@ class ShardFile:
         spare = 0 if rows == self.frames else self.header_bytes - 8 - len(text)
         text += " " * (spare if spare else -len(text) % 8)
         return len(text).to_bytes(8, "little") + text.encode()
+
+
+class ParquetShard(ShardFile):
+    """A parquet file of pooled rows, made from a `ShardFile` when that has all of them."""
+
+    def __init__(
+        self,
+        path: Path,
+        stream: Stream,
+        dtype: torch.dtype,
+        frames: int,
+        token: str,
+        keys: Callable[[Sequence[int]], pa.Table],
+    ) -> None:
+        """`keys`: the columns that name some rows' frames."""
+        super().__init__(path, stream, dtype, frames, token)
+        (self.width,), self.keys = stream.shape, keys
+        self.made = draft_of(path, f"made.{token}")
+
+    def _finish(self, rows: Sequence[int]) -> None:
+        """Leaves the draft as it is, for who takes over from a process that is killed now."""
+        step = rows_of_a_group(self.width)
+        groups = (self._read(self.file, self.frames, rows[i : i + step])[0] for i in range(0, len(rows), step))
+        with self.made.open("wb") as opened:
+            write_parquet(opened, self.keys(rows), groups, self.width)
+            opened.flush()
+            os.fsync(opened.fileno())
+        self.close()
+
+    def publish(self) -> None:
+        """See there; the draft stays until it is removed."""
+        os.replace(self.made, self.path)
+
+    def remove(self) -> None:
+        """See there."""
+        super().remove()
+        self.made.unlink(missing_ok=True)
 
 
 class PartWriter:
@@ -148,8 +197,8 @@ class PartWriter:
         self.journal = Journal(draft_of(journal_path(out, part), self.token))
         try:
             for stream in streams:
-                path = shard_path(out, stream, part)
-                self.files.append(ShardFile(path, stream, dtype, part.frames, self.token))
+                given = shard_path(out, stream, part), stream, dtype, part.frames, self.token
+                self.files.append(ParquetShard(*given, self._keys) if stream.format == PARQUET else ShardFile(*given))
         except BaseException:
             self.discard()
             raise
@@ -228,51 +277,56 @@ class PartWriter:
     def publish(self) -> None:
         """Renames the files to their places, and then the index, by which the part is done."""
         for file in self.files:
-            os.replace(file.draft, file.path)
+            file.publish()
         for folder in {file.path.parent for file in self.files}:
             sync_folder(folder)
         path = index_path(self.out, self.part)
         os.replace(self.index_draft, path)
         sync_folder(path.parent)
-        self.journal.remove()
+        self.discard()
 
     def discard(self) -> None:
         """Removes what is not published."""
         for file in self.files:
-            file.close()
-            file.draft.unlink(missing_ok=True)
+            file.remove()
         self.index_draft.unlink(missing_ok=True)
         self.journal.remove()
 
     def _index(self, rows: Sequence[int]) -> pa.Table:
         """A row for each frame and camera: those of the same frame have the same row, in every stream's shard."""
-        places = [(run.episode, frame) for run in self.part.runs for frame in range(run.start, run.stop)]
-        kept = [places[row] for row in rows]
-        times = {run.episode: self.source.timestamps(run.episode) for run in self.part.runs}
-        count = len(self.cameras)
-
-        def repeated(values: list[object]) -> list[object]:
-            return [value for value in values for _ in range(count)]
-
-        seconds = repeated([float(times[episode][frame]) for episode, frame in kept])
-        names = [self.source.episodes[episode].name for episode, _ in kept]
+        count, keys = len(self.cameras), self._keys(rows)
+        episode, frame, timestamp = keys.take(np.repeat(np.arange(len(rows)), count)).columns
         table = pa.table(
             {
-                "episode": pa.array(repeated(names), _episode_type(self.source)),
-                "frame": pa.array(repeated([frame for _, frame in kept]), pa.int64()),
-                "camera": pa.array(list(self.cameras) * len(kept), pa.string()),
-                "timestamp": pa.array(seconds, pa.float64(), from_pandas=True),  # NaN becomes null
-                "shard": pa.array([f"{self.part.name}.safetensors"] * count * len(kept), pa.string()),
-                "row": pa.array(repeated(list(range(len(kept)))), pa.int64()),
+                "episode": episode,
+                "frame": frame,
+                "camera": pa.array(list(self.cameras) * len(rows), pa.string()),
+                "timestamp": timestamp,
+                "shard": pa.array([self.files[0].path.name] * count * len(rows), pa.string()),
+                "row": pa.array(np.repeat(np.arange(len(rows)), count), pa.int64()),
             }
         )
         skipped = json.dumps(sorted(self.skipped, key=lambda x: (str(x[1]), x[2], x[0]))).encode()
         return table.replace_schema_metadata({SKIPPED: skipped})
 
+    def _keys(self, rows: Sequence[int]) -> pa.Table:
+        """Episode, frame and timestamp of some rows."""
+        places = [(run.episode, frame) for run in self.part.runs for frame in range(run.start, run.stop)]
+        kept = [places[row] for row in rows]
+        times = {run.episode: self.source.timestamps(run.episode) for run in self.part.runs}
+        seconds = [float(times[episode][frame]) for episode, frame in kept]
+        return pa.table(
+            {
+                "episode": pa.array([self.source.episodes[i].name for i, _ in kept], _episode_type(self.source)),
+                "frame": pa.array([frame for _, frame in kept], pa.int64()),
+                "timestamp": pa.array(seconds, pa.float64(), from_pandas=True),  # NaN becomes null
+            }
+        )
+
 
 def shard_path(out: Path, stream: Stream, part: Part) -> Path:
     """Where a stream's shard is."""
-    return out / FEATURES / stream.folder / f"{part.name}.safetensors"
+    return out / FEATURES / stream.folder / f"{part.name}.{stream.format}"
 
 
 def index_path(out: Path, part: Part) -> Path:
@@ -286,7 +340,9 @@ def is_done(out: Path, part: Part, streams: Sequence[Stream]) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there, and as long as its header says."""
+    """Whether a file is there, and as long as it says itself."""
+    if path.suffix == f".{PARQUET}":
+        return is_whole(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

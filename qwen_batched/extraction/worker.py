@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_batched.arguments import dtype_name
 from qwen_batched.extraction.claims import Claims
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment, Slot
 from qwen_batched.extraction.encoding import Encoder
 from qwen_batched.extraction.shards import PartWriter, is_done, remove_drafts
 from qwen_batched.extraction.sources.source import Source
+from qwen_batched.extraction.streams import dtype_in
 from qwen_batched.extraction.work import Part, segments
 
 SPARE_SLOTS = 4  # beside one for each decoder
@@ -48,7 +48,7 @@ class Worker:
         self.decoders, self.parent = decoders, parent
         self.claims = Claims(out, expiry)
         self.device = encoder.model.device
-        self.dtype = getattr(torch, dtype_name(manifest["dtype"]))
+        self.dtype = dtype_in(manifest)
         sizes = [tuple(size) for size in manifest["data"]["cameras"].values()]
         pin = self.device.type == "cuda"
         self.slots = [Slot(manifest["batch_size"], sizes, pin) for _ in range(decoders + SPARE_SLOTS)]
