@@ -8,7 +8,8 @@
 Data sets are LeRobot v3 folders that are written here, with two cameras. The last line is JSON.
 
 kills: SIGKILL at random moments, then the same command, until so many kills; what it wrote is compared with what an
-undisturbed one writes, and no shard may change its time of modification once it is indexed.
+undisturbed one writes, and no shard may change its time of modification once it is indexed. Redone is what is encoded
+again: less than a shard after each kill.
 frames: memory of the process at each tenth of the way, and the time of reading a frame at random, warm.
 rate: images a second from h264 and AV1, pooled and not, beside `encode_images` on the same frames in memory, and the
 disk's own rate; memory of the GPU at each tenth of the time.
@@ -42,11 +43,12 @@ from qwen_batched.extract import main as extract
 from qwen_batched.extraction import FeatureDataset
 from qwen_batched.extraction.encoding import Encoder
 from qwen_batched.extraction.manifest import read_manifest
-from tests.extraction import written
+from tests.extraction import logged, written
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("kills", "frames", "rate")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SHARD = 20  # frames, where commands are killed
 RATIO, SCALING, READ_MS = 0.95, 3.8, 2.0  # what must be reached
 
 
@@ -54,17 +56,19 @@ def kills(folder: Path, model: str, count: int, episodes: int) -> dict[str, obje
     """Kills a command `count` times, as often anew as it takes."""
     sizes, kinds = ((28, 56), (28, 56)), ("video", "video")
     data = written.write_v3(folder / "data", (40,) * episodes, kinds, sizes)
-    command = written.arguments(data, folder / "whole", model, "--shard-frames", 20, "--decoders", 1)
+    command = written.arguments(data, folder / "whole", model, "--shard-frames", SHARD, "--decoders", 1)
     assert extract(command) == 0
-    whole, moments, done, rounds, redone, most_redone = written.contents(folder / "whole"), random.Random(1), 0, 0, 0, 0
+    whole, moments, done, rounds = written.contents(folder / "whole"), random.Random(1), 0, 0
+    costs: list[tuple[int, int]] = []  # frames that were encoded again after a kill, and of how many shards
     wrong: list[str] = []
     while done < count:
-        out, rounds = folder / f"out{rounds}", rounds + 1
+        out, log, rounds = folder / f"out{rounds}", folder / f"log{rounds}", rounds + 1
         command[1] = str(out)
         marks: dict[str, int] = {}
         while True:
+            before = logged.encoded(log)
             process = subprocess.Popen(
-                [sys.executable, "-m", "qwen_batched.extract", *command],
+                [sys.executable, "-m", "tests.extraction.logged", str(log), *command],
                 env=ENVIRONMENT,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -75,17 +79,30 @@ def kills(folder: Path, model: str, count: int, episodes: int) -> dict[str, obje
             if done < count:
                 process.send_signal(signal.SIGKILL)
             process.wait()
-            held = sum(_is_of(claim, process.pid) for claim in (out / "claims").glob("part-*"))
             now = {file.name: file.stat().st_mtime_ns for file in (out / "index").glob("part-*")}
             wrong += [f"{name} was done twice" for name, mark in marks.items() if now.get(name) != mark]
             marks = now
+            again = [batch for batch in logged.encoded(log) - before if batch in before]
+            if before:
+                costs.append((sum(frames for _, _, frames in again), len({part for part, _, _ in again})))
             if process.returncode == 0:
                 break
-            done, redone, most_redone = done + 1, redone + held, max(most_redone, held)
+            done += 1
         if written.contents(out) != whole:
             wrong.append(f"round {rounds} wrote other bytes")
         shutil.rmtree(out)
-    return {"kills": done, "rounds": rounds, "shards_redone": redone, "most_at_a_kill": most_redone, "wrong": wrong}
+    most = max(frames for frames, _ in costs)
+    if most > SHARD:
+        wrong.append(f"{most} frames were encoded again after a kill, more than a shard's {SHARD}")
+    return {
+        "kills": done,
+        "rounds": rounds,
+        "frames_of_a_shard": SHARD,
+        "frames_redone": sum(frames for frames, _ in costs),
+        "most_frames_at_a_kill": most,
+        "most_shards_that_they_are_of": max(parts for _, parts in costs),
+        "wrong": wrong,
+    }
 
 
 def _has_claim(out: Path, pid: int) -> bool:

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resize", default="hf", metavar="HxW", help="an exact size; hf for the checkpoint's rule, none for as it is")
     add("--what", nargs="+", default=["image_features"], help="image_features, hidden:N, last")
     add("--pool", default="none", help="none, or mean over cells or tokens")
+    add("--format", default="safetensors", help="of the shards: safetensors, or parquet of pooled features, in float32")
     add("--dtype", default="auto", help="of the model and the features: bfloat16, float16, float32 or auto")
     add("--engine", default="local", choices=ENGINES)
     add("--gpus", type=int, metavar="N", help="processes, or actors of Ray, with a GPU each; all by default")

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,13 @@ class Claims:
         """Gives all claims back."""
         for name in tuple(self.held):
             self.release(name)
+
+    def remove_left(self, names: Collection[str]) -> None:
+        """Removes claims of killed processes on these parts, which are done."""
+        with self.locked() as now:
+            for path in self.folder.glob("part-*"):
+                if path.name in names and self._is_free(path.name, now):
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[float]:

@@ -17,7 +17,7 @@ from qwen_batched.extraction.engines import WorkersFailed, run_local, run_torchr
 from qwen_batched.extraction.job import Job, Outcome, make_worker, open_job, open_request_source, outcome
 from qwen_batched.extraction.manifest import agree, make_manifest, read_manifest
 from qwen_batched.extraction.request import Request
-from qwen_batched.extraction.streams import streams_in
+from qwen_batched.extraction.streams import dtype_in, streams_in
 from qwen_batched.extraction.verification import check_rows
 from qwen_batched.extraction.work import work_list
 
@@ -99,8 +99,7 @@ def describe(request: Request, rate: float | None) -> str:
         raise ValueError(f"images_per_second must be more than 0, got {rate}")
     manifest = make_manifest(request, open_request_source(request))
     frames, episodes = sum(frames for _, frames in manifest["data"]["episodes"]), len(manifest["data"]["episodes"])
-    dtype = getattr(torch, manifest["dtype"])
-    row = sum(stream.row_bytes(dtype) for stream in streams_in(manifest))
+    row = sum(stream.row_bytes(dtype_in(manifest)) for stream in streams_in(manifest))
     cameras = manifest["data"]["cameras"]
     source = "as given" if rate else "as measured here"
     rate = rate or _measure(request, manifest)

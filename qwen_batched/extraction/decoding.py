@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.extraction.journal import Skipped
 from qwen_batched.extraction.shards import PartWriter
 from qwen_batched.extraction.sources.source import Damage, Source
 from qwen_batched.extraction.work import cut
@@ -59,8 +60,10 @@ class Batch:
     """Frames of a part that were decoded."""
 
     writer: PartWriter
+    start: int  # its first row of the part
     rows: list[int]  # of the part; those left out are not among them
     texts: list[str] | None
+    skipped: list[Skipped]
     slot: Slot
 
 
@@ -128,15 +131,17 @@ class Decoders:
         for start in range(segment.start, segment.stop, self.batch_size):
             if (slot := self._free_slot()) is None:
                 return
-            rows, of_batch = [], []
+            rows, of_batch, skipped = [], [], []
             for row in range(start, min(start + self.batch_size, segment.stop)):
                 episode, frame = next(places)
-                if self._fill(slot, len(rows), [next(reader) for reader in readers], writer, episode, frame):
+                if self._fill(slot, len(rows), [next(reader) for reader in readers], skipped, episode, frame):
                     rows.append(row)
                     of_batch.append(texts[episode][frame] if texts else self.text or "")
-            self.ready.put(Batch(writer, rows, of_batch if self.has_texts else None, slot))
+            self.ready.put(Batch(writer, start, rows, of_batch if self.has_texts else None, skipped, slot))
 
-    def _fill(self, slot: Slot, place: int, images: list[Any], writer: PartWriter, episode: int, frame: int) -> bool:
+    def _fill(
+        self, slot: Slot, place: int, images: list[Any], skipped: list[Skipped], episode: int, frame: int
+    ) -> bool:
         """Copies a frame's images; False where one cannot be had."""
         name = self.source.episodes[episode].name
         for camera, image in zip(self.source.cameras, images, strict=True):
@@ -147,8 +152,7 @@ class Decoders:
             if isinstance(image, Damage):
                 if not self.skips:
                     raise DamagedData(f"camera {camera}, episode {name}, frame {frame}: {image}")
-                with writer.lock:
-                    writer.skipped.append((camera, name, frame, str(image)))
+                skipped.append((camera, name, frame, str(image)))
                 return False
         for buffer, image in zip(slot.cameras, images, strict=True):
             buffer[place] = image.transpose(2, 0, 1)

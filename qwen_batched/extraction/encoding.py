@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qwen_batched.checkpoint.folder import Checkpoint
 from qwen_batched.extraction.request import IMAGE_FEATURES, LAST
-from qwen_batched.extraction.streams import DEEPSTACK, Stream, streams_in
+from qwen_batched.extraction.streams import DEEPSTACK, Stream, dtype_in, streams_in
 from qwen_batched.families import read_config
 from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
@@ -28,6 +28,7 @@ class Encoder:
         self.template = manifest["template"]
         self.cameras = list(manifest["data"]["cameras"])
         self.streams: tuple[Stream, ...] = streams_in(manifest)
+        self.pooled_dtype = dtype_in(manifest)
         self.layers = [-1 if what == LAST else int(what[7:]) for what in self.what if what != IMAGE_FEATURES]
         self.has_deep = model.config.vision.deepstack_visual_indexes is not None
 
@@ -64,7 +65,7 @@ class Encoder:
         found: dict[str, Any] = {"given": given}
         for name, maps in ((IMAGE_FEATURES, main), *((DEEPSTACK.format(level=i), x) for i, x in enumerate(deep))):
             for camera, x in zip(self.cameras, _by_camera(maps), strict=True):
-                found[f"{name}/{camera}"] = (x.float().mean((1, 2)).to(x.dtype) if self.pools else x,)
+                found[f"{name}/{camera}"] = (x.float().mean((1, 2)).to(self.pooled_dtype) if self.pools else x,)
         return found
 
     def _hidden_states(
@@ -84,7 +85,7 @@ class Encoder:
         for stream, x in zip(streams, out.hidden_states, strict=True):
             if self.pools:
                 kept = mask.unsqueeze(-1)
-                found[stream.folder] = ((x.float() * kept).sum(1).div(kept.sum(1)).to(x.dtype),)
+                found[stream.folder] = ((x.float() * kept).sum(1).div(kept.sum(1)).to(self.pooled_dtype),)
                 continue
             spare = stream.shape[0] - x.shape[1]  # shorter than the data set's longest; padded on the left, as here
             x = functional.pad(x.masked_fill(~mask.unsqueeze(-1), 0), (0, 0, spare, 0))

@@ -113,6 +113,6 @@ def outcome(out: Path, manifest: dict[str, Any]) -> Outcome:
     cameras = len(manifest["data"]["cameras"])
     frames = sum(pq.read_metadata(path).num_rows for path in there) // cameras
     skipped = tuple(each for path in there for each in skipped_in(path))
-    size = sum(path.stat().st_size for path in (out / "features").rglob("part-*.safetensors"))
+    size = sum(path.stat().st_size for path in (out / "features").rglob("part-*"))
     left_out = len(manifest["data"]["left_out"])
     return Outcome(len(there), len(parts) - len(there), frames, skipped, left_out, size)

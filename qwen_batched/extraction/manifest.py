@@ -17,9 +17,9 @@ from qwen_batched.arguments import dtype_name, shown
 from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint
 from qwen_batched.export.engine import device_kind
-from qwen_batched.extraction.request import IMAGE_FEATURES, Request
+from qwen_batched.extraction.request import IMAGE_FEATURES, SAFETENSORS, Request
 from qwen_batched.extraction.sources.source import Damage, Run, Source
-from qwen_batched.extraction.streams import grids_of, streams_of
+from qwen_batched.extraction.streams import grids_of, stored_dtype, streams_of
 from qwen_batched.extraction.syncing import sync_folder, write_synced
 from qwen_batched.extraction.work import frames_of_a_shard
 from qwen_batched.model.tensor_processor import TensorProcessor
@@ -50,12 +50,14 @@ def make_manifest(request: Request, source: Source) -> dict[str, Any]:
         lengths.append([episode.name, frames])
         if left is not None and not (left := left - frames):
             break
-    total, row_bytes = sum(frames for _, frames in lengths), max(stream.row_bytes(dtype) for stream in streams)
+    total, stored = sum(frames for _, frames in lengths), stored_dtype(request.format, dtype)
+    row_bytes = max(stream.row_bytes(stored) for stream in streams)
     return {
         "format": FORMAT,
         "limit": request.limit,
         "what": list(request.what),
         "pool": request.pool,
+        "file_format": request.format,
         "dtype": dtype_name(dtype),
         "model_type": processor.config.model_type,
         "weights_sha256": _hash_files(checkpoint.folder, "*.safetensors"),
@@ -127,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} must be an extraction's folder, its {FILE} cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f"{folder / FILE} must be of format {FORMAT}, got {shown(found)}")
-    return found
+    return {"file_format": SAFETENSORS} | found  # older folders do not say it
 
 
 def size_of(source: Source, camera: str) -> tuple[int, int]:

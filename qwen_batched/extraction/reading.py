@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qwen_batched.extraction.manifest import read_manifest
-from qwen_batched.extraction.request import IMAGE_FEATURES
+from qwen_batched.extraction.parquet import ParquetReader
+from qwen_batched.extraction.request import IMAGE_FEATURES, PARQUET
 from qwen_batched.extraction.shards import FEATURES, INDEX, ROWS
 from qwen_batched.extraction.streams import DEEPSTACK, MASK, streams_in
 from qwen_batched.inputs.batch import FeatureMaps, Features
+from qwen_batched.integrations.lerobot import MASKS, camera_keys, camera_mask
 
 OPEN = 256  # shards that are mapped at once
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
@@ -63,6 +65,11 @@ class ShardReader:
         self.map.close()
 
 
+def open_shard(path: Path) -> ShardReader | ParquetReader:
+    """Raises `ValueError`, naming the file, where it is missing or damaged."""
+    return ParquetReader(path) if path.suffix == f".{PARQUET}" else ShardReader(path)
+
+
 class FeatureDataset(Dataset):
     """The frames of an extraction, with their features.
 
@@ -83,6 +90,8 @@ class FeatureDataset(Dataset):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.cameras = tuple(self.manifest["data"]["cameras"])
+        self._cameras_of_keys = dict(zip(camera_keys(self.cameras), self.cameras, strict=True))
+        self._cameras_of_keys |= {f"observation.{camera}": camera for camera in self.cameras}
         self._streams = [stream.folder for stream in streams_in(self.manifest)]
         names: dict[int | str, int] = {}
         columns: dict[str, list[np.ndarray]] = {"episode": [], "frame": [], "timestamp": [], "row": [], "part": []}
@@ -95,7 +104,7 @@ class FeatureDataset(Dataset):
             for name in ("frame", "timestamp", "row"):
                 columns[name].append(table[name].to_numpy())
             columns["part"].append(np.full(len(table), len(self._parts), np.int32))
-            self._parts.append(f"{path.stem}.safetensors")
+            self._parts.append(f"{path.stem}.{self.manifest['file_format']}")
         if not any(map(len, columns["frame"])):
             raise ValueError(f"{self.folder} must have at least one frame that was extracted, got none")
         joined = {name: np.concatenate(values) for name, values in columns.items()}
@@ -105,7 +114,7 @@ class FeatureDataset(Dataset):
         keys = _key(self._episode, self._frame)
         self._sorted = np.argsort(keys, kind="stable")
         self._keys = keys[self._sorted]
-        self._open: OrderedDict[tuple[str, int], ShardReader] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int], ShardReader | ParquetReader] = OrderedDict()
 
     def __len__(self) -> int:
         """Frames."""
@@ -118,7 +127,8 @@ class FeatureDataset(Dataset):
             `episode` (int or str), `frame` (int), `timestamp` (float seconds, NaN where the data set has none). With
             image features `image_features`: (V, h, w, D), or pooled (V, D), or a list of one (h, w, D) for each camera
             where grids differ; and the deep ones of families that have some, `deepstack-0` and so on, alike. Of each
-            layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,).
+            layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,). In the dtype of the
+            manifest; pooled ones from parquet are float32.
         """
         size = len(self)
         if not -size <= index < size:
@@ -165,21 +175,36 @@ class FeatureDataset(Dataset):
             raise KeyError(f"frame {frame} of episode {episode} is not in {self.folder}")
         return int(self._sorted[place])
 
-    def features_for(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def features_for(
+        self,
+        batch: Mapping[str, Any],
+        cameras: Sequence[str] | None = None,
+        image_masks: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
         """The model's arguments for a LeRobot batch, with features in place of frames: `model(**features_for(batch))`.
+
+        They mean what those of `from_lerobot` do for the same batch with its frames: what is padding there is masked
+        here.
 
         Args:
             batch: What LeRobot's data loader gives: `episode_index` and `frame_index`, integer (B,) or (B, 1), and
-                `task`, B strings. Frames in it are not looked at, and need not be there.
+                `task`, B strings. The features are those of `frame_index`. Masks, `<key>_is_pad` and
+                `<key>_padding_mask`, bool (B,) or (B, 1) as `from_lerobot` takes them, are heeded. Frames are not
+                looked at, and need not be there: but where those of some of the cameras are, another is absent.
+            cameras: The model's cameras in their order, named as for `from_lerobot`; all of the extraction by default.
+                One that the extraction lacks is absent from all samples, with features of zeros.
+            image_masks: As for `from_lerobot`.
 
         Returns:
             `images`: None. `texts`: The B tasks. `image_features`: (B, V, h, w, D), on the host, in the order of
             `cameras`; or V tensors (B, h, w, D) where their grids differ; `Features` of a family with deep features.
+            `camera_mask`: Bool (B, V), False where a camera is absent, on the device of the batch's masks or on the
+            host. None where no camera is absent from all and there are no masks.
 
         Raises:
             KeyError: A frame is not there.
-            TypeError, ValueError: The batch is not as described, or the extraction has no maps: it pooled them, or was
-                of hidden states alone.
+            TypeError, ValueError: The batch is not as described, no camera is there, or the extraction has no maps: it
+                pooled them, or was of hidden states alone.
         """
         if f"{IMAGE_FEATURES}/{self.cameras[0]}" not in self._streams or self.manifest["pool"] != "none":
             got = f"{', '.join(self.manifest['what'])}, pool {self.manifest['pool']}"
@@ -193,25 +218,50 @@ class FeatureDataset(Dataset):
         if not len(texts) == len(episodes) == len(frames):
             counts = f"{len(texts)} tasks, {len(episodes)} episode_index, {len(frames)} frame_index"
             raise ValueError(f"the batch must have one of each for every sample, got {counts}")
+        keys = camera_keys(self.cameras if cameras is None else cameras)
+        keys = camera_keys([_key_in(batch, key) for key in keys])
+        wanted = [self._cameras_of_keys.get(key) for key in keys]  # None is one that the extraction lacks
+        has_frames = any(key in batch for key in keys)
+        present = [key for key, camera in zip(keys, wanted, strict=True) if camera and (key in batch or not has_frames)]
+        if not present:
+            raise ValueError(f"cameras must be some of {', '.join(self.cameras)} that the batch has, got {keys}")
+        masks = {_key_in(batch, *camera_keys([name])): mask for name, mask in (image_masks or {}).items()}
+        mask = camera_mask(batch, keys, present, len(texts), masks)
         items = [self[self.position(*place)] for place in zip(episodes, frames, strict=True)]
-        main = _collate([item[IMAGE_FEATURES] for item in items])
         levels = [name for name in (DEEPSTACK.format(level=i) for i in range(len(self._streams))) if name in items[0]]
-        deep = [_collate([item[name] for item in items]) for name in levels]
-        return {"images": None, "texts": texts, "image_features": Features(main, deep) if deep else main}
+        collated = [_collate([item[name] for item in items]) for name in (IMAGE_FEATURES, *levels)]
+        main, *deep = (self._chosen(maps, wanted) for maps in collated)
+        features = Features(main, deep) if deep else main
+        return {"images": None, "texts": texts, "image_features": features, "camera_mask": mask}
 
-    def _shard(self, stream: str, part: int) -> ShardReader:
+    def _chosen(self, maps: FeatureMaps, cameras: Sequence[str | None]) -> FeatureMaps:
+        """Maps of these cameras out of those of all; zeros for None."""
+        if tuple(cameras) == self.cameras:
+            return maps
+        found = dict(zip(self.cameras, maps.unbind(1) if isinstance(maps, Tensor) else maps, strict=True))
+        zeros = torch.zeros_like(next(found[camera] for camera in cameras if camera in found))
+        chosen = [found.get(camera, zeros) for camera in cameras]
+        return torch.stack(chosen, 1) if len({x.shape for x in chosen}) == 1 else chosen
+
+    def _shard(self, stream: str, part: int) -> ShardReader | ParquetReader:
         key = stream, part
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
         while len(self._open) >= OPEN:
             self._open.popitem(last=False)
-        shard = self._open[key] = ShardReader(self.folder / FEATURES / stream / self._parts[part])
+        shard = self._open[key] = open_shard(self.folder / FEATURES / stream / self._parts[part])
         return shard
 
     def __getstate__(self) -> dict[str, Any]:
         """For the processes of a `DataLoader`, each of which maps shards itself."""
         return vars(self) | {"_open": OrderedDict()}
+
+
+def _key_in(batch: Mapping[str, Any], key: str) -> str:
+    """As a batch calls a camera: a data set of one may say "observation.image" for "observation.images.image"."""
+    short = key.replace("observation.images.", "observation.", 1)
+    return short if any(short + suffix in batch for suffix in ("", *MASKS)) else key
 
 
 def _key(episode: Any, frame: Any) -> Any:

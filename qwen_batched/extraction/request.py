@@ -13,6 +13,7 @@ from qwen_batched.extraction.sources.video import TOLERANCE
 IMAGE_FEATURES, LAST = "image_features", "last"
 HIDDEN = re.compile(r"hidden:(\d+)")
 POOLS, ON_ERROR = ("none", "mean"), ("stop", "skip")
+SAFETENSORS, PARQUET = "safetensors", "parquet"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 Resize = str | tuple[int, int] | None
 
@@ -28,7 +29,8 @@ class Request:
     resize: Resize = "hf"  # "hf", (height, width) or None, as for `encode_images`
     what: tuple[str, ...] = (IMAGE_FEATURES,)  # image_features, hidden:N, last
     pool: str = "none"  # or "mean": over cells, or over tokens
-    dtype: str = "auto"  # of the model and of what is written
+    format: str = SAFETENSORS  # of the shards; or "parquet" of pooled features, in float32
+    dtype: str = "auto"  # of the model, and of what is written as safetensors
     device: str | None = None  # "cpu", "cuda", "cuda:1"; None for CUDA where there is any
     text: str | None = None  # of all frames, in place of the data set's
     text_column: str | None = None  # of tables
@@ -58,10 +60,13 @@ class Request:
         for what in self.what:
             if what not in (IMAGE_FEATURES, LAST) and not HIDDEN.fullmatch(what):
                 raise ValueError(f"what must be {IMAGE_FEATURES}, hidden:N or {LAST}, got {shown(what)}")
-        choices = {"pool": POOLS, "on_error": ON_ERROR, "dtype": DTYPES}
+        formats = SAFETENSORS, PARQUET
+        choices = {"pool": POOLS, "on_error": ON_ERROR, "dtype": DTYPES, "format": formats}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {shown(getattr(self, name))}")
+        if self.format == PARQUET and self.pool == "none":
+            raise ValueError(f"format {PARQUET} is for pooled features alone: pool must be mean, got {self.pool}")
         as_int("batch_size", self.batch_size, 1, 4096)
         as_int("decoders", self.decoders, 1, 256)
         for name in ("shard_mb", "shard_frames", "limit", "threads"):

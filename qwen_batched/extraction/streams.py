@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qwen_batched.extraction.request import IMAGE_FEATURES, LAST, Request, folder_of
+from qwen_batched.extraction.request import IMAGE_FEATURES, LAST, PARQUET, SAFETENSORS, Request, folder_of
 from qwen_batched.inputs.batch import Features, Grid
 from qwen_batched.model.tensor_processor import TensorProcessor
 
@@ -23,6 +23,7 @@ class Stream:
     folder: str  # "image_features/front", "hidden-18"
     shape: tuple[int, ...]  # of a row: (h, w, D), (S, D), or pooled (D,)
     has_mask: bool = False
+    format: str = SAFETENSORS  # and what its files' names end with
 
     def row_bytes(self, dtype: torch.dtype) -> int:
         """Of a frame."""
@@ -36,9 +37,9 @@ class Stream:
         return {"folder": self.folder, "shape": list(self.shape), "mask": self.has_mask}
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Stream:
+    def from_json(cls, said: dict[str, Any], file_format: str) -> Stream:
         """From the manifest."""
-        return cls(said["folder"], tuple(said["shape"]), said["mask"])
+        return cls(said["folder"], tuple(said["shape"]), said["mask"], file_format)
 
 
 def grids_of(processor: TensorProcessor, request: Request, sizes: Sequence[tuple[int, int]]) -> tuple[Grid, ...]:
@@ -100,4 +101,14 @@ def sequence_length(processor: TensorProcessor, request: Request, grids: Sequenc
 
 def streams_in(manifest: dict[str, Any]) -> tuple[Stream, ...]:
     """The streams of a folder."""
-    return tuple(Stream.from_json(said) for said in manifest["streams"])
+    return tuple(Stream.from_json(said, manifest["file_format"]) for said in manifest["streams"])
+
+
+def stored_dtype(file_format: str, dtype: torch.dtype) -> torch.dtype:
+    """Of what is written: the model's `dtype`; in parquet, which has no bfloat16, that in which means are computed."""
+    return torch.float32 if file_format == PARQUET else dtype
+
+
+def dtype_in(manifest: dict[str, Any]) -> torch.dtype:
+    """The same of a folder."""
+    return stored_dtype(manifest["file_format"], getattr(torch, manifest["dtype"]))

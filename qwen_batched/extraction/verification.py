@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment
-from qwen_batched.extraction.reading import ShardReader
+from qwen_batched.extraction.reading import open_shard
 from qwen_batched.extraction.shards import PartWriter, index_path, is_done, shard_path, skipped_in
 from qwen_batched.extraction.work import Part
 from qwen_batched.extraction.worker import Worker
@@ -72,7 +72,7 @@ def _compare(worker: Worker, batch: Batch) -> list[str]:
     found = worker.encoder(batch.slot.images(len(batch.rows)), batch.texts, whole)
     differing = []
     for stream, tensors in zip(worker.encoder.streams, found, strict=True):
-        with ShardReader(shard_path(worker.out, stream, part)) as shard:
+        with open_shard(shard_path(worker.out, stream, part)) as shard:
             for place, row in enumerate(batch.rows):
                 stored = shard.row(places[row])
                 again = [x[place].cpu() for x in tensors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,16 @@ def cut(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
     return found
 
 
-def segments(part: Part, batch_size: int) -> list[tuple[int, int]]:
-    """A part cut into pieces for decoding workers, in whole batches: where each begins and ends."""
+def segments(part: Part, batch_size: int, kept: Collection[int] = ()) -> list[tuple[int, int]]:
+    """A part cut into pieces for decoding workers, in whole batches: where each begins and ends.
+
+    Without the batches that begin with the rows `kept`.
+    """
     length = batch_size * max(1, SEGMENT // batch_size)
-    return [(start, min(part.frames, start + length)) for start in range(0, part.frames, length)]
+    found: list[tuple[int, int]] = []
+    for start in range(0, part.frames, batch_size):
+        if start in kept:
+            continue
+        first = found.pop()[0] if found and found[-1][1] == start and start % length else start
+        found.append((first, min(part.frames, start + batch_size)))
+    return found

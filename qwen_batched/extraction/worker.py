@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_batched.arguments import dtype_name
 from qwen_batched.extraction.claims import Claims
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment, Slot
 from qwen_batched.extraction.encoding import Encoder
-from qwen_batched.extraction.shards import PartWriter, is_done
+from qwen_batched.extraction.shards import PartWriter, is_done, remove_drafts
 from qwen_batched.extraction.sources.source import Source
+from qwen_batched.extraction.streams import dtype_in
 from qwen_batched.extraction.work import Part, segments
 
 SPARE_SLOTS = 4  # beside one for each decoder
-UNWRITTEN = 4  # batches between the encoder and the disk at most
+UNWRITTEN = 4  # batches between the encoder and the disk, and not more than a shard has: what a kill costs at most
 WAIT = 0.2  # seconds between looks at what others have claimed
 
 Report = Callable[[int], None]
@@ -48,7 +48,7 @@ class Worker:
         self.decoders, self.parent = decoders, parent
         self.claims = Claims(out, expiry)
         self.device = encoder.model.device
-        self.dtype = getattr(torch, dtype_name(manifest["dtype"]))
+        self.dtype = dtype_in(manifest)
         sizes = [tuple(size) for size in manifest["data"]["cameras"].values()]
         pin = self.device.type == "cuda"
         self.slots = [Slot(manifest["batch_size"], sizes, pin) for _ in range(decoders + SPARE_SLOTS)]
@@ -57,7 +57,8 @@ class Worker:
     def run(self, parts: Sequence[Part], report: Report) -> None:
         """Works until every one of `parts` is there, by this process or another; takes them in this order.
 
-        `report` is called with the number of frames that were written, by another thread.
+        `report` is called with the number of frames that were written, by another thread; those that a killed process
+        has encoded are among them.
 
         Raises:
             DamagedData: A frame cannot be had, and is not to be skipped.
@@ -70,6 +71,8 @@ class Worker:
         try:
             while not all(self._is_done(part.name) for part in parts):
                 self._pass(report)
+            remove_drafts(self.out, self.parts)
+            self.claims.remove_left(self.parts)
         finally:
             ended.set()
             heart.join()
@@ -80,27 +83,28 @@ class Worker:
         self.open: dict[str, PartWriter] = {}
         self.waiting: deque[Segment] = deque()
         self.guard = threading.Lock()
-        room = threading.Semaphore(UNWRITTEN)
-        unfinished: deque[Future[None]] = deque()
-        writing, publishing = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "publisher")
+        in_a_shard = max(1, self.manifest["frames_of_a_shard"] // self.manifest["batch_size"])
+        room = threading.Semaphore(min(UNWRITTEN, in_a_shard))
+        self.unfinished: deque[Future[None]] = deque()
+        self.report = report
+        self.writing, self.publishing = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "publisher")
         decoders = Decoders(self.decoders, self.source, self.manifest, self.slots, self._next)
         self.decoding = decoders
         try:
             with decoders:
                 for batch in decoders.batches():
                     while not room.acquire(timeout=1):
-                        _raise_first(unfinished)
+                        _raise_first(self.unfinished)
                     tensors, event = self._encode(batch)
-                    done = writing.submit(self._write, batch, tensors, event, room, publishing, unfinished, report)
-                    unfinished.append(done)
-                    _raise_first(unfinished)
-            writing.shutdown()
-            publishing.shutdown()
-            while unfinished:
-                unfinished.popleft().result()
+                    self.unfinished.append(self.writing.submit(self._write, batch, tensors, event, room))
+                    _raise_first(self.unfinished)
+            self.writing.shutdown()
+            self.publishing.shutdown()
+            while self.unfinished:
+                self.unfinished.popleft().result()
         finally:
-            writing.shutdown(cancel_futures=True)
-            publishing.shutdown(cancel_futures=True)
+            self.writing.shutdown(cancel_futures=True)
+            self.publishing.shutdown(cancel_futures=True)
             for writer in self.open.values():
                 writer.discard()
 
@@ -122,10 +126,16 @@ class Worker:
     def _begin(self, part: Part) -> None:
         cameras, streams = self.source.cameras, self.encoder.streams
         writer = PartWriter(self.out, part, self.source, cameras, streams, self.dtype)
-        batch_size = self.manifest["batch_size"]
-        writer.batches_left = -(-part.frames // batch_size)
         self.open[part.name] = writer
-        self.waiting.extend(Segment(writer, *bounds) for bounds in segments(part, batch_size))
+        batch_size = self.manifest["batch_size"]
+        batches = range(0, part.frames, batch_size)
+        taken = writer.take_over(batches, self.manifest["on_error"] == "skip")
+        if taken:
+            self.unfinished.append(self.writing.submit(self.report, sum(writer.present)))
+        writer.batches_left = len(batches) - len(taken)
+        if not writer.batches_left:
+            self.unfinished.append(self.publishing.submit(self._publish, writer))
+        self.waiting.extend(Segment(writer, *bounds) for bounds in segments(part, batch_size, taken))
 
     def _encode(self, batch: Batch) -> tuple[list[Sequence[Tensor]], Any]:
         """Rows on the host, complete once the event is; None is always."""
@@ -140,27 +150,17 @@ class Worker:
         event.record()
         return on_host, event
 
-    def _write(
-        self,
-        batch: Batch,
-        tensors: list[Sequence[Tensor]],
-        event: Any,
-        room: threading.Semaphore,
-        publishing: ThreadPoolExecutor,
-        unfinished: deque[Future[None]],
-        report: Report,
-    ) -> None:
+    def _write(self, batch: Batch, tensors: list[Sequence[Tensor]], event: Any, room: threading.Semaphore) -> None:
         if event is not None:
             event.synchronize()  # the frames were read by then too
         self.decoding.free.put(batch.slot)
         writer = batch.writer
-        if batch.rows:
-            writer.write(batch.rows, tensors)
+        writer.write(batch.start, batch.rows, tensors, batch.skipped)
         room.release()
-        report(len(batch.rows))
+        self.report(len(batch.rows))
         writer.batches_left -= 1
         if not writer.batches_left:
-            unfinished.append(publishing.submit(self._publish, writer))
+            self.unfinished.append(self.publishing.submit(self._publish, writer))
 
     def _publish(self, writer: PartWriter) -> None:
         name = writer.part.name

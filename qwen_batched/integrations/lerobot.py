@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MASKS = {"_is_pad": False, "_padding_mask": True}  # what follows a camera's key, and what its mask says of frames
 
 
 def from_lerobot(
@@ -52,7 +54,7 @@ def from_lerobot(
         ValueError: A name comes twice or fits nothing, a shape or dtype is not as described, or no camera is there.
             Frames with a batch dimension are mixed with some without, or several samples share one string.
     """
-    keys = _keys(cameras)
+    keys = camera_keys(cameras)
     present = _with_batch_dimension({key: _one_step(key, batch[key]) for key in keys if key in batch})
     if not present:
         raise ValueError(f"the batch must hold at least one of {keys}, got {sorted(batch)}")
@@ -63,23 +65,45 @@ def from_lerobot(
         hint = ": several samples need a list of as many tasks" if isinstance(batch["task"], str) else ""
         raise ValueError(f"every camera must have a frame for each of {samples} tasks, got {sizes}{hint}")
 
-    masks: dict[str, list[Tensor]] = {key: [] for key in keys}
-    for key, (suffix, is_present) in itertools.product(keys, (("_is_pad", False), ("_padding_mask", True))):
-        if (name := key + suffix) in batch:
-            masks[key].append(_checked_mask(name, batch[name], samples) == is_present)
-    for name, mask in (image_masks or {}).items():
-        if _key(name) not in masks:
-            raise ValueError(f"image_masks must be of the cameras {keys}, got one of {name!r}")
-        masks[_key(name)].append(_checked_mask(f"image_masks[{name!r}]", mask, samples))
-
     black = torch.zeros_like(next(iter(present.values())))
     frames = [present.get(key, black) for key in keys]
     alike = len({(each.shape, each.dtype, each.device) for each in frames}) == 1
     images = torch.stack(frames, dim=1) if alike else frames
-    return {"images": images, "texts": texts, "camera_mask": _camera_mask(masks, present, samples)}
+    return {"images": images, "texts": texts, "camera_mask": camera_mask(batch, keys, present, samples, image_masks)}
 
 
-def _keys(cameras: Sequence[str]) -> list[str]:
+def camera_mask(
+    batch: Mapping[str, Any],
+    keys: Sequence[str],
+    present: Collection[str],
+    samples: int,
+    image_masks: Mapping[str, Tensor] | None = None,
+) -> Tensor | None:
+    """Which cameras the samples of a batch have: the mask that `from_lerobot` gives.
+
+    Args:
+        batch: See there; its masks are looked at.
+        keys: The cameras' keys in the batch.
+        present: Those that are there; the others are absent from all samples.
+        samples: B.
+        image_masks: See there.
+
+    Raises:
+        TypeError, ValueError: A mask is not as described there, or of a camera that is not among `keys`.
+    """
+    masks: dict[str, list[Tensor]] = {key: [] for key in keys}
+    for key, (suffix, is_present) in itertools.product(keys, MASKS.items()):
+        if (name := key + suffix) in batch:
+            masks[key].append(_checked_mask(name, batch[name], samples) == is_present)
+    for name, mask in (image_masks or {}).items():
+        if _key(name) not in masks:
+            raise ValueError(f"image_masks must be of the cameras {list(keys)}, got one of {name!r}")
+        masks[_key(name)].append(_checked_mask(f"image_masks[{name!r}]", mask, samples))
+    return _joined(masks, present, samples)
+
+
+def camera_keys(cameras: Sequence[str]) -> list[str]:
+    """Keys in a batch of the cameras that `from_lerobot` takes by these names. Raises `TypeError` or `ValueError`."""
     if isinstance(cameras, str) or not all(isinstance(camera, str) for camera in cameras):
         raise TypeError(f"cameras must be a list of str, got {cameras!r}")
     keys = [_key(camera) for camera in cameras]
@@ -136,7 +160,7 @@ def _checked_mask(name: str, mask: object, samples: int) -> Tensor:
     return mask.reshape(samples)
 
 
-def _camera_mask(masks: Mapping[str, list[Tensor]], present: Iterable[str], samples: int) -> Tensor | None:
+def _joined(masks: Mapping[str, list[Tensor]], present: Collection[str], samples: int) -> Tensor | None:
     given = [mask for masks_of_camera in masks.values() for mask in masks_of_camera]
     if not given and set(present) == set(masks):
         return None
@@ -144,8 +168,8 @@ def _camera_mask(masks: Mapping[str, list[Tensor]], present: Iterable[str], samp
     if len(devices) > 1:
         raise ValueError(f"all masks must be on one device, got {sorted(map(str, devices))}")
     (device,) = devices
-    camera_mask = torch.stack([torch.full((samples,), key in present, device=device) for key in masks], dim=1)
+    joined = torch.stack([torch.full((samples,), key in present, device=device) for key in masks], dim=1)
     for camera, masks_of_camera in enumerate(masks.values()):
         for mask in masks_of_camera:
-            camera_mask[:, camera] &= mask
-    return camera_mask
+            joined[:, camera] &= mask
+    return joined

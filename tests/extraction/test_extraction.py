@@ -1,12 +1,16 @@
 """The command: features are those of the model on the same batches, whatever was interrupted and whoever shares."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow.parquet as pq
@@ -18,7 +22,9 @@ from qwen_batched import Features
 from qwen_batched.extract import main
 from qwen_batched.extraction.sources.opening import open_source
 from qwen_batched.extraction.sources.source import Run
+from qwen_batched.extraction.worker import UNWRITTEN
 from qwen_batched.testing import write_checkpoint
+from tests.extraction import logged, written
 from tests.extraction.written import TASKS, arguments, contents
 from tests.processes import ROOT
 from tests.support import assert_equal_to
@@ -142,25 +148,168 @@ def has_claim(out, pid):
     return False
 
 
+def fork(log, command, prepare=lambda: None):
+    """The command in a fork of this process, which has no imports to wait for."""
+
+    def run():
+        for number in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        torch.set_num_threads(1)
+        prepare()
+        os._exit(logged.run(log, command))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def frames_redone(log):
+    """How many were encoded again."""
+    return sum((times - 1) * frames for (_, _, frames), times in logged.encoded(log).items())
+
+
+KILLS, FRAMES, BATCH = 20, 20, 4  # FRAMES of a shard
+
+
 @pytest.mark.slow
-def test_a_killed_command_started_again_writes_the_same_bytes(videos, checkpoint, whole, tmp_path):
-    out, moments = tmp_path / "out", random.Random(0)
-    command = arguments(videos, out, checkpoint, "--shard-frames", 20, "--decoders", 1)
-    kills = 0
-    for _ in range(3):
-        process = start(*command)
-        while process.poll() is None and not has_claim(out, process.pid):
-            time.sleep(0.005)
-        before = {file.name for file in (out / "index").glob("part-*")}
-        time.sleep(moments.uniform(0.0, 0.35))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        assert before <= {file.name for file in (out / "index").glob("part-*")}
-    marks = {file: file.stat().st_mtime_ns for file in (out / "index").glob("part-*")}
-    assert kills and main(command) == 0
-    assert contents(out) == whole
-    assert all(file.stat().st_mtime_ns == mark for file, mark in marks.items())  # nothing was done twice
+@pytest.mark.parametrize("decoders", [1, 3])
+def test_a_kill_costs_less_than_a_shard_and_the_command_then_writes_the_same_bytes(
+    videos, checkpoint, whole, tmp_path, decoders
+):
+    """20 of them at random moments. What is encoded again are the batches that were between encoder and disk."""
+    moments, kills, rounds, costs = random.Random(decoders), 0, 0, []
+    while kills < KILLS:
+        out, log, rounds = tmp_path / f"out{rounds}", tmp_path / f"log{rounds}", rounds + 1
+        command = arguments(videos, out, checkpoint, "--shard-frames", FRAMES, "--decoders", decoders)
+        marks, code, redone = {}, None, 0
+        while code != 0:
+            process = fork(log, command)
+            while process.exitcode is None and not has_claim(out, process.pid):
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0.0, 0.3))
+            if kills < KILLS:
+                process.kill()
+            process.join()
+            code = process.exitcode
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            now = {file.name: file.stat().st_mtime_ns for file in (out / "index").glob("part-*")}
+            assert all(now[name] == mark for name, mark in marks.items())  # what is published stays as it is
+            marks = now
+            costs.append(frames_redone(log) - redone)
+            redone += costs[-1]
+        assert contents(out) == whole
+        assert len(logged.encoded(log)) == 320 / BATCH
+        shutil.rmtree(out)
+    assert max(costs) <= min(UNWRITTEN * BATCH, FRAMES), costs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+def test_a_kill_at_any_step_of_publishing_costs_no_batch_and_leaves_no_file(checkpoint, tmp_path, form):
+    """Nor as rows move up into the places of those that were skipped."""
+    data = written.write_images(tmp_path / "data", (5, 4))
+    for broken in ("scene0/001.png", "scene1/000.png", "scene1/001.png", "scene1/002.png", "scene1/003.png"):
+        (data / broken).write_bytes(b"")
+    more = (
+        "--batch-size",
+        2,
+        "--on-error",
+        "skip",
+        *(("--pool", "mean", "--format", form) if form == "parquet" else ()),
+    )
+    whole = tmp_path / "whole"
+    assert main(arguments(data, whole, checkpoint, *more)) == 1
+    steps, code, costs = 0, 9, []
+    while code == 9:  # until it comes to the end
+        out, log, steps = tmp_path / f"out{steps}", tmp_path / f"log{steps}", steps + 1
+        command = arguments(data, out, checkpoint, *more)
+        process = fork(log, command, functools.partial(die_at, steps))
+        process.join()
+        code = process.exitcode
+        assert logged.run(log, command) == 1 and contents(out) == contents(whole)
+        costs.append(frames_redone(log))
+    assert code == 1 and steps > 15 and not any(costs), costs
+
+
+@pytest.mark.slow
+def test_drafts_that_lost_something_are_not_taken_over(videos, checkpoint, whole, tmp_path):
+    """As those of a machine that lost power: what its journal says was written is not there, or is not what was."""
+    command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", FRAMES, "--decoders", 1)
+    process = fork(tmp_path / "log", command, functools.partial(die_at, 1))  # all of the first part is in its drafts
+    process.join()
+    assert process.exitcode == 9
+    for number, damage in enumerate(DAMAGE):
+        out, log = tmp_path / f"out{number}", tmp_path / f"log{number}"
+        shutil.copytree(tmp_path / "out", out)
+        drafts = sorted((out / "features").rglob(".part-00000.safetensors.*"))
+        (journal,) = (out / "index").glob(".part-00000.jsonl.*")
+        entries = len(journal.read_text().splitlines())
+        assert len(drafts) == 2 and entries == FRAMES / BATCH
+        again = DAMAGE[damage](drafts[1], journal)
+        command[1] = str(out)
+        assert logged.run(log, command) == 0 and contents(out) == whole, damage
+        assert sum(part == "part-00000" for part, _, _ in logged.encoded(log)) == again, damage
+
+
+def change(path, place, data):
+    with path.open("r+b") as file:
+        file.seek(place, os.SEEK_END if place < 0 else os.SEEK_SET)
+        file.write(data)
+
+
+# What is damaged, and how many of 5 batches must be encoded again for it.
+DAMAGE = {
+    "nothing": lambda draft, journal: 0,
+    "the last batch of a draft is gone": lambda draft, journal: os.truncate(draft, draft.stat().st_size - 1) or 1,
+    "it is other": lambda draft, journal: change(draft, -1, b"\x55") or 1,
+    "a draft is gone": lambda draft, journal: draft.unlink() or 5,
+    "a draft is empty": lambda draft, journal: os.truncate(draft, 0) or 5,
+    "the journal is gone": lambda draft, journal: journal.unlink() or 5,
+    "the journal is cut": lambda draft, journal: os.truncate(journal, journal.stat().st_size - 1) or 1,
+    "the journal has holes": lambda draft, journal: change(journal, 10, bytes(20)) or 5,
+}
+
+
+@pytest.mark.slow
+def test_a_process_that_stood_still_and_goes_on_beside_who_took_its_parts_changes_nothing(
+    videos, checkpoint, whole, tmp_path
+):
+    for number in range(4):
+        out = tmp_path / f"out{number}"
+        command = arguments(videos, out, checkpoint, "--shard-frames", FRAMES, "--claim-expiry", 1)
+        first = fork(tmp_path / "log", command)
+        while first.exitcode is None and not has_claim(out, first.pid):
+            time.sleep(0.002)
+        time.sleep(0.05 * number)
+        os.kill(first.pid, signal.SIGSTOP)
+        second = fork(tmp_path / "log", command)
+        while second.exitcode is None and not has_claim(out, second.pid):
+            time.sleep(0.002)
+        time.sleep(0.9 + 0.2 * number)  # its claims expire meanwhile
+        os.kill(first.pid, signal.SIGCONT)
+        for process in (first, second):
+            process.join()
+            assert process.exitcode == 0
+        assert contents(out) == whole
+
+
+def die_at(steps):
+    """Ends the process before this one of the steps by which its part is published."""
+    left = [steps]
+
+    def counted(function):
+        def step(*given, **options):
+            if threading.current_thread().name.startswith("publisher"):
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+            return function(*given, **options)
+
+        return step
+
+    for name in ("replace", "fsync", "truncate", "pread", "unlink", "pwrite", "close"):
+        setattr(os, name, counted(getattr(os, name)))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import pickle
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,9 @@ from PIL import Image
 from qwen_batched.extract import main
 from qwen_batched.extraction import FeatureDataset
 from qwen_batched.extraction.picture import main as draw
+from qwen_batched.integrations.lerobot import from_lerobot
+from qwen_batched.testing import write_checkpoint
+from tests.extraction import written
 from tests.extraction.test_extraction import LENGTHS, frames_of
 from tests.extraction.written import TASKS, arguments
 from tests.support import assert_equal_to
@@ -63,6 +67,91 @@ def test_a_training_step_on_cached_features_is_that_of_frames(extracted, lerobot
     assert_equal_to(losses[1][None], losses[0][None])
     for x, y in zip(*gradients, strict=True):
         assert_equal_to(x, y)
+
+
+IMAGES = "observation.images."
+ABSENT = torch.tensor([[False], [True], [False], [True]])
+PADDED = {
+    "nothing": ({}, {}),
+    "a frame of a policy's steps": ({f"{IMAGES}front_is_pad": ABSENT}, {}),
+    "frames of two cameras": ({f"{IMAGES}front_is_pad": ABSENT[:, 0], f"{IMAGES}wrist_padding_mask": ABSENT}, {}),
+    "a camera that the batch lacks": ({f"{IMAGES}front": None}, {}),
+    "a camera that the extraction lacks": ({}, {"cameras": ["wrist", "head", f"{IMAGES}front"]}),
+    "one camera of two": ({f"{IMAGES}wrist_padding_mask": ABSENT}, {"cameras": ["wrist"]}),
+    "what is said beside the batch": ({f"{IMAGES}front_is_pad": ABSENT}, {"image_masks": {"front": ABSENT.flip(0)}}),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_what_is_padding_of_frames_is_masked_of_features(extracted, lerobot, load, name):
+    """Hidden states are those of `from_lerobot` with the same batch, whether features_for sees its frames or not."""
+    changes, options = PADDED[name]
+    data, model, frames = FeatureDataset(extracted), load(), frames_of(lerobot)
+    images = {IMAGES + camera: x[rows_of(PLACES)] for camera, x in zip(("front", "wrist"), frames, strict=True)}
+    batch = {key: x for key, x in (batch_of(PLACES) | images | changes).items() if x is not None}
+    with torch.no_grad():
+        want = model(**from_lerobot(batch, **({"cameras": data.cameras} | options)))
+        for given in (batch, {key: x for key, x in batch.items() if key not in images or "lacks" in name}):
+            found = data.features_for(given, **options)
+            assert (found["camera_mask"] is None) == (name == "nothing") and found["images"] is None
+            out = model(**found)
+            assert torch.equal(out.attention_mask, want.attention_mask)
+            kept = out.attention_mask
+            assert_equal_to(out.last_hidden_state[kept], want.last_hidden_state[kept])
+
+
+def test_absent_cameras_have_zeros_at_every_level_of_deep_features(lerobot, tmp_path):
+    model = write_checkpoint(tmp_path / "model", "qwen3-vl-tiny")
+    resize = ("--cameras", "wrist", "--resize", "64x64")
+    assert main(arguments(lerobot, tmp_path / "out", model, *resize)) == 0
+    data = FeatureDataset(tmp_path / "out")
+    found = data.features_for(batch_of(PLACES), ["front", "wrist"])
+    alone = data.features_for(batch_of(PLACES))
+    assert alone["camera_mask"] is None and found["camera_mask"].tolist() == [[False, True]] * 4
+    maps = [found["image_features"].main, *found["image_features"].deep]
+    for x, y in zip(maps, [alone["image_features"].main, *alone["image_features"].deep], strict=True):
+        assert torch.equal(x[:, 1], y[:, 0]) and not x[:, 0].any() and x.shape[1] == 2
+    assert len(maps) > 1
+
+
+def test_a_camera_without_a_name_is_masked_by_its_key(checkpoint, tmp_path):
+    root = written.write_v3(tmp_path / "data", (3,), ("image",), ((28, 56),), files=1)
+    for file in (*root.rglob("*.json"), *root.rglob("file-*.parquet")):
+        rename_camera(file)
+    assert main(arguments(root, tmp_path / "out", checkpoint)) == 0
+    data, batch = FeatureDataset(tmp_path / "out"), batch_of([(0, 0), (0, 2)])
+    assert data.cameras == ("image",)
+    for cameras in (None, ["image"], ["observation.image"]):
+        mask = data.features_for(batch | {"observation.image_is_pad": torch.tensor([True, False])}, cameras)
+        assert mask["camera_mask"].tolist() == [[False], [True]]
+
+
+def rename_camera(file):
+    if file.suffix == ".json":
+        file.write_text(file.read_text().replace(f"{IMAGES}front", "observation.image"))
+    else:
+        table = pq.read_table(file)
+        names = [name.replace(f"{IMAGES}front", "observation.image") for name in table.column_names]
+        pq.write_table(table.rename_columns(names), file)
+
+
+def test_masks_and_cameras_that_do_not_fit_are_refused(extracted):
+    data, good = FeatureDataset(extracted), batch_of(PLACES)
+    steps = good | {f"{IMAGES}front_is_pad": torch.zeros(4, 2, dtype=torch.bool)}
+    for batch, options, error, message in (
+        (steps, {}, ValueError, "one step"),
+        (good | {f"{IMAGES}front_is_pad": torch.zeros(4)}, {}, ValueError, "bool"),
+        (good | {f"{IMAGES}wrist_padding_mask": [True] * 4}, {}, TypeError, "bool tensor"),
+        (good, {"cameras": ["head"]}, ValueError, "front, wrist"),
+        (good, {"cameras": []}, ValueError, "one or more"),
+        (good, {"cameras": ["front", f"{IMAGES}front"]}, ValueError, "different"),
+        (good, {"cameras": "front"}, TypeError, "list of str"),
+        (good, {"cameras": [1]}, TypeError, "list of str"),
+        (good, {"image_masks": {"head": ABSENT}}, ValueError, "image_masks"),
+        (good | {f"{IMAGES}head": torch.zeros(4, 3, 28, 28)}, {"cameras": ["front", "head"]}, ValueError, "batch has"),
+    ):
+        with pytest.raises(error, match=message):
+            data.features_for(batch, **options)
 
 
 def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, checkpoint):

@@ -37,6 +37,8 @@ WRONG = {
     "template": (["--what", "last", "--template", "{nothing}"], "template"),
     "on error": (["--on-error", "pray"], "stop, skip"),
     "model": (["--model", "nowhere/at/all"], "nowhere"),
+    "format": (["--format", "npy"], "safetensors, parquet"),
+    "parquet of maps": (["--format", "parquet"], "pool must be mean, got none"),
 }
 
 
@@ -66,6 +68,7 @@ def test_a_folder_of_another_extraction_or_of_other_things_is_refused(lerobot, c
         ((*what, "--dtype", "bfloat16"), "dtype"),
         ((*what, "--limit", 3), "limit"),
         ((*what, "--cameras", "front"), "data"),
+        ((*what, "--pool", "mean", "--format", "parquet"), "pool"),
     ):
         is_refused, line = refused(extracted, *more)
         assert is_refused and f"its {word}" in line and "another folder" in line, line
