@@ -20,7 +20,7 @@ from qwen_batched.export.engine import device_kind
 from qwen_batched.extraction.request import IMAGE_FEATURES, Request
 from qwen_batched.extraction.sources.source import Damage, Run, Source
 from qwen_batched.extraction.streams import grids_of, streams_of
-from qwen_batched.extraction.syncing import sync_folder, write_synced
+from qwen_batched.extraction.syncing import RENAMED, remove_left, sync_folder, write_synced
 from qwen_batched.extraction.work import frames_of_a_shard
 from qwen_batched.model.tensor_processor import TensorProcessor
 
@@ -91,8 +91,9 @@ def agree(folder: Path, made: dict[str, Any], request: Request) -> dict[str, Any
     """
     path = folder / FILE
     if not path.exists():
-        others = [name for name in os.listdir(folder) if name != "claims"] if folder.is_dir() else []
-        if others and not any(name.startswith(f".{FILE}") for name in others):
+        beginning = ("claims", f".{FILE}.", RENAMED)  # of others that begin too, or were killed as they began
+        others = [name for name in os.listdir(folder) if not name.startswith(beginning)] if folder.is_dir() else []
+        if others:
             raise ValueError(f"OUT must be new, empty or an extraction's folder, got {folder} with {sorted(others)[0]}")
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{FILE}.{uuid.uuid4().hex}"
@@ -104,9 +105,7 @@ def agree(folder: Path, made: dict[str, Any], request: Request) -> dict[str, Any
             os.replace(draft, path)
         draft.unlink(missing_ok=True)
         sync_folder(folder)
-        for left in folder.glob(f".{FILE}.*"):
-            if left.stat().st_mtime < path.stat().st_mtime - 60:  # of one that was killed here
-                left.unlink(missing_ok=True)
+    remove_left(folder, f".{FILE}.*")
     there = read_manifest(folder)
     if request.threads is None and there.get("device", "").startswith("CPU"):
         made = made | {"threads": there.get("threads")}

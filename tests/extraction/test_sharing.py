@@ -4,10 +4,12 @@ import errno
 import os
 import threading
 import time
+from pathlib import Path
 
 from qwen_batched.extract import main
 from qwen_batched.extraction import shards
 from qwen_batched.extraction.claims import Claims
+from qwen_batched.extraction.syncing import check_renames
 from tests.extraction import written
 from tests.extraction.written import arguments
 
@@ -30,3 +32,31 @@ def test_a_write_that_fails_ends_the_command_while_it_waits_for_anothers_part(ch
     thread.start()
     thread.join(timeout=60)
     assert codes == [1]
+
+
+def test_a_command_begins_in_a_folder_where_another_is_just_beginning_or_was_killed_as_it_began(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".rename-0", ".manifest.json.0", "claims"):
+        (out / name).write_text("") if name != "claims" else (out / name).mkdir()
+    command = arguments(written.write_images(tmp_path / "data", (2,)), out, checkpoint)
+    assert main(command) == 0
+    assert (out / ".rename-0").exists()  # another's, who is perhaps alive
+    for name in (".rename-0", ".manifest.json.0"):
+        os.utime(out / name, (1, 1))
+    assert main(command) == 0
+    assert sorted(os.listdir(out)) == ["claims", "features", "index", "manifest.json"]
+
+
+def test_a_draft_that_another_command_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / ".rename-0").write_text("")
+    stat = Path.stat
+
+    def vanishing(path, **options):
+        if path.name == ".rename-0":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    check_renames(tmp_path)
+    assert not os.listdir(tmp_path)
