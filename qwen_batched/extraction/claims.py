@@ -28,7 +28,7 @@ class Claims:
         """`expiry` in seconds."""
         self.folder, self.expiry = folder / FOLDER, expiry
         self.folder.mkdir(exist_ok=True)
-        self.owner = {"host": _host(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self.owner = {"host": _host(), "pid": os.getpid(), "id": uuid.uuid4().hex, "expiry": expiry}
         self.held: set[str] = set()
 
     def take(self, names: Sequence[str], is_done: Callable[[str], bool]) -> str | None:
@@ -92,9 +92,9 @@ class Claims:
             age = now - path.stat().st_mtime
         except FileNotFoundError:
             return True
-        if age > self.expiry:
-            return True
         holder = _read(path)
+        if age > max(self.expiry, holder.get("expiry", 0)):  # its holder renews it as often as its own expiry asks for
+            return True
         return holder.get("host") == self.owner["host"] and not _is_alive(holder.get("pid"))
 
 
@@ -123,6 +123,7 @@ def _host() -> str:
     """Where process ids mean the same: a machine, and in it a container."""
     try:
         space = os.readlink("/proc/self/ns/pid")
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()  # names are often alike
     except OSError:
-        space = ""
-    return f"{socket.gethostname()} {space}"
+        space = machine = ""
+    return f"{socket.gethostname()} {machine} {space}"

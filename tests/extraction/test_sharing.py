@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from qwen_batched.extract import main
-from qwen_batched.extraction import shards
+from qwen_batched.extraction import claims, shards
 from qwen_batched.extraction.claims import Claims
 from qwen_batched.extraction.syncing import check_renames
 from tests.extraction import written
@@ -60,3 +60,21 @@ def test_a_draft_that_another_command_removes_meanwhile_is_no_error(tmp_path, mo
     monkeypatch.setattr(Path, "stat", vanishing)
     check_renames(tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_a_claim_expires_as_its_holder_renews_it_and_not_earlier(tmp_path):
+    """A command with a short expiry else takes the parts of one with a long one as they are worked on."""
+    patient, hasty = Claims(tmp_path, 120), Claims(tmp_path, 1)
+    assert patient.take(["a"], lambda _: False) and hasty.take(["b"], lambda _: False)
+    for name, age in (("a", 60), ("b", 60)):
+        with patient.locked() as now:
+            os.utime(tmp_path / "claims" / name, (now - age, now - age))
+    assert hasty.take(["a"], lambda _: False) is None
+    assert Claims(tmp_path, 1).take(["b"], lambda _: False) == "b"
+
+
+def test_processes_of_machines_with_one_name_are_told_apart(tmp_path, monkeypatch):
+    first = Claims(tmp_path, 60)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **o: "other" if path.name == "boot_id" else read(path, **o))
+    assert claims._host() != first.owner["host"]
