@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from fractions import Fraction
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +122,52 @@ def test_a_timestamp_has_the_nearest_frame_within_the_tolerance_and_no_other(tmp
     assert [written.read_number(frame) for frame in frames_at(path, [0.14, 0.16], 0.05)] == [1, 2]
 
 
+def test_timestamps_behind_many_minutes_of_a_file_have_their_frames(tmp_path):
+    """Float32 numbers there are farther apart than the tolerance: LeRobot's distance of equal moments exceeds it."""
+    path, fps, start, count = tmp_path / "video.mp4", 30, 1000 * 30, 900
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height = stream.width = 32
+        stream.time_base = stream.codec_context.time_base = Fraction(1, fps * 512)
+        stream.options = {"bf": "0"}
+        for place in range(count):
+            image = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            image.pts, image.time_base = (start + place) * 512, Fraction(1, fps * 512)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    offset = 700.0  # of an episode with 300 s before these frames
+    stored = np.array([(300 * fps + place) / fps for place in range(count)], np.float32).astype(np.float64)
+    times = (offset + stored).tolist()
+    far = np.abs(np.float32(times) - np.float32(frame_times(path)))
+    assert (far > 1e-4).any()
+    assert not [found for found in frames_at(path, times, 1e-4) if isinstance(found, Damage)]
+
+
+def test_frames_before_the_start_of_a_video_that_was_trimmed_are_none(tmp_path):
+    """A cut without encoding keeps those since the last key frame, with an edit list that says not to show them."""
+    whole, folder = tmp_path / "whole.mp4", tmp_path / "data"
+    folder.mkdir()
+    written.write_video(whole, (written.frame(0, i, 0) for i in range(12)), gop=12)
+    with av.open(str(whole)) as source:
+        options = {"avoid_negative_ts": "disabled"}
+        with av.open(str(folder / "trimmed.mp4"), "w", options=options) as target:
+            taken = source.streams.video[0]
+            stream = target.add_stream_from_template(taken)
+            for packet in source.demux(taken):
+                if packet.dts is not None:
+                    cut = round(0.3 / taken.time_base)
+                    packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
+                    target.mux(packet)
+    source = open_source(str(folder))
+    assert numbers(source, "video") == list(range(3, 12)) and np.allclose(source.timestamps(0), np.arange(9) / 10)
+
+
+def test_a_time_that_is_no_number_has_no_frame(tmp_path):
+    path = tmp_path / "video.mp4"
+    written.write_video(path, (written.frame(0, i, 0) for i in range(3)))
+    assert all(isinstance(frame, Damage) for frame in frames_at(path, [float("nan"), float("nan")]))
+
+
 @pytest.mark.parametrize("damage", ["cut", "no video", "missing"])
 def test_a_damaged_video_is_damage_for_each_of_its_frames(tmp_path, damage):
     path = tmp_path / "video.mp4"
@@ -153,6 +201,7 @@ BAD = {
     "an empty episode": (lambda root: rewrite(root, EPISODES, length=lambda x: [0, *x[1:]]), ["frames", ": 0"]),
     "order": (lambda root: rewrite(root, ROWS, frame_index=lambda x: x[::-1]), ["episode 0", "order"]),
     "task": (lambda root: rewrite(root, ROWS, task_index=lambda x: [9] * len(x)), ["task_index"]),
+    "no timestamp": (lambda root: rewrite(root, ROWS, timestamp=lambda x: [None, *x[1:]]), ["timestamp", "episode 0"]),
     "no video": (lambda root: (root / VIDEO).unlink(), [VIDEO]),
     "no data": (lambda root: shutil.rmtree(root / "data"), ["episode 0", "0 in data"]),
     "damaged data": (lambda root: (root / ROWS).write_bytes(b"PAR1"), ["file-000.parquet"]),

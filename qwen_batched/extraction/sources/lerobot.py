@@ -209,6 +209,8 @@ class LeRobotSource:
                 episode = int(episodes[start])
                 if episode in found or not np.array_equal(frames[start:stop], np.arange(stop - start)):
                     raise ValueError(f"{file}: episode {episode} must be in one place, with its frames in order")
+                if not np.isfinite(times[start:stop]).all():
+                    raise ValueError(f"{file}: every frame must have a timestamp, got one without in episode {episode}")
                 found[episode] = _Rows(file, start, times[start:stop].astype(np.float64), tasks[start:stop])
         return found
 

@@ -1,7 +1,8 @@
 """A video file and timestamps -> its frames, decoded from the first to the last in one go.
 
 Which frame belongs to a timestamp follows LeRobot's `decode_video_frames_pyav`: the nearest one, and none that is
-farther away than the tolerance, distances being taken between float32 numbers.
+farther away than the tolerance. LeRobot takes distances between float32 numbers; behind 1024 s these are farther apart
+than its tolerance, so that a distance may be that of the exact numbers too.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def frame_times(path: Path) -> np.ndarray:
     """
     with av.open(str(path)) as container:
         stream = _video(container, path)
-        times = [float(packet.pts * packet.time_base) for packet in container.demux(stream) if packet.pts is not None]
-    return np.sort(np.array(times))
+        shown = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
+        return np.sort(np.array([float(packet.pts * packet.time_base) for packet in shown]))
 
 
 def frames_at(path: Path, times: Sequence[float], tolerance: float = TOLERANCE) -> Iterator[Frame]:
@@ -89,7 +90,7 @@ def _decoded_from(path: Path, time: float) -> Iterator[av.VideoFrame]:
 
 def _pixels(path: Path, frame: av.VideoFrame, wanted: float, tolerance: float) -> Frame:
     time = float(frame.pts * frame.time_base)
-    if abs(np.float32(wanted) - np.float32(time)) > tolerance:
+    if not min(abs(wanted - time), abs(np.float32(wanted) - np.float32(time))) <= tolerance:
         return Damage(str(path), f"has no frame within {tolerance} s of {wanted:.4f} s, the nearest is at {time:.4f} s")
     if frame.is_corrupt:
         return Damage(str(path), f"the frame at {time:.4f} s is damaged")
