@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from fractions import Fraction
 
 import av
@@ -160,6 +161,23 @@ def test_frames_before_the_start_of_a_video_that_was_trimmed_are_none(tmp_path):
                     target.mux(packet)
     source = open_source(str(folder))
     assert numbers(source, "video") == list(range(3, 12)) and np.allclose(source.timestamps(0), np.arange(9) / 10)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_video_that_was_filmed_upright_is_read_upright(tmp_path, quarters):
+    """As telephones write them: lying, with a matrix in the track's header that turns them for the viewer."""
+    path, cosine, sine = tmp_path / "video.mp4", (0, -1, 0)[quarters - 1], (1, 0, -1)[quarters - 1]
+    upright = [written.frame(0, i, 0) for i in range(3)]
+    written.write_video(path, (np.ascontiguousarray(np.rot90(frame, quarters)) for frame in upright))  # as it lay
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 4 + 40  # version 0: flags, times, number, duration, layer, volume
+    assert struct.unpack(">9i", data[place : place + 36])[0] == 1 << 16
+    matrix = (cosine << 16, sine << 16, 0, -sine << 16, cosine << 16, 0, 0, 0, 1 << 30)
+    data[place : place + 36] = struct.pack(">9i", *matrix)
+    path.write_bytes(data)
+    source = open_source(str(tmp_path))
+    assert next(source.frames("video", [Run(0, 0, 1)])).shape == upright[0].shape
+    assert numbers(source, "video") == [0, 1, 2]
 
 
 def test_a_time_that_is_no_number_has_no_frame(tmp_path):

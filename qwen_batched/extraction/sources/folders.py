@@ -78,7 +78,7 @@ class FolderSource:
             files = self._files[camera][run.episode]
             if self._times:
                 times = self._times[self.episodes[run.episode].name][run.start : run.stop].tolist()
-                yield from video.frames_at(files[0], times, self.tolerance)
+                yield from video.frames_at(files[0], times, self.tolerance, upright=True)
             else:
                 for file in files[run.start : run.stop]:
                     yield read_image(file, str(file))

@@ -30,11 +30,16 @@ def frame_times(path: Path) -> np.ndarray:
         return np.sort(np.array([float(packet.pts * packet.time_base) for packet in shown]))
 
 
-def frames_at(path: Path, times: Sequence[float], tolerance: float = TOLERANCE) -> Iterator[Frame]:
-    """The frames at ascending timestamps in seconds, one for each; `Damage` where there is none within `tolerance`."""
+def frames_at(
+    path: Path, times: Sequence[float], tolerance: float = TOLERANCE, upright: bool = False
+) -> Iterator[Frame]:
+    """The frames at ascending timestamps in seconds, one for each; `Damage` where there is none within `tolerance`.
+
+    `upright`: rotated as the file's metadata ask for, in quarters; LeRobot's decoder does not.
+    """
     given = 0
     try:
-        for frame in _nearest(path, times, tolerance):
+        for frame in _nearest(path, times, tolerance, upright):
             yield frame
             given += 1
     except (OSError, av.FFmpegError, ValueError) as error:
@@ -51,14 +56,14 @@ def _video(container: av.container.InputContainer, path: Path) -> av.VideoStream
     return stream
 
 
-def _nearest(path: Path, times: Sequence[float], tolerance: float) -> Iterator[Frame]:
+def _nearest(path: Path, times: Sequence[float], tolerance: float, upright: bool) -> Iterator[Frame]:
     place, before = 0, None
     for frame in _decoded_from(path, times[0]):
         time = float(frame.pts * frame.time_base)
         while place < len(times) and times[place] <= time:
             wanted = times[place]
             is_before = before is not None and wanted - float(before.pts * before.time_base) <= time - wanted
-            yield _pixels(path, before if is_before else frame, wanted, tolerance)
+            yield _pixels(path, before if is_before else frame, wanted, tolerance, upright)
             place += 1
         if place == len(times):
             return
@@ -66,7 +71,7 @@ def _nearest(path: Path, times: Sequence[float], tolerance: float) -> Iterator[F
     if before is None:
         raise ValueError("no frame can be decoded")
     for wanted in times[place:]:
-        yield _pixels(path, before, wanted, tolerance)
+        yield _pixels(path, before, wanted, tolerance, upright)
 
 
 def _decoded_from(path: Path, time: float) -> Iterator[av.VideoFrame]:
@@ -88,10 +93,11 @@ def _decoded_from(path: Path, time: float) -> Iterator[av.VideoFrame]:
                 return
 
 
-def _pixels(path: Path, frame: av.VideoFrame, wanted: float, tolerance: float) -> Frame:
+def _pixels(path: Path, frame: av.VideoFrame, wanted: float, tolerance: float, upright: bool) -> Frame:
     time = float(frame.pts * frame.time_base)
     if not min(abs(wanted - time), abs(np.float32(wanted) - np.float32(time))) <= tolerance:
         return Damage(str(path), f"has no frame within {tolerance} s of {wanted:.4f} s, the nearest is at {time:.4f} s")
     if frame.is_corrupt:
         return Damage(str(path), f"the frame at {time:.4f} s is damaged")
-    return frame.to_ndarray(format="rgb24")
+    pixels = frame.to_ndarray(format="rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90)) if upright and frame.rotation else pixels
