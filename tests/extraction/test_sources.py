@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from qwen_batched.extraction.sources import opening
 from qwen_batched.extraction.sources.opening import open_source
+from qwen_batched.extraction.sources.pixels import read_image
 from qwen_batched.extraction.sources.source import Damage, Run
 from qwen_batched.extraction.sources.video import frame_times, frames_at
 from tests.extraction import written
@@ -95,6 +97,27 @@ def test_every_row_of_tables_once(tmp_path):
     source = open_source(str(tmp_path / "b"))
     assert numbers(source, "photo") == expected((5, 3))
     assert numbers(source, "photo", [Run(0, 3, 5)]) == [written.number_of(0, 3), written.number_of(0, 4)]
+
+
+def test_an_image_of_any_mode_is_read_as_it_is_seen(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for name, pixels in {"8": grey.astype(np.uint8), "16": grey * 256 + 7}.items():
+        for suffix in ("png", "tif"):
+            Image.fromarray(pixels).save(tmp_path / f"{name}.{suffix}")
+            assert np.array_equal(read_image(tmp_path / f"{name}.{suffix}", name)[..., 1], grey), (name, suffix)
+    for name, pixels in {"F": grey.astype(np.float32), "I": grey.astype(np.int32)}.items():  # of which range?
+        Image.fromarray(pixels).save(tmp_path / "file.tif")
+        assert "8 or 16 bits" in str(read_image(tmp_path / "file.tif", name))
+
+
+def test_whatever_pillow_raises_is_damage(tmp_path, monkeypatch):
+    """As it does for a damaged TIFF: TypeError, `'float' object cannot be interpreted as an integer`."""
+
+    def fail(*_):
+        raise TypeError("'float' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert isinstance(read_image(tmp_path / "a.tif", "a.tif"), Damage)
 
 
 def test_every_sample_of_tars_once(tmp_path):
