@@ -99,6 +99,29 @@ def test_every_row_of_tables_once(tmp_path):
     assert numbers(source, "photo", [Run(0, 3, 5)]) == [written.number_of(0, 3), written.number_of(0, 4)]
 
 
+def test_links_are_followed_once_and_hidden_files_are_none_of_the_data(tmp_path):
+    images, data = written.write_images(tmp_path / "images", (3, 2)), tmp_path / "data"
+    data.mkdir()
+    (data / "first").symlink_to(images / "scene0")
+    (data / "second").symlink_to(images / "scene1")
+    for loop in (images / "scene0/again", images / "scene1/round"):
+        loop.symlink_to(data)
+    (images / "scene0/._000.png").write_bytes(b"\0\5\x16\7")
+    (images / "scene0/.thumbnails").mkdir()
+    shutil.copy(images / "scene0/000.png", images / "scene0/.thumbnails")
+    source = open_source(str(data))
+    assert [episode.name for episode in source.episodes] == ["first", "second"]
+    assert numbers(source, "image") == expected((3, 2))
+
+
+def test_a_folder_is_no_file_whatever_its_name(tmp_path):
+    """Spark and Dask write a folder `data.parquet` with the files in it."""
+    written.write_parquet(tmp_path / "data.parquet", (4, 3))
+    (tmp_path / "data.parquet/rows0.parquet").rename(tmp_path / "data.parquet/rows0.PARQUET")
+    source = open_source(str(tmp_path))
+    assert source.form == "parquet" and numbers(source, "photo") == expected((4, 3))
+
+
 def test_an_image_of_any_mode_is_read_as_it_is_seen(tmp_path):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     for name, pixels in {"8": grey.astype(np.uint8), "16": grey * 256 + 7}.items():

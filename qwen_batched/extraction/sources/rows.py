@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_batched.extraction.sources import tables
-from qwen_batched.extraction.sources.source import Episode, Frame, Run, choose_cameras, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import Episode, Frame, Run, choose_cameras, files_below, sizes_of, without_empty
 
 
 class TableSource:
@@ -31,8 +31,10 @@ class TableSource:
             ValueError: A file is damaged or has other columns than the first.
         """
         self.folder = place.parent if place.is_file() else place
-        files = [place] if place.is_file() else sorted(place.rglob("*.parquet")) or sorted(place.rglob("*.arrow"))
-        self.form = files[0].suffix.removeprefix(".")
+        below = [place] if place.is_file() else files_below(place)
+        kinds = (".parquet", ".arrow")
+        files = next(found for kind in kinds if (found := [file for file in below if file.suffix.lower() == kind]))
+        self.form = files[0].suffix.lower().removeprefix(".")
         schema = tables.schema_of(files[0])
         self.cameras = choose_cameras(cameras, tables.image_columns(schema))
         wanted = [*self.cameras, *([text_column] if text_column else [])]

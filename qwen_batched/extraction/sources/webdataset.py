@@ -15,7 +15,16 @@ import numpy as np
 
 from qwen_batched.extraction.sources import pixels
 from qwen_batched.extraction.sources.pixels import read_image
-from qwen_batched.extraction.sources.source import Damage, Episode, Frame, Run, choose_cameras, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import (
+    Damage,
+    Episode,
+    Frame,
+    Run,
+    choose_cameras,
+    files_below,
+    sizes_of,
+    without_empty,
+)
 
 
 @dataclass
@@ -43,7 +52,7 @@ class WebDatasetSource:
         """
         self.folder = place.parent if place.is_file() else place
         every, samples, left_out = [], [], []
-        for file in [place] if place.is_file() else sorted(place.rglob("*.tar")):
+        for file in [place] if place.is_file() else _tars(place):
             try:
                 found = _samples(file)
             except (OSError, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
@@ -82,6 +91,10 @@ class WebDatasetSource:
     def files(self) -> Iterable[tuple[str, int]]:
         """See `Source`."""
         return sizes_of(self._files, self.folder)
+
+
+def _tars(folder: Path) -> list[Path]:
+    return [file for file in files_below(folder) if file.suffix.lower() == ".tar"]
 
 
 def _samples(path: Path) -> list[_Sample]:
