@@ -1,8 +1,10 @@
 """Data sets of every form: each frame once, at its timestamp; what is damaged or lacking is named."""
 
+import io
 import json
 import shutil
 import struct
+import tarfile
 from fractions import Fraction
 
 import av
@@ -287,6 +289,35 @@ def test_a_bad_lerobot_folder_is_refused_with_what_is_wrong(name, lerobot, tmp_p
     with pytest.raises(ValueError) as raised:
         open_source(str(root))
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize("keep", ["half", "a header", "all but the end", "no members"])
+def test_a_tar_that_is_cut_short_is_refused(tmp_path, keep):
+    """Python's tarfile reads on to the cut, and says nothing."""
+    path = written.write_tars(tmp_path, (4,)) / "000000.tar"
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    lengths = {
+        "half": len(data) // 2,
+        "a header": last.offset + 100,
+        "all but the end": last.offset_data + 512,
+        "no members": 10,
+    }
+    path.write_bytes(data[: lengths[keep]])
+    with pytest.raises(ValueError, match=r"000000\.tar"):
+        open_source(str(path))
+
+
+def test_a_sample_with_two_images_of_a_camera_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("x.png", "x.PNG"):
+            data = written.png(written.frame(0, 0, 0))
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match="sample x must have one image of camera image"):
+        open_source(str(tmp_path))
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, lerobot):

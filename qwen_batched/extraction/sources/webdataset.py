@@ -55,7 +55,7 @@ class WebDatasetSource:
         for file in [place] if place.is_file() else _tars(place):
             try:
                 found = _samples(file)
-            except (OSError, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+            except (OSError, tarfile.TarError, EOFError, ValueError) as error:
                 damage = Damage(str(file), " ".join(str(error).split()))
                 if not skip:
                     raise ValueError(str(damage)) from error
@@ -110,7 +110,14 @@ def _samples(path: Path) -> list[_Sample]:
                 found.append(_Sample(key))
             camera, _, suffix = kind.rpartition(".")
             if f".{suffix.lower()}" in pixels.SUFFIXES:
+                if (camera or "image") in found[-1].images:
+                    raise ValueError(f"sample {key} must have one image of camera {camera or 'image'}, got another")
                 found[-1].images[camera or "image"] = (member.offset_data, member.size)
             elif kind == "txt":
                 found[-1].text = tar.extractfile(member).read().decode("utf-8").strip()
+        end = tar.offset  # of the last member
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"is cut short: the mark of the archive's end must follow {end} bytes")
     return [sample for sample in found if sample.images]
