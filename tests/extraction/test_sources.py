@@ -263,6 +263,7 @@ BAD = {
     "another version": (lambda root: edit_info(root, codebase_version="v9.0"), ["v3.x", "v9.0"]),
     "no features": (lambda root: edit_info(root, features=3), ["features", "3"]),
     "info": (lambda root: (root / "meta/info.json").write_text("{"), ["info.json"]),
+    "where videos are": (lambda root: edit_info(root, video_path="{nowhere}.mp4"), ["video_path", "{nowhere}"]),
     "length": (lambda root: rewrite(root, EPISODES, length=lambda x: [6, *x[1:]]), ["episode 0", "6", "7"]),
     "an empty episode": (lambda root: rewrite(root, EPISODES, length=lambda x: [0, *x[1:]]), ["frames", ": 0"]),
     "order": (lambda root: rewrite(root, ROWS, frame_index=lambda x: x[::-1]), ["episode 0", "order"]),
@@ -318,6 +319,46 @@ def test_a_sample_with_two_images_of_a_camera_is_refused(tmp_path):
             tar.addfile(member, io.BytesIO(data))
     with pytest.raises(ValueError, match="sample x must have one image of camera image"):
         open_source(str(tmp_path))
+
+
+def test_cameras_of_one_short_name_keep_their_own(tmp_path):
+    written.write_v3(tmp_path, kinds=("image", "image"))
+    other, path = "observation.wrist", tmp_path / "meta/info.json"
+    info = json.loads(path.read_text())
+    edit_info(tmp_path, features=info["features"] | {other: info["features"]["observation.images.front"]})
+    for file in (tmp_path / "data").rglob("*.parquet"):
+        table = pq.read_table(file)
+        pq.write_table(table.append_column(other, table["observation.images.front"]), file)
+    source = open_source(str(tmp_path))
+    assert source.cameras == ("front", "observation.images.wrist", other)
+    assert (
+        next(source.frames(other, [Run(0, 0, 1)])).shape != next(source.frames(source.cameras[1], [Run(0, 0, 1)])).shape
+    )
+    assert open_source(str(tmp_path), [other, "observation.images.front"]).cameras == (other, "front")
+
+
+def test_a_chunk_has_episodes(tmp_path):
+    edit_info(written.write_v21(tmp_path), chunks_size=0)
+    with pytest.raises(ValueError, match="chunks_size"):
+        open_source(str(tmp_path))
+
+
+def test_a_task_without_a_text_is_refused(tmp_path):
+    written.write_v21(tmp_path)
+    (tmp_path / "meta/tasks.jsonl").write_text('{"task_index": 0}\n')
+    with pytest.raises(ValueError, match=r"tasks\.jsonl"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", [None, ["a"], 3])
+def test_a_row_without_a_text_is_refused(tmp_path, text):
+    path = written.write_parquet(tmp_path, (3,)) / "rows0.parquet"
+    table = pq.read_table(path)
+    captions = pa.array([["b"], text, ["c"]]) if isinstance(text, list) else pa.array([text] * 3)
+    pq.write_table(table.set_column(1, "caption", captions), path)
+    with pytest.raises(ValueError, match=r"rows0\.parquet, row .: caption must be a text, got"):
+        open_source(str(path), text_column="caption")
+    assert len(open_source(str(path)).episodes) == 1
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, lerobot):

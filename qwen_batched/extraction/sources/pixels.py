@@ -29,5 +29,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):  # as Pillow reads colours of 16 bits
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
-        raise ValueError(f"must have 8 or 16 bits, got {'32-bit integers' if image.mode == 'I' else 'floating numbers'}")
+        raise ValueError(
+            f"must have 8 or 16 bits, got {'32-bit integers' if image.mode == 'I' else 'floating numbers'}"
+        )
     return np.asarray(image.convert("RGB"))

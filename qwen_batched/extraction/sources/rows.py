@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_batched.arguments import shown
 from qwen_batched.extraction.sources import tables
-from qwen_batched.extraction.sources.source import Episode, Frame, Run, choose_cameras, files_below, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import (
+    Episode,
+    Frame,
+    Run,
+    choose_cameras,
+    files_below,
+    sizes_of,
+    without_empty,
+)
 
 
 class TableSource:
@@ -28,7 +37,7 @@ class TableSource:
             text_column: The column with each frame's text; None for none.
 
         Raises:
-            ValueError: A file is damaged or has other columns than the first.
+            ValueError: A file is damaged or has other columns than the first, or a frame has no text.
         """
         self.folder = place.parent if place.is_file() else place
         below = [place] if place.is_file() else files_below(place)
@@ -47,8 +56,11 @@ class TableSource:
         self.episodes, self._files = tuple(every[i] for i in kept), [files[i] for i in kept]
         self._texts = None
         if text_column is not None:
-            found = (tables.column_values(file, [text_column])[text_column] for file in self._files)
-            self._texts = [[str(text) for text in texts] for texts in found]
+            self._texts = [tables.column_values(file, [text_column])[text_column] for file in self._files]
+            for file, texts in zip(self._files, self._texts, strict=True):
+                for row, text in enumerate(texts):
+                    if not isinstance(text, str):
+                        raise ValueError(f"{file}, row {row}: {text_column} must be a text, got {shown(text)}")
 
     def timestamps(self, episode: int) -> np.ndarray:
         """See `Source`."""
