@@ -85,7 +85,7 @@ def _sum_up(job: Job, after: Outcome, written: int, seconds: float) -> None:
         print(f"skipped: camera {camera}, episode {episode}, frame {frame}: {reason}", file=sys.stderr)
     if count := len(after.skipped) + after.left_out:
         more = f", {len(after.skipped) - SHOWN} more than are named here" if len(after.skipped) > SHOWN else ""
-        print(f"extract: {count} skipped{more}: remove index/ files of repaired data to try again", file=sys.stderr)
+        print(f"extract: {count} skipped{more}: repaired data need a new folder", file=sys.stderr)
     if after.missing:
         print(f"extract: {after.missing} parts are missing", file=sys.stderr)
 

@@ -79,6 +79,29 @@ def test_a_folder_of_another_extraction_or_of_other_things_is_refused(lerobot, c
     assert is_refused and "renamed and synced, got s3:" in line
 
 
+def test_out_inside_of_a_data_set_that_is_looked_through_is_refused(lerobot, checkpoint, tmp_path, capsys):
+    """Its index/ would be taken for a data set of tables the next time."""
+    data = written.write_images(tmp_path / "data", (2,))
+    (tmp_path / "link").symlink_to(data)
+    for out in (data / "out", data, tmp_path / "link/out"):
+        assert main(arguments(data, out, checkpoint)) == 2
+        assert "OUT must not be inside of the data set" in capsys.readouterr().err
+    assert os.listdir(data) == ["scene0"]
+    shutil.copytree(lerobot, tmp_path / "lerobot")  # of which only meta/, data/ and videos/ are looked at
+    command = arguments(tmp_path / "lerobot", tmp_path / "lerobot/features", checkpoint, "--limit", 1)
+    assert main(command) == main(command) == 0
+
+
+def test_repaired_data_are_another_data_set(checkpoint, tmp_path, capsys):
+    data, out = written.write_images(tmp_path / "data", (2, 2)), tmp_path / "out"
+    image = (data / "scene1/001.png").read_bytes()
+    (data / "scene1/001.png").write_bytes(image[:60])
+    command = arguments(data, out, checkpoint, "--on-error", "skip")
+    assert main(command) == 1 and "repaired data need a new folder" in capsys.readouterr().err
+    (data / "scene1/001.png").write_bytes(image)
+    assert main(command) == 2 and "its data.sha256 is" in capsys.readouterr().err
+
+
 def test_hidden_states_need_a_text(tmp_path, checkpoint, capsys):
     data = written.write_images(tmp_path / "data", (2,))
     assert main(arguments(data, tmp_path / "out", checkpoint, "--what", "last")) == 2
@@ -145,6 +168,8 @@ def test_a_shard_that_is_gone_or_cut_short_is_written_again(checkpoint, tmp_path
         lambda: shards[0].write_bytes(b"\xff" * 500),
         lambda: shards[1].write_bytes(shards[1].read_bytes() + b"\0"),
         lambda: [file.unlink() for file in (out / "index").iterdir()],
+        lambda: [os.truncate(file, size) for size, file in enumerate(sorted((out / "index").iterdir()))],
+        lambda: [os.truncate(file, 100) for file in (out / "index").iterdir()],
     ):
         damage()
         assert main(command) == 0
