@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qwen_batched.arguments import shown
 from qwen_batched.extraction.manifest import read_manifest
 from qwen_batched.extraction.request import IMAGE_FEATURES
 from qwen_batched.extraction.shards import FEATURES, INDEX, ROWS
@@ -22,6 +24,7 @@ from qwen_batched.extraction.streams import DEEPSTACK, MASK, streams_in
 from qwen_batched.inputs.batch import FeatureMaps, Features
 
 OPEN = 256  # shards that are mapped at once
+FRAMES = 2**32  # of an episode, more than any has
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 
 
@@ -120,10 +123,10 @@ class FeatureDataset(Dataset):
             where grids differ; and the deep ones of families that have some, `deepstack-0` and so on, alike. Of each
             layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,).
         """
-        size = len(self)
+        size, index = len(self), operator.index(index)
         if not -size <= index < size:
             raise IndexError(f"index must be below {size}, got {index}")
-        index = int(index) % size
+        index %= size
         found: dict[str, Any] = {
             "episode": self._episodes[self._episode[index]],
             "frame": int(self._frame[index]),
@@ -159,7 +162,7 @@ class FeatureDataset(Dataset):
 
     def position(self, episode: int | str, frame: int) -> int:
         """The index of a frame. Raises `KeyError` where it is not there."""
-        key = _key(self._codes[episode], frame) if episode in self._codes else -1
+        key = _key(self._codes[episode], frame) if episode in self._codes and 0 <= frame < FRAMES else -1
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             raise KeyError(f"frame {frame} of episode {episode} is not in {self.folder}")
@@ -188,7 +191,10 @@ class FeatureDataset(Dataset):
             if name not in batch:
                 raise ValueError(f"the batch must hold {name!r}, got {sorted(map(str, batch))}")
         texts = batch["task"]
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"task must be a list of at least one str, got {shown(texts)}")
+        texts = list(texts)
         episodes, frames = (_integers(name, batch[name]) for name in ("episode_index", "frame_index"))
         if not len(texts) == len(episodes) == len(frames):
             counts = f"{len(texts)} tasks, {len(episodes)} episode_index, {len(frames)} frame_index"
@@ -215,7 +221,7 @@ class FeatureDataset(Dataset):
 
 
 def _key(episode: Any, frame: Any) -> Any:
-    return episode * 2**32 + frame
+    return episode * FRAMES + frame
 
 
 def _collate(maps: Sequence[Tensor | list[Tensor]]) -> FeatureMaps:

@@ -40,8 +40,13 @@ def test_an_item_has_the_frame_that_it_says(extracted, lerobot, load):
     assert data[-1]["frame"] == 8 and data[9]["last"].shape == (len(data[9]["last.mask"]), model.config.hidden_size)
     with pytest.raises(IndexError):
         data[sum(LENGTHS)]
-    with pytest.raises(KeyError, match="frame 7 of episode 0"):
-        data.position(0, 7)
+    for place in ((0, 7), (0, 2**32), (1, -(2**32)), (1, -1), (3, 0), ("0", 0)):  # the second is no frame of episode 1
+        with pytest.raises(KeyError, match=f"frame {place[1]} of episode {place[0]}"):
+            data.position(*place)
+    assert data[torch.tensor(3)]["frame"] == 3
+    for wrong in (1.5, "0", slice(0, 2)):
+        with pytest.raises(TypeError):
+            data[wrong]
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[3]["last"], data[3]["last"])
 
@@ -73,6 +78,9 @@ def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, 
         data.features_for({name: x for name, x in good.items() if name != "frame_index"})
     with pytest.raises(ValueError, match="1 tasks"):
         data.features_for(good | {"task": "one"})
+    for task in ([], [3] * 4, None, torch.zeros(4)):
+        with pytest.raises(TypeError, match="task must be a list of at least one str"):
+            data.features_for(good | {"task": task})
     with pytest.raises(TypeError, match="integer"):
         data.features_for(good | {"frame_index": torch.zeros(4)})
     with pytest.raises(ValueError, match="must be an extraction's folder"):
