@@ -171,6 +171,24 @@ def test_a_timestamp_has_the_nearest_frame_within_the_tolerance_and_no_other(tmp
     assert [written.read_number(frame) for frame in frames_at(path, [0.14, 0.16], 0.05)] == [1, 2]
 
 
+@pytest.mark.parametrize("parameters", ["intra-refresh=1", "open-gop=1:bframes=3", "bframes=3"])
+def test_frames_from_the_middle_are_those_of_the_whole_file(tmp_path, parameters):
+    """With intra refresh there is no key frame but the first: a decoder that is sent to a recovery point gives grey."""
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=written.FPS)
+        stream.height, stream.width = 56, 84
+        stream.options = {"x264-params": f"{parameters}:keyint=12"}
+        for place in range(70):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(written.frame(0, place, 0), format="rgb24")))
+        container.mux(stream.encode())
+    times = frame_times(path).tolist()
+    whole = list(frames_at(path, times))
+    assert [written.read_number(frame) for frame in whole] == list(range(70))
+    for place, time in enumerate(times):
+        assert np.array_equal(next(frames_at(path, [time])), whole[place]), place
+
+
 def test_timestamps_behind_many_minutes_of_a_file_have_their_frames(tmp_path):
     """Float32 numbers there are farther apart than the tolerance: LeRobot's distance of equal moments exceeds it."""
     path, fps, start, count = tmp_path / "video.mp4", 30, 1000 * 30, 900

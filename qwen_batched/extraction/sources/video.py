@@ -12,10 +12,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 
 from qwen_batched.extraction.sources.source import Damage, Frame
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"})
+REFERRING = (PictureType.P, PictureType.B)  # frames that need others; a decoder gives grey ones where it has none
 TOLERANCE = 1e-4  # seconds; LeRobot's default
 
 
@@ -59,10 +61,10 @@ def _video(container: av.container.InputContainer, path: Path) -> av.VideoStream
 def _nearest(path: Path, times: Sequence[float], tolerance: float, upright: bool) -> Iterator[Frame]:
     place, before = 0, None
     for frame in _decoded_from(path, times[0]):
-        time = float(frame.pts * frame.time_base)
+        time = _time(frame)
         while place < len(times) and times[place] <= time:
             wanted = times[place]
-            is_before = before is not None and wanted - float(before.pts * before.time_base) <= time - wanted
+            is_before = before is not None and wanted - _time(before) <= time - wanted
             yield _pixels(path, before if is_before else frame, wanted, tolerance, upright)
             place += 1
         if place == len(times):
@@ -85,16 +87,22 @@ def _decoded_from(path: Path, time: float) -> Iterator[av.VideoFrame]:
             for frame in container.decode(stream):
                 if frame.pts is None:
                     continue
-                if is_first and is_sought and float(frame.pts * frame.time_base) > time:
-                    break  # a container sought by decoding time: from its start then
+                if is_first and is_sought and (_time(frame) > time or frame.pict_type in REFERRING):
+                    break  # a container sought by decoding time, or a stream without key frames: from its start then
                 is_first = False
                 yield frame
             else:
-                return
+                if not (is_first and is_sought):  # the decoder gave something, or there is nothing
+                    return
+
+
+def _time(frame: av.VideoFrame) -> float:
+    """Seconds."""
+    return float(frame.pts * frame.time_base)
 
 
 def _pixels(path: Path, frame: av.VideoFrame, wanted: float, tolerance: float, upright: bool) -> Frame:
-    time = float(frame.pts * frame.time_base)
+    time = _time(frame)
     if not min(abs(wanted - time), abs(np.float32(wanted) - np.float32(time))) <= tolerance:
         return Damage(str(path), f"has no frame within {tolerance} s of {wanted:.4f} s, the nearest is at {time:.4f} s")
     if frame.is_corrupt:
