@@ -74,7 +74,7 @@ def open_job(request: Request) -> Job:
     source = open_request_source(request)
     data = Path(request.dataset).resolve()
     if not source.form.startswith("lerobot") and request.out.resolve().is_relative_to(data):
-        raise ValueError(f"OUT must not be inside of the data set, which is all that is below {data}, got {request.out}")
+        raise ValueError(f"OUT must not be inside of the data set, all that is below {data}, got {request.out}")
     made = make_manifest(request, source)
     request.out.mkdir(parents=True, exist_ok=True)
     check_renames(request.out)

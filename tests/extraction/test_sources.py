@@ -189,6 +189,26 @@ def test_frames_from_the_middle_are_those_of_the_whole_file(tmp_path, parameters
         assert np.array_equal(next(frames_at(path, [time])), whole[place]), place
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_a_video_that_is_cut_short_is_named(tmp_path, suffix):
+    """Demultiplexers read to the cut, and say nothing where the header stands before it."""
+    path = tmp_path / f"video.{suffix}"
+    with av.open(str(path), "w", options={"movflags": "faststart"} if suffix == "mp4" else {}) as container:
+        stream = container.add_stream("libx264", rate=written.FPS)
+        stream.height, stream.width, stream.options = 56, 84, {"g": "6", "bf": "0"}
+        for place in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(written.frame(0, place, 0), format="rgb24")))
+        container.mux(stream.encode())
+    assert len(frame_times(path)) == 30
+    written.write_video(tmp_path / "whole.mp4", (written.frame(1, i, 0) for i in range(3)))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(ValueError, match=f"{path.name}: is cut short"):
+        open_source(str(tmp_path))
+    source = open_source(str(tmp_path), skip=True)
+    assert [episode.name for episode in source.episodes] == ["whole"] and "cut short" in str(source.left_out[0])
+
+
 def test_timestamps_behind_many_minutes_of_a_file_have_their_frames(tmp_path):
     """Float32 numbers there are farther apart than the tolerance: LeRobot's distance of equal moments exceeds it."""
     path, fps, start, count = tmp_path / "video.mp4", 30, 1000 * 30, 900

@@ -7,6 +7,7 @@ than its tolerance, so that a distance may be that of the exact numbers too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,18 +19,34 @@ from qwen_batched.extraction.sources.source import Damage, Frame
 
 SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"})
 REFERRING = (PictureType.P, PictureType.B)  # frames that need others; a decoder gives grey ones where it has none
+SLACK = 0.5  # seconds that the frames of a whole file may end before it does
 TOLERANCE = 1e-4  # seconds; LeRobot's default
 
 
 def frame_times(path: Path) -> np.ndarray:
     """When each frame of a file is shown, in seconds, ascending; nothing is decoded.
 
-    Raises `OSError` or `av.FFmpegError` where the file cannot be read.
+    Raises `ValueError`, `OSError` or `av.FFmpegError` where the file cannot be read, or ends before it should.
     """
     with av.open(str(path)) as container:
         stream = _video(container, path)
-        shown = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
-        return np.sort(np.array([float(packet.pts * packet.time_base) for packet in shown]))
+        shown = (x for x in container.demux(stream) if x.pts is not None and not x.is_discard)
+        pairs = [(float(x.pts * x.time_base), float((x.duration or 0) * x.time_base)) for x in shown]
+        times, durations = np.sort(np.array([time for time, _ in pairs])), [duration for _, duration in pairs]
+        if len(times):
+            end = times[-1] + max(durations)
+            lasts, began = _said_duration(stream), float((stream.start_time or 0) * stream.time_base)
+            if end - began < lasts - max(SLACK, 2 * float(np.diff(times, prepend=times[0]).max())):
+                raise ValueError(f"is cut short: it lasts {lasts:.2f} s, its frames end at {end - began:.2f} s")
+        return times
+
+
+def _said_duration(stream: av.VideoStream) -> float:
+    """Seconds that a file says it lasts; 0 where it does not."""
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    match = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION") or "")  # of Matroska
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else 0.0
 
 
 def frames_at(
