@@ -16,12 +16,14 @@ import torch
 from qwen_batched.arguments import dtype_name, shown
 from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint
+from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.export.engine import device_kind
 from qwen_batched.extraction.request import IMAGE_FEATURES, Request
 from qwen_batched.extraction.sources.source import Damage, Run, Source
 from qwen_batched.extraction.streams import grids_of, streams_of
 from qwen_batched.extraction.syncing import RENAMED, remove_left, sync_folder, write_synced
 from qwen_batched.extraction.work import frames_of_a_shard
+from qwen_batched.families import family_of
 from qwen_batched.model.tensor_processor import TensorProcessor
 
 FILE, FORMAT = "manifest.json", 1
@@ -33,12 +35,15 @@ PIECE = 2**24  # bytes of a file that are hashed at once
 def make_manifest(request: Request, source: Source) -> dict[str, Any]:
     """The manifest of a request.
 
-    Raises `ValueError` where the model does not take the frames, no frame of a camera can be read, or hidden states
-    are asked for and there is no text.
+    Raises `ValueError` where the checkpoint cannot be read, the model does not take the frames, no frame of a camera
+    can be read, or hidden states are asked for and there is no text.
     """
     device = resolve_device(request.device)
+    if device.type == "meta":
+        raise ValueError(f"device must be one with memory, got {device}")
     checkpoint = Checkpoint.open(request.model)
     processor = TensorProcessor.from_checkpoint(checkpoint)
+    find_tensors(checkpoint.folder, family_of(processor.config.model_type).keys)  # refuses what a worker cannot read
     sizes = {camera: size_of(source, camera) for camera in source.cameras}
     grids = grids_of(processor, request, list(sizes.values()))
     texts = _texts(request, source)

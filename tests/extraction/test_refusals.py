@@ -22,6 +22,7 @@ from tests.extraction.written import arguments, contents
 WRONG = {
     "an unknown camera": (["--cameras", "head"], "front, wrist"),
     "what": (["--what", "everything"], "image_features, hidden:N or last"),
+    "a layer by two names": (["--what", "hidden:1", "hidden:01"], "hidden:N"),
     "a layer": (["--what", "hidden:99"], "layer from 0 to"),
     "what twice": (["--what", "last", "last"], "different"),
     "pool": (["--pool", "max"], "none, mean"),
@@ -35,6 +36,7 @@ WRONG = {
     "torchrun": (["--engine", "torchrun"], "torchrun"),
     "an option": (["--fast"], "--fast"),
     "template": (["--what", "last", "--template", "{nothing}"], "template"),
+    "a device without memory": (["--device", "meta"], "with memory"),
     "on error": (["--on-error", "pray"], "stop, skip"),
     "model": (["--model", "nowhere/at/all"], "nowhere"),
 }
@@ -77,6 +79,19 @@ def test_a_folder_of_another_extraction_or_of_other_things_is_refused(lerobot, c
     assert is_refused and f"an extraction's folder, got {tmp_path} with holiday.jpg" in line
     is_refused, line = refused("s3://bucket/out")
     assert is_refused and "renamed and synced, got s3:" in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_checkpoint_without_whole_weights_is_refused_before_the_folder_is_made(
+    damage, lerobot, checkpoint, tmp_path, capsys
+):
+    """Else the folder would be that of a checkpoint that was being downloaded, and refuse the whole one."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    weights = model / "model.safetensors"
+    weights.unlink() if damage == "gone" else os.truncate(weights, weights.stat().st_size - 1000)
+    assert main(arguments(lerobot, tmp_path / "out", model)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_out_inside_of_a_data_set_that_is_looked_through_is_refused(lerobot, checkpoint, tmp_path, capsys):
