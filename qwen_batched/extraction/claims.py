@@ -19,6 +19,7 @@ from typing import Any
 from qwen_batched.checkpoint.atomic_save import UNSUPPORTED
 
 FOLDER, LOCK = "claims", "lock"
+WRITTEN = 5.0  # seconds after which an empty claim is one whose writer was killed, or had no room on the disk
 
 
 class Claims:
@@ -92,7 +93,8 @@ class Claims:
             age = now - path.stat().st_mtime
         except FileNotFoundError:
             return True
-        holder = _read(path)
+        if not (holder := _read(path)):
+            return age > min(self.expiry, WRITTEN)
         if age > max(self.expiry, holder.get("expiry", 0)):  # its holder renews it as often as its own expiry asks for
             return True
         return holder.get("host") == self.owner["host"] and not _is_alive(holder.get("pid"))
