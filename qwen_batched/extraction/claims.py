@@ -90,10 +90,11 @@ class Claims:
     def _is_free(self, name: str, now: float) -> bool:
         path = self.folder / name
         try:
-            age = now - path.stat().st_mtime
+            found = path.stat()
         except FileNotFoundError:
             return True
-        if not (holder := _read(path)):
+        age, holder = now - found.st_mtime, _read(path)
+        if not found.st_size:
             return age > min(self.expiry, WRITTEN)
         if age > max(self.expiry, holder.get("expiry", 0)):  # its holder renews it as often as its own expiry asks for
             return True

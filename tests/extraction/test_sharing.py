@@ -83,10 +83,8 @@ def test_processes_of_machines_with_one_name_are_told_apart(tmp_path, monkeypatc
 def test_a_claim_that_was_never_written_is_soon_free(tmp_path):
     """Its process was killed in between, or the disk was full."""
     first = Claims(tmp_path, 600)
-    for text in ("", '{"host": "a'):
-        (tmp_path / "claims/a").write_text(text)
-        assert first.take(["a"], lambda _: False) is None  # it may be being written
-        with first.locked() as now:
-            os.utime(tmp_path / "claims/a", (now - 6, now - 6))
-        assert first.take(["a"], lambda _: False) == "a"
-        first.release("a")
+    (tmp_path / "claims/a").write_text("")
+    assert first.take(["a"], lambda _: False) is None  # it may be being written
+    with first.locked() as now:
+        os.utime(tmp_path / "claims/a", (now - 6, now - 6))
+    assert first.take(["a"], lambda _: False) == "a"
