@@ -168,6 +168,19 @@ def test_a_command_that_stopped_at_a_broken_frame_goes_on_without_it(checkpoint,
     ) == 5
 
 
+def test_verify_takes_skipped_frames_as_they_are_and_names_those_that_are_lost(checkpoint, tmp_path, capsys):
+    data, out = written.write_images(tmp_path / "data", (3, 3)), tmp_path / "out"
+    image = (data / "scene1/002.png").read_bytes()
+    (data / "scene1/001.png").write_bytes(b"nothing")
+    command = arguments(data, out, checkpoint)
+    assert main([*command, "--on-error", "skip"]) == 1
+    assert main([*command, "--verify", "40"]) == 0
+    assert "5 rows computed again, 0 differ" in capsys.readouterr().out
+    (data / "scene1/002.png").write_bytes(bytes(len(image)))
+    assert main([*command, "--verify", "40"]) == 1
+    assert "episode scene1, frame 2 cannot be read now" in capsys.readouterr().err
+
+
 def test_a_shard_that_is_gone_or_cut_short_is_written_again(checkpoint, tmp_path):
     """Its index says that it is done."""
     out = tmp_path / "out"
