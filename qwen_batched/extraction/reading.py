@@ -39,14 +39,16 @@ class ShardReader:
             length = int.from_bytes(self.map[:8], "little")
             said = json.loads(self.map[8 : 8 + length])
             names = [name for name in (ROWS, MASK) if name in said]
+            if ROWS not in names:
+                raise ValueError(f"has no {ROWS}")
             self.tensors = []
             for name in names:
                 start, stop = said[name]["data_offsets"]
                 rows, *shape = said[name]["shape"]
-                if 8 + length + stop > len(self.map) or not names:
+                if 8 + length + stop > len(self.map):
                     raise ValueError("is cut short")
                 self.tensors.append((DTYPES[said[name]["dtype"]], tuple(shape), 8 + length + start, rows, stop - start))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a shard that can be read: {error}") from error
 
     def row(self, place: int) -> list[Tensor]:

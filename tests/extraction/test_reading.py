@@ -9,6 +9,7 @@ from PIL import Image
 from qwen_batched.extract import main
 from qwen_batched.extraction import FeatureDataset
 from qwen_batched.extraction.picture import main as draw
+from qwen_batched.extraction.reading import ShardReader
 from tests.extraction.test_extraction import LENGTHS, frames_of
 from tests.extraction.written import TASKS, arguments
 from tests.support import assert_equal_to
@@ -91,6 +92,15 @@ def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, 
     with pytest.raises(ValueError, match="not pooled"):
         FeatureDataset(pooled).features_for(good)
     assert draw([str(pooled), str(tmp_path / "a.png")]) == 2
+
+
+@pytest.mark.parametrize("header", [b"", b"\2" + bytes(7) + b"13", b"\2" + bytes(7) + b"{}", b"\xff" * 9, "cut"])
+def test_a_damaged_shard_is_named(header, extracted, tmp_path):
+    path = tmp_path / "part-00000.safetensors"
+    whole = (extracted / "features/last/part-00000.safetensors").read_bytes()
+    path.write_bytes(whole[:-1] if header == "cut" else header)
+    with pytest.raises(ValueError, match=f"{path} is not a shard that can be read"):
+        ShardReader(path)
 
 
 def test_an_episode_is_drawn(extracted, tmp_path, capsys):
