@@ -388,6 +388,13 @@ def test_a_task_without_a_text_is_refused(tmp_path):
         open_source(str(tmp_path))
 
 
+def test_tables_of_which_one_has_no_images_in_the_column_are_refused(tmp_path):
+    written.write_parquet(tmp_path, (3,))
+    pq.write_table(pa.table({"photo": [1, 2]}), tmp_path / "rows1.parquet")
+    with pytest.raises(ValueError, match=r"rows1\.parquet must have the columns photo, got no photo"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("text", [None, ["a"], 3])
 def test_a_row_without_a_text_is_refused(tmp_path, text):
     path = written.write_parquet(tmp_path, (3,)) / "rows0.parquet"

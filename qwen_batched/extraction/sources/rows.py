@@ -48,7 +48,9 @@ class TableSource:
         self.cameras = choose_cameras(cameras, tables.image_columns(schema))
         wanted = [*self.cameras, *([text_column] if text_column else [])]
         for file in files:
-            if missing := [name for name in wanted if name not in tables.schema_of(file).names]:
+            schema = tables.schema_of(file)
+            there = {*tables.image_columns(schema), *(set(schema.names) - set(self.cameras))}
+            if missing := [name for name in wanted if name not in there]:
                 raise ValueError(f"{file} must have the columns {', '.join(wanted)}, got no {missing[0]}")
         names = [file.relative_to(self.folder).with_suffix("").as_posix() for file in files]
         every = [Episode(name, tables.count_rows(file)) for name, file in zip(names, files, strict=True)]
