@@ -19,6 +19,7 @@ from typing import Any
 from qwen_batched.checkpoint.atomic_save import UNSUPPORTED
 
 FOLDER, LOCK = "claims", "lock"
+WRITTEN = 5.0  # seconds after which an empty claim is one whose writer was killed, or had no room on the disk
 
 
 class Claims:
@@ -28,7 +29,7 @@ class Claims:
         """`expiry` in seconds."""
         self.folder, self.expiry = folder / FOLDER, expiry
         self.folder.mkdir(exist_ok=True)
-        self.owner = {"host": _host(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+        self.owner = {"host": _host(), "pid": os.getpid(), "id": uuid.uuid4().hex, "expiry": expiry}
         self.held: set[str] = set()
 
     def take(self, names: Sequence[str], is_done: Callable[[str], bool]) -> str | None:
@@ -96,12 +97,14 @@ class Claims:
     def _is_free(self, name: str, now: float) -> bool:
         path = self.folder / name
         try:
-            age = now - path.stat().st_mtime
+            found = path.stat()
         except FileNotFoundError:
             return True
-        if age > self.expiry:
+        age, holder = now - found.st_mtime, _read(path)
+        if not found.st_size:
+            return age > min(self.expiry, WRITTEN)
+        if age > max(self.expiry, holder.get("expiry", 0)):  # its holder renews it as often as its own expiry asks for
             return True
-        holder = _read(path)
         return holder.get("host") == self.owner["host"] and not _is_alive(holder.get("pid"))
 
 
@@ -130,6 +133,7 @@ def _host() -> str:
     """Where process ids mean the same: a machine, and in it a container."""
     try:
         space = os.readlink("/proc/self/ns/pid")
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()  # names are often alike
     except OSError:
-        space = ""
-    return f"{socket.gethostname()} {space}"
+        space = machine = ""
+    return f"{socket.gethostname()} {machine} {space}"

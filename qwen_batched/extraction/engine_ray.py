@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_batched.extraction.engines import WorkersFailed
 from qwen_batched.extraction.job import Job, make_worker, open_request_source
 from qwen_batched.extraction.request import Request
 from qwen_batched.extraction.work import work_list
@@ -18,7 +19,11 @@ READER_CPUS = 0.1  # of the tasks that hand out descriptors: a whole one each wo
 def run_ray(job: Job, actors: int, report: Report) -> None:
     """Works in `actors` actors, on a GPU each where the job is on GPUs.
 
-    Connects to the cluster that `ray.init()` finds, or starts one here. Raises `ValueError` where Ray is not installed.
+    Connects to the cluster that `ray.init()` finds, or starts one here.
+
+    Raises:
+        ValueError: Ray is not installed.
+        WorkersFailed: An actor has failed, with what it said.
     """
     try:
         import ray
@@ -29,6 +34,8 @@ def run_ray(job: Job, actors: int, report: Report) -> None:
         ray.init(log_to_driver=False, logging_level="error")
     try:
         _run(ray, job, actors, report)
+    except ray.exceptions.RayError as error:  # an actor could not begin, or died
+        raise WorkersFailed(f"ray: {str(error).strip().splitlines()[-1]}") from error
     finally:
         if is_ours:
             ray.shutdown()
@@ -51,6 +58,8 @@ def _run(ray: Any, job: Job, actors: int, report: Report) -> None:
     )
     for row in rows.iter_rows():
         report(int(row["frames"]))
+        if row["error"]:
+            raise WorkersFailed(f"an actor of ray: {row['error']}")
 
 
 class _Actor:
@@ -61,9 +70,12 @@ class _Actor:
         self.parts = work_list(manifest)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`part` numbers -> the same, with the frames that were written for them, all on the first."""
-        written = []
-        self.worker.run([self.parts[number] for number in batch["part"].tolist()], written.append)
-        frames = np.zeros(len(batch["part"]), np.int64)
-        frames[0] = sum(written)
-        return {"part": batch["part"], "frames": frames}
+        """`part` numbers -> the same, with the frames that were written for them and an error, all on the first."""
+        written, reason = [], ""
+        try:
+            self.worker.run([self.parts[number] for number in batch["part"].tolist()], written.append)
+        except Exception as error:  # Ray would tell it in a traceback of its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+        others = len(batch["part"]) - 1
+        frames = np.array([sum(written), *([0] * others)], np.int64)
+        return {"part": batch["part"], "frames": frames, "error": np.array([reason, *([""] * others)])}

@@ -72,6 +72,9 @@ class Outcome:
 def open_job(request: Request) -> Job:
     """Opens the data set and agrees on the manifest. Raises `ValueError` or `TypeError` before any work."""
     source = open_request_source(request)
+    data = Path(request.dataset).resolve()
+    if not source.form.startswith("lerobot") and request.out.resolve().is_relative_to(data):
+        raise ValueError(f"OUT must not be inside of the data set, all that is below {data}, got {request.out}")
     made = make_manifest(request, source)
     request.out.mkdir(parents=True, exist_ok=True)
     check_renames(request.out)

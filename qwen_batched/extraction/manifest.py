@@ -16,12 +16,14 @@ import torch
 from qwen_batched.arguments import dtype_name, shown
 from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.checkpoint.folder import Checkpoint
+from qwen_batched.checkpoint.weights import find_tensors
 from qwen_batched.export.engine import device_kind
 from qwen_batched.extraction.request import IMAGE_FEATURES, SAFETENSORS, Request
 from qwen_batched.extraction.sources.source import Damage, Run, Source
 from qwen_batched.extraction.streams import grids_of, stored_dtype, streams_of
-from qwen_batched.extraction.syncing import sync_folder, write_synced
+from qwen_batched.extraction.syncing import RENAMED, remove_left, sync_folder, write_synced
 from qwen_batched.extraction.work import frames_of_a_shard
+from qwen_batched.families import family_of
 from qwen_batched.model.tensor_processor import TensorProcessor
 
 FILE, FORMAT = "manifest.json", 1
@@ -33,12 +35,15 @@ PIECE = 2**24  # bytes of a file that are hashed at once
 def make_manifest(request: Request, source: Source) -> dict[str, Any]:
     """The manifest of a request.
 
-    Raises `ValueError` where the model does not take the frames, no frame of a camera can be read, or hidden states
-    are asked for and there is no text.
+    Raises `ValueError` where the checkpoint cannot be read, the model does not take the frames, no frame of a camera
+    can be read, or hidden states are asked for and there is no text.
     """
     device = resolve_device(request.device)
+    if device.type == "meta":
+        raise ValueError(f"device must be one with memory, got {device}")
     checkpoint = Checkpoint.open(request.model)
     processor = TensorProcessor.from_checkpoint(checkpoint)
+    find_tensors(checkpoint.folder, family_of(processor.config.model_type).keys)  # refuses what a worker cannot read
     sizes = {camera: size_of(source, camera) for camera in source.cameras}
     grids = grids_of(processor, request, list(sizes.values()))
     texts = _texts(request, source)
@@ -93,8 +98,9 @@ def agree(folder: Path, made: dict[str, Any], request: Request) -> dict[str, Any
     """
     path = folder / FILE
     if not path.exists():
-        others = [name for name in os.listdir(folder) if name != "claims"] if folder.is_dir() else []
-        if others and not any(name.startswith(f".{FILE}") for name in others):
+        beginning = ("claims", f".{FILE}.", RENAMED)  # of others that begin too, or were killed as they began
+        others = [name for name in os.listdir(folder) if not name.startswith(beginning)] if folder.is_dir() else []
+        if others:
             raise ValueError(f"OUT must be new, empty or an extraction's folder, got {folder} with {sorted(others)[0]}")
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{FILE}.{uuid.uuid4().hex}"
@@ -106,9 +112,7 @@ def agree(folder: Path, made: dict[str, Any], request: Request) -> dict[str, Any
             os.replace(draft, path)
         draft.unlink(missing_ok=True)
         sync_folder(folder)
-        for left in folder.glob(f".{FILE}.*"):
-            if left.stat().st_mtime < path.stat().st_mtime - 60:  # of one that was killed here
-                left.unlink(missing_ok=True)
+    remove_left(folder, f".{FILE}.*")
     there = read_manifest(folder)
     if request.threads is None and there.get("device", "").startswith("CPU"):
         made = made | {"threads": there.get("threads")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qwen_batched.arguments import shown
 from qwen_batched.extraction.manifest import read_manifest
 from qwen_batched.extraction.parquet import ParquetReader
 from qwen_batched.extraction.request import IMAGE_FEATURES, PARQUET
@@ -24,6 +26,7 @@ from qwen_batched.inputs.batch import FeatureMaps, Features
 from qwen_batched.integrations.lerobot import MASKS, camera_keys, camera_mask
 
 OPEN = 256  # shards that are mapped at once
+FRAMES = 2**32  # of an episode, more than any has
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 
 
@@ -38,14 +41,16 @@ class ShardReader:
             length = int.from_bytes(self.map[:8], "little")
             said = json.loads(self.map[8 : 8 + length])
             names = [name for name in (ROWS, MASK) if name in said]
+            if ROWS not in names:
+                raise ValueError(f"has no {ROWS}")
             self.tensors = []
             for name in names:
                 start, stop = said[name]["data_offsets"]
                 rows, *shape = said[name]["shape"]
-                if 8 + length + stop > len(self.map) or not names:
+                if 8 + length + stop > len(self.map):
                     raise ValueError("is cut short")
                 self.tensors.append((DTYPES[said[name]["dtype"]], tuple(shape), 8 + length + start, rows, stop - start))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a shard that can be read: {error}") from error
 
     def row(self, place: int) -> list[Tensor]:
@@ -130,10 +135,10 @@ class FeatureDataset(Dataset):
             layer `hidden-18` or `last`: (S, D), with `hidden-18.mask`, bool (S,); or pooled (D,). In the dtype of the
             manifest; pooled ones from parquet are float32.
         """
-        size = len(self)
+        size, index = len(self), operator.index(index)
         if not -size <= index < size:
             raise IndexError(f"index must be below {size}, got {index}")
-        index = int(index) % size
+        index %= size
         found: dict[str, Any] = {
             "episode": self._episodes[self._episode[index]],
             "frame": int(self._frame[index]),
@@ -169,7 +174,7 @@ class FeatureDataset(Dataset):
 
     def position(self, episode: int | str, frame: int) -> int:
         """The index of a frame. Raises `KeyError` where it is not there."""
-        key = _key(self._codes[episode], frame) if episode in self._codes else -1
+        key = _key(self._codes[episode], frame) if episode in self._codes and 0 <= frame < FRAMES else -1
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             raise KeyError(f"frame {frame} of episode {episode} is not in {self.folder}")
@@ -213,7 +218,10 @@ class FeatureDataset(Dataset):
             if name not in batch:
                 raise ValueError(f"the batch must hold {name!r}, got {sorted(map(str, batch))}")
         texts = batch["task"]
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"task must be a list of at least one str, got {shown(texts)}")
+        texts = list(texts)
         episodes, frames = (_integers(name, batch[name]) for name in ("episode_index", "frame_index"))
         if not len(texts) == len(episodes) == len(frames):
             counts = f"{len(texts)} tasks, {len(episodes)} episode_index, {len(frames)} frame_index"
@@ -265,7 +273,7 @@ def _key_in(batch: Mapping[str, Any], key: str) -> str:
 
 
 def _key(episode: Any, frame: Any) -> Any:
-    return episode * 2**32 + frame
+    return episode * FRAMES + frame
 
 
 def _collate(maps: Sequence[Tensor | list[Tensor]]) -> FeatureMaps:

@@ -11,7 +11,7 @@ from qwen_batched.arguments import as_int, shown
 from qwen_batched.extraction.sources.video import TOLERANCE
 
 IMAGE_FEATURES, LAST = "image_features", "last"
-HIDDEN = re.compile(r"hidden:(\d+)")
+HIDDEN = re.compile(r"hidden:(0|[1-9][0-9]*)")
 POOLS, ON_ERROR = ("none", "mean"), ("stop", "skip")
 SAFETENSORS, PARQUET = "safetensors", "parquet"
 DTYPES = ("auto", "bfloat16", "float16", "float32")

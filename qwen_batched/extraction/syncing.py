@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from qwen_batched.checkpoint.atomic_save import UNSUPPORTED
+
+RENAMED = ".rename-"  # how names begin of the files that `check_renames` tries with
+LEFT = 3600  # seconds after which a file that should live for less than one is a killed process's
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -29,9 +35,18 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def remove_left(folder: Path, pattern: str) -> None:
+    """Removes files of a moment that killed processes have left, on this machine or another."""
+    for left in folder.glob(pattern):
+        with suppress(OSError):  # another has just removed it, or the folder is read only
+            if left.stat().st_mtime < time.time() - LEFT:
+                left.unlink()
+
+
 def check_renames(folder: Path) -> None:
     """Raises `ValueError` where files of a folder cannot be synced and renamed over another, as some stores."""
-    first, second = (folder / f".rename-{os.getpid()}-{i}" for i in range(2))
+    remove_left(folder, f"{RENAMED}*")
+    first, second = (folder / f"{RENAMED}{uuid.uuid4().hex}" for _ in range(2))
     try:
         write_synced(first, b"1")
         write_synced(second, b"2")

@@ -17,7 +17,8 @@ from qwen_batched.extraction.worker import Worker
 def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[str], int]:
     """Computes the batches of `rows` random rows of the parts that are there.
 
-    Returns a sentence for each row and stream that differs, and how many rows were compared: all of the batches.
+    Returns a sentence for each row and stream that differs and for each frame that cannot be read any more, and how
+    many rows were compared: all of the batches.
     """
     there = [part for part in parts if is_done(worker.out, part, worker.encoder.streams)]
     size = worker.manifest["batch_size"]
@@ -27,13 +28,14 @@ def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[s
         part = picks.choice(there)
         chosen.add((part.number, picks.randrange(part.frames) // size))
     by_number = {part.number: part for part in there}
-    segments = iter(sorted(chosen))
+    segments, writers = iter(sorted(chosen)), []
 
     def next_segment() -> Segment | None:
         if (pick := next(segments, None)) is None:
             return None
         part = by_number[pick[0]]
-        return Segment(_Nowhere(worker, part), pick[1] * size, min(part.frames, (pick[1] + 1) * size))
+        writers.append(_Nowhere(worker, part))
+        return Segment(writers[-1], pick[1] * size, min(part.frames, (pick[1] + 1) * size))
 
     differing, compared = [], 0
     with Decoders(1, worker.source, worker.manifest, worker.slots, next_segment) as decoders:
@@ -41,6 +43,7 @@ def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[s
             compared += len(batch.rows)
             differing += _compare(worker, batch)
             decoders.free.put(batch.slot)
+    differing += [text for writer in writers for text in writer.lost()]
     return differing, compared
 
 
@@ -49,17 +52,23 @@ class _Nowhere(PartWriter):
 
     def __init__(self, worker: Worker, part: Part) -> None:
         super().__init__(worker.out, part, worker.source, worker.source.cameras, (), worker.dtype)
-        self.places = _stored_places(worker, part)
+        self.stored_skips = {(episode, frame) for _, episode, frame, _ in skipped_in(index_path(worker.out, part))}
+        self.places = self._stored_places()
 
+    def lost(self) -> list[str]:
+        """Frames that are stored, and cannot be read now."""
+        return [
+            f"{self.part.name}: camera {camera}, episode {episode}, frame {frame} cannot be read now: {reason}"
+            for camera, episode, frame, reason in self.skipped
+            if (episode, frame) not in self.stored_skips
+        ]
 
-def _stored_places(worker: Worker, part: Part) -> dict[int, int]:
-    """Row of the part -> row of its shard, which lacks what was skipped."""
-    skipped = {(episode, frame) for _, episode, frame, _ in skipped_in(index_path(worker.out, part))}
-    names = [
-        (worker.source.episodes[run.episode].name, frame) for run in part.runs for frame in range(run.start, run.stop)
-    ]
-    kept = [row for row, name in enumerate(names) if name not in skipped]
-    return {row: place for place, row in enumerate(kept)}
+    def _stored_places(self) -> dict[int, int]:
+        """Row of the part -> row of its shard, which lacks what was skipped."""
+        episodes = self.source.episodes
+        names = [(episodes[run.episode].name, frame) for run in self.part.runs for frame in range(run.start, run.stop)]
+        kept = [row for row, name in enumerate(names) if name not in self.stored_skips]
+        return {row: place for place, row in enumerate(kept)}
 
 
 def _compare(worker: Worker, batch: Batch) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -28,6 +29,20 @@ UNWRITTEN = 4  # batches between the encoder and the disk, and not more than a s
 WAIT = 0.2  # seconds between looks at what others have claimed
 
 Report = Callable[[int], None]
+
+
+def _tells_the_encoder(work: Callable[..., None]) -> Callable[..., None]:
+    """What this raises ends the wait for batches, of which there may be none until another process fails too."""
+
+    @functools.wraps(work)
+    def run(worker: Worker, *arguments: Any) -> None:
+        try:
+            work(worker, *arguments)
+        except BaseException as error:
+            worker.decoding.ready.put(error)
+            raise
+
+    return run
 
 
 class Worker:
@@ -150,6 +165,7 @@ class Worker:
         event.record()
         return on_host, event
 
+    @_tells_the_encoder
     def _write(self, batch: Batch, tensors: list[Sequence[Tensor]], event: Any, room: threading.Semaphore) -> None:
         if event is not None:
             event.synchronize()  # the frames were read by then too
@@ -162,6 +178,7 @@ class Worker:
         if not writer.batches_left:
             self.unfinished.append(self.publishing.submit(self._publish, writer))
 
+    @_tells_the_encoder
     def _publish(self, writer: PartWriter) -> None:
         name = writer.part.name
         writer.finish()

@@ -25,7 +25,7 @@ from qwen_batched.extraction.sources.source import Run
 from qwen_batched.extraction.worker import UNWRITTEN
 from qwen_batched.testing import write_checkpoint
 from tests.extraction import logged, written
-from tests.extraction.written import TASKS, arguments, contents
+from tests.extraction.written import TASKS, arguments, contents, write_images
 from tests.processes import ROOT
 from tests.support import assert_equal_to
 
@@ -353,3 +353,10 @@ def test_actors_of_ray_write_the_same_bytes(videos, checkpoint, whole, tmp_path)
     assert process.returncode == 0, out + err
     assert contents(tmp_path / "out") == whole
     assert json.loads((tmp_path / "out/manifest.json").read_text())["threads"] == 1
+    data = write_images(tmp_path / "data", (3, 3))
+    (data / "scene1/001.png").write_bytes(b"nothing")
+    command = arguments(data, tmp_path / "other", checkpoint, "--engine", "ray", "--gpus", 2, "--shard-frames", 3)
+    process = start(*command)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert f"frame 1: {data / 'scene1/001.png'}" in err.splitlines()[-1]

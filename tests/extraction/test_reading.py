@@ -10,6 +10,7 @@ from PIL import Image
 from qwen_batched.extract import main
 from qwen_batched.extraction import FeatureDataset
 from qwen_batched.extraction.picture import main as draw
+from qwen_batched.extraction.reading import ShardReader
 from qwen_batched.integrations.lerobot import from_lerobot
 from qwen_batched.testing import write_checkpoint
 from tests.extraction import written
@@ -44,8 +45,13 @@ def test_an_item_has_the_frame_that_it_says(extracted, lerobot, load):
     assert data[-1]["frame"] == 8 and data[9]["last"].shape == (len(data[9]["last.mask"]), model.config.hidden_size)
     with pytest.raises(IndexError):
         data[sum(LENGTHS)]
-    with pytest.raises(KeyError, match="frame 7 of episode 0"):
-        data.position(0, 7)
+    for place in ((0, 7), (0, 2**32), (1, -(2**32)), (1, -1), (3, 0), ("0", 0)):  # the second is no frame of episode 1
+        with pytest.raises(KeyError, match=f"frame {place[1]} of episode {place[0]}"):
+            data.position(*place)
+    assert data[torch.tensor(3)]["frame"] == 3
+    for wrong in (1.5, "0", slice(0, 2)):
+        with pytest.raises(TypeError):
+            data[wrong]
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[3]["last"], data[3]["last"])
 
@@ -162,6 +168,9 @@ def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, 
         data.features_for({name: x for name, x in good.items() if name != "frame_index"})
     with pytest.raises(ValueError, match="1 tasks"):
         data.features_for(good | {"task": "one"})
+    for task in ([], [3] * 4, None, torch.zeros(4)):
+        with pytest.raises(TypeError, match="task must be a list of at least one str"):
+            data.features_for(good | {"task": task})
     with pytest.raises(TypeError, match="integer"):
         data.features_for(good | {"frame_index": torch.zeros(4)})
     with pytest.raises(ValueError, match="must be an extraction's folder"):
@@ -172,6 +181,15 @@ def test_a_batch_that_cannot_be_joined_is_refused(extracted, tmp_path, lerobot, 
     with pytest.raises(ValueError, match="not pooled"):
         FeatureDataset(pooled).features_for(good)
     assert draw([str(pooled), str(tmp_path / "a.png")]) == 2
+
+
+@pytest.mark.parametrize("header", [b"", b"\2" + bytes(7) + b"13", b"\2" + bytes(7) + b"{}", b"\xff" * 9, "cut"])
+def test_a_damaged_shard_is_named(header, extracted, tmp_path):
+    path = tmp_path / "part-00000.safetensors"
+    whole = (extracted / "features/last/part-00000.safetensors").read_bytes()
+    path.write_bytes(whole[:-1] if header == "cut" else header)
+    with pytest.raises(ValueError, match=f"{path} is not a shard that can be read"):
+        ShardReader(path)
 
 
 def test_an_episode_is_drawn(extracted, tmp_path, capsys):

@@ -22,6 +22,7 @@ from tests.extraction.written import arguments, contents
 WRONG = {
     "an unknown camera": (["--cameras", "head"], "front, wrist"),
     "what": (["--what", "everything"], "image_features, hidden:N or last"),
+    "a layer by two names": (["--what", "hidden:1", "hidden:01"], "hidden:N"),
     "a layer": (["--what", "hidden:99"], "layer from 0 to"),
     "what twice": (["--what", "last", "last"], "different"),
     "pool": (["--pool", "max"], "none, mean"),
@@ -35,6 +36,7 @@ WRONG = {
     "torchrun": (["--engine", "torchrun"], "torchrun"),
     "an option": (["--fast"], "--fast"),
     "template": (["--what", "last", "--template", "{nothing}"], "template"),
+    "a device without memory": (["--device", "meta"], "with memory"),
     "on error": (["--on-error", "pray"], "stop, skip"),
     "model": (["--model", "nowhere/at/all"], "nowhere"),
     "format": (["--format", "npy"], "safetensors, parquet"),
@@ -80,6 +82,42 @@ def test_a_folder_of_another_extraction_or_of_other_things_is_refused(lerobot, c
     assert is_refused and f"an extraction's folder, got {tmp_path} with holiday.jpg" in line
     is_refused, line = refused("s3://bucket/out")
     assert is_refused and "renamed and synced, got s3:" in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_checkpoint_without_whole_weights_is_refused_before_the_folder_is_made(
+    damage, lerobot, checkpoint, tmp_path, capsys
+):
+    """Else the folder would be that of a checkpoint that was being downloaded, and refuse the whole one."""
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    weights = model / "model.safetensors"
+    weights.unlink() if damage == "gone" else os.truncate(weights, weights.stat().st_size - 1000)
+    assert main(arguments(lerobot, tmp_path / "out", model)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_out_inside_of_a_data_set_that_is_looked_through_is_refused(lerobot, checkpoint, tmp_path, capsys):
+    """Its index/ would be taken for a data set of tables the next time."""
+    data = written.write_images(tmp_path / "data", (2,))
+    (tmp_path / "link").symlink_to(data)
+    for out in (data / "out", data, tmp_path / "link/out"):
+        assert main(arguments(data, out, checkpoint)) == 2
+        assert "OUT must not be inside of the data set" in capsys.readouterr().err
+    assert os.listdir(data) == ["scene0"]
+    shutil.copytree(lerobot, tmp_path / "lerobot")  # of which only meta/, data/ and videos/ are looked at
+    command = arguments(tmp_path / "lerobot", tmp_path / "lerobot/features", checkpoint, "--limit", 1)
+    assert main(command) == main(command) == 0
+
+
+def test_repaired_data_are_another_data_set(checkpoint, tmp_path, capsys):
+    data, out = written.write_images(tmp_path / "data", (2, 2)), tmp_path / "out"
+    image = (data / "scene1/001.png").read_bytes()
+    (data / "scene1/001.png").write_bytes(image[:60])
+    command = arguments(data, out, checkpoint, "--on-error", "skip")
+    assert main(command) == 1 and "repaired data need a new folder" in capsys.readouterr().err
+    (data / "scene1/001.png").write_bytes(image)
+    assert main(command) == 2 and "its data.sha256 is" in capsys.readouterr().err
 
 
 def test_hidden_states_need_a_text(tmp_path, checkpoint, capsys):
@@ -133,6 +171,19 @@ def test_a_command_that_stopped_at_a_broken_frame_goes_on_without_it(checkpoint,
     ) == 5
 
 
+def test_verify_takes_skipped_frames_as_they_are_and_names_those_that_are_lost(checkpoint, tmp_path, capsys):
+    data, out = written.write_images(tmp_path / "data", (3, 3)), tmp_path / "out"
+    image = (data / "scene1/002.png").read_bytes()
+    (data / "scene1/001.png").write_bytes(b"nothing")
+    command = arguments(data, out, checkpoint)
+    assert main([*command, "--on-error", "skip"]) == 1
+    assert main([*command, "--verify", "40"]) == 0
+    assert "5 rows computed again, 0 differ" in capsys.readouterr().out
+    (data / "scene1/002.png").write_bytes(bytes(len(image)))
+    assert main([*command, "--verify", "40"]) == 1
+    assert "episode scene1, frame 2 cannot be read now" in capsys.readouterr().err
+
+
 def test_a_shard_that_is_gone_or_cut_short_is_written_again(checkpoint, tmp_path):
     """Its index says that it is done."""
     out = tmp_path / "out"
@@ -148,6 +199,8 @@ def test_a_shard_that_is_gone_or_cut_short_is_written_again(checkpoint, tmp_path
         lambda: shards[0].write_bytes(b"\xff" * 500),
         lambda: shards[1].write_bytes(shards[1].read_bytes() + b"\0"),
         lambda: [file.unlink() for file in (out / "index").iterdir()],
+        lambda: [os.truncate(file, size) for size, file in enumerate(sorted((out / "index").iterdir()))],
+        lambda: [os.truncate(file, 100) for file in (out / "index").iterdir()],
     ):
         damage()
         assert main(command) == 0

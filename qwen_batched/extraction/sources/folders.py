@@ -7,7 +7,6 @@ these is a camera, and an episode has the same name in all of them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +15,16 @@ import numpy as np
 
 from qwen_batched.extraction.sources import pixels, video
 from qwen_batched.extraction.sources.pixels import read_image
-from qwen_batched.extraction.sources.source import Damage, Episode, Frame, Run, choose_cameras, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import (
+    Damage,
+    Episode,
+    Frame,
+    Run,
+    choose_cameras,
+    files_below,
+    sizes_of,
+    without_empty,
+)
 
 
 class FolderSource:
@@ -31,7 +39,7 @@ class FolderSource:
     ) -> None:
         """Looks at names, and at the packets of videos. Raises `ValueError` for a folder that is of no such form."""
         self.folder, self.tolerance = folder, tolerance
-        found = [Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]
+        found = files_below(folder)
         images = [file for file in found if file.suffix.lower() in pixels.SUFFIXES]
         videos = [file for file in found if file.suffix.lower() in video.SUFFIXES]
         if images and videos:
@@ -78,7 +86,7 @@ class FolderSource:
             files = self._files[camera][run.episode]
             if self._times:
                 times = self._times[self.episodes[run.episode].name][run.start : run.stop].tolist()
-                yield from video.frames_at(files[0], times, self.tolerance)
+                yield from video.frames_at(files[0], times, self.tolerance, upright=True)
             else:
                 for file in files[run.start : run.stop]:
                     yield read_image(file, str(file))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_batched.arguments import shown
+from qwen_batched.arguments import as_int, shown
 from qwen_batched.extraction.sources import tables
 from qwen_batched.extraction.sources.source import (
     Damage,
@@ -61,7 +62,8 @@ class LeRobotSource:
 
         Args:
             folder: The one that has meta/info.json.
-            cameras: As `camera_name` or the feature's own name; None for all that are not depth maps.
+            cameras: As `camera_name` or the feature's own name, which those have that would else be called alike; None
+                for all that are not depth maps.
             skip: Leave out episodes without frames, where they are an error otherwise.
             tolerance: Seconds between a timestamp and its frame at most.
 
@@ -74,12 +76,15 @@ class LeRobotSource:
         if not version.startswith(("v2.", "v3.")):
             raise ValueError(f"{folder / INFO}: codebase_version must be v2.x or v3.x, got {shown(version)}")
         self.form, self._is_v3 = f"lerobot {version}", version.startswith("v3.")
+        self._chunks_size = 1000 if self._is_v3 else as_int("chunks_size", self.info.get("chunks_size", 1000), 1)
         features = self.info.get("features")
         if not isinstance(features, dict) or not all(isinstance(x, dict) for x in features.values()):
             raise ValueError(f"{folder / INFO}: features must be an object of objects, got {shown(features)}")
         kinds = {key: feature["dtype"] for key, feature in features.items() if _is_camera(feature)}
-        asked = None if cameras is None else [camera_name(camera) for camera in cameras]
-        self._keys = {camera_name(key): key for key in kinds}
+        short = Counter(map(camera_name, kinds))
+        self._keys = {camera_name(key) if short[camera_name(key)] == 1 else key: key for key in kinds}
+        names = {key: name for name, key in self._keys.items()}
+        asked = None if cameras is None else [names.get(camera, camera) for camera in cameras]
         self.cameras = choose_cameras(asked, list(self._keys))
         self._is_video = {camera: kinds[self._keys[camera]] == "video" for camera in self.cameras}
 
@@ -157,9 +162,13 @@ class LeRobotSource:
             chunk, file, offset = (described[name] for name in names)
             places = {"chunk_index": chunk, "file_index": file}
         else:
-            places = {"episode_chunk": index // int(self.info.get("chunks_size", 1000)), "episode_index": index}
+            places = {"episode_chunk": index // self._chunks_size, "episode_index": index}
             offset = 0.0
-        return self.folder / pattern.format(video_key=key, **places), float(offset)
+        try:
+            return self.folder / pattern.format(video_key=key, **places), float(offset)
+        except (KeyError, IndexError) as error:
+            names = ", ".join(["video_key", *places])
+            raise ValueError(f"{INFO}: video_path must be made of {names}, got {pattern}") from error
 
     def _check_videos(self) -> None:
         missing = sorted({file for _, _, file in self._videos() if not file.is_file()})
@@ -170,6 +179,8 @@ class LeRobotSource:
     def _read_tasks(self) -> dict[int, str]:
         if not self._is_v3:
             lines = _read_lines(self.folder / "meta/tasks.jsonl")
+            if not all(isinstance(line, dict) and {"task_index", "task"} <= line.keys() for line in lines):
+                raise ValueError(f"{self.folder}: every line of meta/tasks.jsonl must have a task_index and a task")
             return {int(line["task_index"]): str(line["task"]) for line in lines}
         table = _read_table(self.folder / "meta/tasks.parquet")
         names = [name for name in table.column_names if name != "task_index"]  # the index of a pandas table
@@ -209,6 +220,8 @@ class LeRobotSource:
                 episode = int(episodes[start])
                 if episode in found or not np.array_equal(frames[start:stop], np.arange(stop - start)):
                     raise ValueError(f"{file}: episode {episode} must be in one place, with its frames in order")
+                if not np.isfinite(times[start:stop]).all():
+                    raise ValueError(f"{file}: every frame must have a timestamp, got one without in episode {episode}")
                 found[episode] = _Rows(file, start, times[start:stop].astype(np.float64), tasks[start:stop])
         return found
 

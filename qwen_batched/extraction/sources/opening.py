@@ -13,7 +13,7 @@ from qwen_batched.extraction.sources import pixels, video
 from qwen_batched.extraction.sources.folders import FolderSource
 from qwen_batched.extraction.sources.lerobot import INFO, LeRobotSource
 from qwen_batched.extraction.sources.rows import TableSource
-from qwen_batched.extraction.sources.source import Source
+from qwen_batched.extraction.sources.source import Source, files_below
 from qwen_batched.extraction.sources.webdataset import WebDatasetSource
 
 FORMS = (
@@ -50,7 +50,7 @@ def open_source(
         place = _download(name, revision)
     if (place / INFO).is_file():
         return LeRobotSource(place, cameras, skip, tolerance)
-    kinds = {place.suffix.lower()} if place.is_file() else {file.suffix.lower() for file in place.rglob("*.*")}
+    kinds = {file.suffix.lower() for file in ([place] if place.is_file() else files_below(place))}
     if ".parquet" in kinds or ".arrow" in kinds:
         return TableSource(place, cameras, skip, text_column)
     if ".tar" in kinds:

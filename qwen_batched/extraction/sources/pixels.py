@@ -19,7 +19,17 @@ def read_image(image: Path | bytes | None, name: str) -> Frame:
         return Damage(name, "has no image")
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    # Pillow's formats raise what they like for damaged files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+            return _rgb(ImageOps.exif_transpose(opened))
+    except Exception as error:  # Pillow's formats raise what they like for damaged files
         return Damage(name, " ".join(str(error).split()) or type(error).__name__)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8. Raises `ValueError` for values without a known range, which Pillow would cut at 255."""
+    if image.mode.startswith("I;16"):  # as Pillow reads colours of 16 bits
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"must have 8 or 16 bits, got {'32-bit integers' if image.mode == 'I' else 'floating numbers'}"
+        )
+    return np.asarray(image.convert("RGB"))

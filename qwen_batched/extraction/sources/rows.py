@@ -7,8 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from qwen_batched.arguments import shown
 from qwen_batched.extraction.sources import tables
-from qwen_batched.extraction.sources.source import Episode, Frame, Run, choose_cameras, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import (
+    Episode,
+    Frame,
+    Run,
+    choose_cameras,
+    files_below,
+    sizes_of,
+    without_empty,
+)
 
 
 class TableSource:
@@ -28,16 +37,20 @@ class TableSource:
             text_column: The column with each frame's text; None for none.
 
         Raises:
-            ValueError: A file is damaged or has other columns than the first.
+            ValueError: A file is damaged or has other columns than the first, or a frame has no text.
         """
         self.folder = place.parent if place.is_file() else place
-        files = [place] if place.is_file() else sorted(place.rglob("*.parquet")) or sorted(place.rglob("*.arrow"))
-        self.form = files[0].suffix.removeprefix(".")
+        below = [place] if place.is_file() else files_below(place)
+        kinds = (".parquet", ".arrow")
+        files = next(found for kind in kinds if (found := [file for file in below if file.suffix.lower() == kind]))
+        self.form = files[0].suffix.lower().removeprefix(".")
         schema = tables.schema_of(files[0])
         self.cameras = choose_cameras(cameras, tables.image_columns(schema))
         wanted = [*self.cameras, *([text_column] if text_column else [])]
         for file in files:
-            if missing := [name for name in wanted if name not in tables.schema_of(file).names]:
+            schema = tables.schema_of(file)
+            there = {*tables.image_columns(schema), *(set(schema.names) - set(self.cameras))}
+            if missing := [name for name in wanted if name not in there]:
                 raise ValueError(f"{file} must have the columns {', '.join(wanted)}, got no {missing[0]}")
         names = [file.relative_to(self.folder).with_suffix("").as_posix() for file in files]
         every = [Episode(name, tables.count_rows(file)) for name, file in zip(names, files, strict=True)]
@@ -45,8 +58,11 @@ class TableSource:
         self.episodes, self._files = tuple(every[i] for i in kept), [files[i] for i in kept]
         self._texts = None
         if text_column is not None:
-            found = (tables.column_values(file, [text_column])[text_column] for file in self._files)
-            self._texts = [[str(text) for text in texts] for texts in found]
+            self._texts = [tables.column_values(file, [text_column])[text_column] for file in self._files]
+            for file, texts in zip(self._files, self._texts, strict=True):
+                for row, text in enumerate(texts):
+                    if not isinstance(text, str):
+                        raise ValueError(f"{file}, row {row}: {text_column} must be a text, got {shown(text)}")
 
     def timestamps(self, episode: int) -> np.ndarray:
         """See `Source`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,29 @@ def without_empty(episodes: Sequence[Episode], skip: bool) -> list[int]:
     if not kept:
         raise ValueError("the data set must have at least one frame, got none")
     return kept
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and those below, in the order of their names.
+
+    Links to folders are followed, but not round and round. Names that begin with a dot are left out: other programs'
+    notes, such as macOS's `._a.jpg`. Raises `OSError` for a folder that cannot be read.
+    """
+    return sorted(_walk(folder, ()))
+
+
+def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link to where it stands
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(folder / entry.name, (*above, real))
+            elif entry.is_file():
+                yield folder / entry.name
 
 
 def sizes_of(files: Iterable[Path], folder: Path) -> Iterator[tuple[str, int]]:

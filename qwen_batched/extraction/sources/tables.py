@@ -18,7 +18,7 @@ ROWS = 32  # of a file in memory at once
 def schema_of(path: Path) -> pa.Schema:
     """The columns of a file. Raises `ValueError`, naming it, where it is damaged."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return pq.read_schema(path)
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_stream(file).schema
@@ -40,7 +40,7 @@ def _is_image(kind: pa.DataType) -> bool:
 def count_rows(path: Path) -> int:
     """Rows of a file. Raises `ValueError`, naming it, where it is damaged."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return pq.read_metadata(path).num_rows
         return sum(batch.num_rows for batch in _batches(path, None, 0))
     except (OSError, pa.ArrowInvalid) as error:
@@ -85,7 +85,7 @@ def _image(value: Any, path: Path, row: int) -> Frame:
 
 def _batches(path: Path, columns: Sequence[str] | None, start: int) -> Iterator[pa.RecordBatch]:
     """The rows from `start` on, in pieces."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         with pq.ParquetFile(path) as file:
             groups: list[int] = []
             for group in range(file.num_row_groups):

@@ -15,7 +15,16 @@ import numpy as np
 
 from qwen_batched.extraction.sources import pixels
 from qwen_batched.extraction.sources.pixels import read_image
-from qwen_batched.extraction.sources.source import Damage, Episode, Frame, Run, choose_cameras, sizes_of, without_empty
+from qwen_batched.extraction.sources.source import (
+    Damage,
+    Episode,
+    Frame,
+    Run,
+    choose_cameras,
+    files_below,
+    sizes_of,
+    without_empty,
+)
 
 
 @dataclass
@@ -43,10 +52,10 @@ class WebDatasetSource:
         """
         self.folder = place.parent if place.is_file() else place
         every, samples, left_out = [], [], []
-        for file in [place] if place.is_file() else sorted(place.rglob("*.tar")):
+        for file in [place] if place.is_file() else _tars(place):
             try:
                 found = _samples(file)
-            except (OSError, tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+            except (OSError, tarfile.TarError, EOFError, ValueError) as error:
                 damage = Damage(str(file), " ".join(str(error).split()))
                 if not skip:
                     raise ValueError(str(damage)) from error
@@ -84,6 +93,10 @@ class WebDatasetSource:
         return sizes_of(self._files, self.folder)
 
 
+def _tars(folder: Path) -> list[Path]:
+    return [file for file in files_below(folder) if file.suffix.lower() == ".tar"]
+
+
 def _samples(path: Path) -> list[_Sample]:
     found: list[_Sample] = []
     with tarfile.open(path, "r:") as tar:
@@ -97,7 +110,14 @@ def _samples(path: Path) -> list[_Sample]:
                 found.append(_Sample(key))
             camera, _, suffix = kind.rpartition(".")
             if f".{suffix.lower()}" in pixels.SUFFIXES:
+                if (camera or "image") in found[-1].images:
+                    raise ValueError(f"sample {key} must have one image of camera {camera or 'image'}, got another")
                 found[-1].images[camera or "image"] = (member.offset_data, member.size)
             elif kind == "txt":
                 found[-1].text = tar.extractfile(member).read().decode("utf-8").strip()
+        end = tar.offset  # of the last member
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"is cut short: the mark of the archive's end must follow {end} bytes")
     return [sample for sample in found if sample.images]
