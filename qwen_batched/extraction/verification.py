@@ -9,7 +9,7 @@ import torch
 
 from qwen_batched.extraction.decoding import Batch, Decoders, Segment
 from qwen_batched.extraction.reading import open_shard
-from qwen_batched.extraction.shards import PartWriter, index_path, is_done, shard_path, skipped_in
+from qwen_batched.extraction.shards import PartWriter, Skipped, index_path, is_done, shard_path, skipped_in
 from qwen_batched.extraction.work import Part
 from qwen_batched.extraction.worker import Worker
 
@@ -28,14 +28,13 @@ def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[s
         part = picks.choice(there)
         chosen.add((part.number, picks.randrange(part.frames) // size))
     by_number = {part.number: part for part in there}
-    segments, writers = iter(sorted(chosen)), []
+    segments = iter(sorted(chosen))
 
     def next_segment() -> Segment | None:
         if (pick := next(segments, None)) is None:
             return None
         part = by_number[pick[0]]
-        writers.append(_Nowhere(worker, part))
-        return Segment(writers[-1], pick[1] * size, min(part.frames, (pick[1] + 1) * size))
+        return Segment(_Nowhere(worker, part), pick[1] * size, min(part.frames, (pick[1] + 1) * size))
 
     differing, compared = [], 0
     with Decoders(1, worker.source, worker.manifest, worker.slots, next_segment) as decoders:
@@ -43,23 +42,22 @@ def check_rows(worker: Worker, parts: Sequence[Part], rows: int) -> tuple[list[s
             compared += len(batch.rows)
             differing += _compare(worker, batch)
             decoders.free.put(batch.slot)
-    differing += [text for writer in writers for text in writer.lost()]
     return differing, compared
 
 
 class _Nowhere(PartWriter):
-    """Takes note of what is skipped, and opens no file."""
+    """Knows what of a part was skipped, and opens no file."""
 
     def __init__(self, worker: Worker, part: Part) -> None:
         super().__init__(worker.out, part, worker.source, worker.source.cameras, (), worker.dtype)
         self.stored_skips = {(episode, frame) for _, episode, frame, _ in skipped_in(index_path(worker.out, part))}
         self.places = self._stored_places()
 
-    def lost(self) -> list[str]:
-        """Frames that are stored, and cannot be read now."""
+    def lost(self, skipped: Sequence[Skipped]) -> list[str]:
+        """Those of the frames that cannot be read now which are stored."""
         return [
             f"{self.part.name}: camera {camera}, episode {episode}, frame {frame} cannot be read now: {reason}"
-            for camera, episode, frame, reason in self.skipped
+            for camera, episode, frame, reason in skipped
             if (episode, frame) not in self.stored_skips
         ]
 
@@ -75,11 +73,11 @@ def _compare(worker: Worker, batch: Batch) -> list[str]:
     part, places = batch.writer.part, batch.writer.places
     if unexpected := [row for row in batch.rows if row not in places]:
         return [f"{part.name}: frame {unexpected[0]} was skipped, and can be read now"]
+    differing = batch.writer.lost(batch.skipped)
     if not batch.rows:
-        return []
+        return differing
     whole = len(batch.rows) == worker.manifest["batch_size"]
     found = worker.encoder(batch.slot.images(len(batch.rows)), batch.texts, whole)
-    differing = []
     for stream, tensors in zip(worker.encoder.streams, found, strict=True):
         with open_shard(shard_path(worker.out, stream, part)) as shard:
             for place, row in enumerate(batch.rows):
