@@ -23,7 +23,7 @@ from qwen_batched.extraction.request import IMAGE_FEATURES, PARQUET
 from qwen_batched.extraction.shards import FEATURES, INDEX, ROWS
 from qwen_batched.extraction.streams import DEEPSTACK, MASK, streams_in
 from qwen_batched.inputs.batch import FeatureMaps, Features
-from qwen_batched.integrations.lerobot import MASKS, camera_keys, camera_mask
+from qwen_batched.integrations.lerobot import MASKS, camera_keys, camera_mask, one_step
 
 OPEN = 256  # shards that are mapped at once
 FRAMES = 2**32  # of an episode, more than any has
@@ -194,8 +194,8 @@ class FeatureDataset(Dataset):
         Args:
             batch: What LeRobot's data loader gives: `episode_index` and `frame_index`, integer (B,) or (B, 1), and
                 `task`, B strings. The features are those of `frame_index`. Masks, `<key>_is_pad` and
-                `<key>_padding_mask`, bool (B,) or (B, 1) as `from_lerobot` takes them, are heeded. Frames are not
-                looked at, and need not be there: but where those of some of the cameras are, another is absent.
+                `<key>_padding_mask`, bool (B,) or (B, 1) as `from_lerobot` takes them, are heeded. Frames,
+                of one step, need not be there: but where those of some of the cameras are, another is absent.
             cameras: The model's cameras in their order, named as for `from_lerobot`; all of the extraction by default.
                 One that the extraction lacks is absent from all samples, with features of zeros.
             image_masks: As for `from_lerobot`.
@@ -231,6 +231,9 @@ class FeatureDataset(Dataset):
         wanted = [self._cameras_of_keys.get(key) for key in keys]  # None is one that the extraction lacks
         has_frames = any(key in batch for key in keys)
         present = [key for key, camera in zip(keys, wanted, strict=True) if camera and (key in batch or not has_frames)]
+        for key in keys:
+            if key in batch:
+                one_step(key, batch[key])
         if not present:
             raise ValueError(f"cameras must be some of {', '.join(self.cameras)} that the batch has, got {keys}")
         masks = {_key_in(batch, *camera_keys([name])): mask for name, mask in (image_masks or {}).items()}

@@ -55,7 +55,7 @@ def from_lerobot(
             Frames with a batch dimension are mixed with some without, or several samples share one string.
     """
     keys = camera_keys(cameras)
-    present = _with_batch_dimension({key: _one_step(key, batch[key]) for key in keys if key in batch})
+    present = _with_batch_dimension({key: one_step(key, batch[key]) for key in keys if key in batch})
     if not present:
         raise ValueError(f"the batch must hold at least one of {keys}, got {sorted(batch)}")
     sizes = {key: len(frames) for key, frames in present.items()}
@@ -116,7 +116,8 @@ def _key(camera: str) -> str:
     return camera if camera.startswith("observation.") else f"observation.images.{camera}"
 
 
-def _one_step(key: str, frames: object) -> Tensor:
+def one_step(key: str, frames: object) -> Tensor:
+    """A camera's frames without a dimension of one step. Raises as `from_lerobot` does for other frames."""
     if not isinstance(frames, Tensor):
         raise TypeError(f"{key} must be a tensor, got {type(frames).__name__}")
     if frames.ndim == 5 and frames.shape[1] == 1:

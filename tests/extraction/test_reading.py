@@ -146,6 +146,8 @@ def test_masks_and_cameras_that_do_not_fit_are_refused(extracted):
     steps = good | {f"{IMAGES}front_is_pad": torch.zeros(4, 2, dtype=torch.bool)}
     for batch, options, error, message in (
         (steps, {}, ValueError, "one step"),
+        (good | {f"{IMAGES}front": torch.zeros(4, 2, 3, 28, 28)}, {}, ValueError, "one step"),
+        (good | {f"{IMAGES}front": [None] * 4}, {}, TypeError, "must be a tensor"),
         (good | {f"{IMAGES}front_is_pad": torch.zeros(4)}, {}, ValueError, "bool"),
         (good | {f"{IMAGES}wrist_padding_mask": [True] * 4}, {}, TypeError, "bool tensor"),
         (good, {"cameras": ["head"]}, ValueError, "front, wrist"),
