@@ -155,6 +155,19 @@ def test_deep_features_share_it_too(tmp_path, own, fake, size):
     assert_cameras_share_a_graph(QwenBatchedVL.from_pretrained(tmp_path, device="cpu").requires_grad_(False), size)
 
 
+@pytest.mark.parametrize("texts", [["a", "a"], TEXTS])
+@pytest.mark.parametrize("kind", ["room", "padding"])
+def test_no_embedding_of_padding_reaches_a_token(own, fake, texts, kind):
+    expected = [call(own, frames(seed), texts) for seed in range(3)]
+    padding = 0 if kind == "room" else own.processor.prompts.pad_token_id
+    assert not (expected[0].input_ids[expected[0].attention_mask] == padding).any()
+    with torch.no_grad():
+        own.model.embed_tokens.weight[padding] = torch.nan
+    for seed, wanted in enumerate(expected):
+        ours, mask = call(own, frames(seed), texts), wanted.attention_mask
+        assert torch.equal(ours.last_hidden_state[mask], wanted.last_hidden_state[mask])
+
+
 class Launches(TorchDispatchMode):
     """What PyTorch is asked to compute between the tower's graph and the decoder's, without views and the layout."""
 
