@@ -19,7 +19,7 @@ from qwen_batched.linear.apply import Linear, resolve_linear
 from qwen_batched.linear.lora import Updates, unwrap_lora
 from qwen_batched.linear.packed import PackedParameters
 from qwen_batched.linear.padded import PaddedLinear
-from qwen_batched.runtime import fast_path
+from qwen_batched.runtime import backend, fast_path
 
 
 class Operands(NamedTuple):
@@ -30,6 +30,7 @@ class Operands(NamedTuple):
     updates: Updates  # what adapters add
     # Weights and biases that want a gradient, which `weight` and `bias` do not pass on; None if none does.
     trained: tuple[Sequence[nn.Parameter], Sequence[nn.Parameter]] | None
+    is_made: bool = False  # whether a kernel of the call writes `weight`
 
 
 class FusedLinear:
@@ -70,7 +71,8 @@ class FusedLinear:
         if operands.trained is not None:
             return ops.swiglu(self._product(x, operands))
         biases = (None, None) if operands.bias is None else operands.bias.chunk(2)
-        return ops.swiglu_linear(x, operands.weight, *biases, operands.updates)
+        with _reading(operands):
+            return ops.swiglu_linear(x, operands.weight, *biases, operands.updates)
 
     def behind_norm(
         self,
@@ -85,7 +87,8 @@ class FusedLinear:
         operands = self._operands(owner, [resolve_linear(owner._modules[name]) for name in self.names])
         if operands is None or operands.trained is not None or operands.updates:
             return None
-        return ops.norm_linear(update, residual, norm, eps, operands.weight, operands.bias, is_gated)
+        with _reading(operands):
+            return ops.norm_linear(update, residual, norm, eps, operands.weight, operands.bias, is_gated)
 
     def pack(self, owner: nn.Module) -> None:
         """Packs weights and biases, unless they cannot be packed; releases memory that parameters have left."""
@@ -124,12 +127,13 @@ class FusedLinear:
         if has_to_join:
             weight = self._weights.joined(weights)
             bias = self._biases.joined(biases) if self.has_bias else None
-        return Operands(weight, bias, self._weights.placed(updates) if is_adapted else (), None)
+        return Operands(weight, bias, self._weights.placed(updates) if is_adapted else (), None, has_to_join)
 
     def _product(self, x: Tensor, operands: Operands) -> Tensor:
-        weight, bias, updates, trained = operands
+        weight, bias, updates, trained, _ = operands
         if trained is None:
-            return ops.linear(x, weight, bias, updates)
+            with _reading(operands):
+                return ops.linear(x, weight, bias, updates)
         return ops.packed_linear(x, weight, bias, *trained, self._weights.places, total=self._weights.rows)
 
     def _run_each(self, owner: nn.Module, linears: Sequence[Linear | None], x: Tensor) -> list[Tensor]:
@@ -160,6 +164,11 @@ class FusedLinear:
             for name in self.names
             for module in owner._modules[name].modules()
         )
+
+
+def _reading(operands: Operands) -> contextlib.AbstractContextManager[None]:
+    """In which kernels do not read a weight before the call has written it."""
+    return backend.reading_ahead(False) if operands.is_made else contextlib.nullcontext()
 
 
 def pack(*modules: nn.Module) -> None:

@@ -59,13 +59,14 @@ def has_kernels(device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def reading_ahead() -> Iterator[None]:
+def reading_ahead(allowed: bool = True) -> Iterator[None]:
     """Inside the `with` block kernels may read parameters and older keys before those launched earlier have ended.
 
     For the capture of a graph in which no kernel writes any of these. Its replay begins when all is done that came
-    before; elsewhere they may just have been written.
+    before; elsewhere they may just have been written. Not `allowed`, inside of another, for weights that the graph
+    does write.
     """
-    token = _reads_ahead.set(True)
+    token = _reads_ahead.set(allowed)
     try:
         yield
     finally:

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 
 from qwen_batched import ops
+from qwen_batched.linear import fused
 from qwen_batched.linear.fused import FusedLinear, Operands
+from qwen_batched.linear.packed import PackedParameters
 from qwen_batched.model.attention import KVCache
 from qwen_batched.model.parts.norms import AddRMSNorm
+from qwen_batched.runtime.backend import reads_ahead
 from tests.support import assert_equal_to
 
 TOKENS = 3
@@ -97,6 +100,39 @@ def test_other_norms_and_layers_are_called(load, packed):
     packed.clear()
     assert_equal_to(steps(decoder), expected)
     assert len(packed) == in_all - TOKENS
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_weights_that_are_joined_for_the_call_are_not_read_ahead(load, monkeypatch, is_packed):
+    class OnGPU(nn.Parameter):
+        is_cuda = True
+
+    def resolved(layer):
+        return OnGPU(layer.weight), None if layer.bias is None else OnGPU(layer.bias), ()
+
+    def noting(run):
+        def noted(*given):
+            seen.append(reads_ahead())
+            return run(*given)
+
+        return noted
+
+    seen = []
+    for name in ("norm_linear", "linear", "swiglu_linear"):
+        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
+    monkeypatch.setattr(fused, "resolve_linear", resolved)
+    if is_packed:
+        monkeypatch.setattr(PackedParameters, "tensor", PackedParameters.joined)
+    block = load().language_model.layers[0]
+    attention, mlp = block.self_attn, block.mlp
+    x, norm = torch.ones(1, attention._qkv.in_features), (block.input_layernorm.weight, 1e-6)
+    with torch.no_grad(), ops.reading_ahead():
+        attention._qkv(attention, x)
+        attention._qkv.behind_norm(attention, x, None, *norm)
+        mlp._gate_up.swiglu(mlp, x)
+        mlp._gate_up.behind_norm(mlp, x, None, *norm, is_gated=True)
+        assert reads_ahead()
+    assert seen == [is_packed] * 4
 
 
 class Doubled(nn.Module):
