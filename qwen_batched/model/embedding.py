@@ -18,9 +18,9 @@ def embed(decoder: Decoder, inputs: DecoderInputs) -> tuple[Tensor, list[Tensor]
     embeds_BSD, deep = inputs.inputs_embeds, []
     if embeds_BSD is None:
         embeds_BSD = decoder.embed_tokens(inputs.input_ids)
-        if inputs.room is not None:
-            # Attention multiplies what stands behind a token by 0, which a token that is not finite would survive.
-            embeds_BSD = embeds_BSD.masked_fill(~inputs.attention_mask[..., None], 0)
+    if inputs.room is not None:  # so that padding may be computed
+        # Attention multiplies what stands behind a token by 0, which a value that is not finite would survive.
+        embeds_BSD = embeds_BSD.masked_fill(~inputs.attention_mask[..., None], 0)
     if inputs.features:
         main_BRD, *deep_BRD = inputs.features
         places = find_places(inputs.feature_index, main_BRD)

@@ -168,6 +168,16 @@ def test_no_embedding_of_padding_reaches_a_token(own, fake, texts, kind):
         assert torch.equal(ours.last_hidden_state[mask], wanted.last_hidden_state[mask])
 
 
+def test_nothing_given_for_padding_reaches_a_token(own, fake):
+    mask = call(own, None, TEXTS).attention_mask
+    clean = torch.randn(*mask.shape, own.model.config.hidden_size)
+    sick = clean.masked_fill(~mask[..., None], torch.nan)
+    assert not sick.isfinite().all()
+    for _ in range(3):
+        wanted, ours = (call(own, None, TEXTS, inputs_embeds=given).last_hidden_state for given in (clean, sick))
+        assert torch.equal(ours[mask], wanted[mask])
+
+
 class Launches(TorchDispatchMode):
     """What PyTorch is asked to compute between the tower's graph and the decoder's, without views and the layout."""
 
