@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.sisters import Sister
-
 
 @pytest.fixture(scope="session")
 def sisters(tmp_path_factory):
     """A family's tiny checkpoint by its preset, in both libraries, on the CPU. Read only."""
+    from tests.sisters import Sister  # not with this file, which pytest may load before it is configured
+
     return functools.cache(lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint"))
 
 

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_batched import QwenBatchedVL
-
 
 @pytest.fixture
 def always_packed(monkeypatch):
@@ -17,4 +15,6 @@ def always_packed(monkeypatch):
 @pytest.fixture(scope="session")
 def load(checkpoint):
     """Loads the tiny checkpoint each time: loading packs."""
+    from qwen_batched import QwenBatchedVL  # not with this file, which pytest may load before it is configured
+
     return lambda **options: QwenBatchedVL.from_pretrained(checkpoint, **{"device": "cpu", **options})
