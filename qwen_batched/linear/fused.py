@@ -84,8 +84,11 @@ class FusedLinear:
         is_gated: bool = False,
     ) -> tuple[Tensor, Tensor] | None:
         """`ops.norm_linear` of all layers; None where they are not one plain product."""
-        operands = self._operands(owner, [resolve_linear(owner._modules[name]) for name in self.names])
-        if operands is None or operands.trained is not None or operands.updates:
+        linears = [resolve_linear(owner._modules[name]) for name in self.names]
+        if any(linear is None or linear[2] for linear in linears):
+            return None
+        operands = self._operands(owner, linears)
+        if operands is None or operands.trained is not None:
             return None
         with _reading(operands):
             return ops.norm_linear(update, residual, norm, eps, operands.weight, operands.bias, is_gated)
