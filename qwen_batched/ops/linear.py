@@ -18,14 +18,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, updates: Seque
     """See `reference.linear`."""
     if updates:
         return adapted_linear(x, weight, bias, updates)
-    way = route_of_one_row(x, weight, bias) if x.ndim == 2 and x.shape[0] == 1 else REFERENCE
+    way = route_of_one_row(x, weight, bias)
     if way == REFERENCE:
         return F.linear(x, weight, bias)
     return (_forward.kernel if way == KERNEL else _forward.traced)(x, weight, bias)
 
 
 def route_of_one_row(x: Tensor, weight: Tensor, *biases: Tensor | None) -> int:
-    """`route` of a single row (1, D) times a weight; what fits nowhere is left to PyTorch, which says why."""
+    """`route` of a single row (1, D) times a weight; the reference for more rows.
+
+    What fits nowhere is left to PyTorch, which says why.
+    """
+    if x.ndim != 2 or x.shape[0] != 1:
+        return REFERENCE
     biases = [bias for bias in biases if bias is not None]
     parameters = (weight, *biases)
     if (

@@ -25,7 +25,7 @@ def norm_linear(
     is_gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.norm_linear`."""
-    may_fuse = not (is_gated and bias is not None) and _is_one_row(update, residual, norm)
+    may_fuse = not (is_gated and bias is not None) and _fit(update, residual, norm)
     way = route_of_one_row(update, weight, bias) if may_fuse else REFERENCE
     if way == REFERENCE:
         normed, stream = add_norm(update, residual, norm, None, eps)
@@ -35,12 +35,10 @@ def norm_linear(
     return (_forward.kernel if way == KERNEL else _forward.traced)(update, residual, norm, eps, weight, bias, is_gated)
 
 
-def _is_one_row(update: Tensor, residual: Tensor | None, norm: Tensor) -> bool:
+def _fit(update: Tensor, residual: Tensor | None, norm: Tensor) -> bool:
     return (
-        update.ndim == 2
-        and update.shape[0] == 1
-        and update.shape[1] <= WIDEST
-        and norm.shape == update.shape[1:]
+        update.shape[-1] <= WIDEST
+        and norm.shape == update.shape[-1:]
         and (norm.dtype, norm.device) == (update.dtype, update.device)
         and (residual is None or (residual.shape, residual.dtype) == (update.shape, update.dtype))
         and not wants_gradient(residual, norm)

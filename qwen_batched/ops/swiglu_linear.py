@@ -29,8 +29,7 @@ def swiglu_linear(
         if updates:
             return adapted_linear(x, gate_up, bias, updates, gated=True)
         return swiglu(F.linear(x, gate_up, bias))
-    is_one_row = x.ndim == 2 and x.shape[0] == 1
-    way = route_of_one_row(x, gate_up, gate_bias, up_bias) if is_one_row else REFERENCE
+    way = route_of_one_row(x, gate_up, gate_bias, up_bias)
     if way == REFERENCE:
         # The bias goes in with the gate: on an H200 the product with a bias takes 23 us for 768 tokens, without 21 us.
         return swiglu(F.linear(x, gate_up), None, gate_bias, up_bias)
