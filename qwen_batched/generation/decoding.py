@@ -178,11 +178,12 @@ class Decoding:
         return [self._decoder, self._head]
 
     def _append(self, logits_RW: Tensor) -> None:
-        likeliest_R, is_finite_R = ops.likeliest_token(logits_RW, self._forbidden())
+        forbidden_1W = self._forbidden()
+        likeliest_R, is_finite_R = ops.likeliest_token(logits_RW, forbidden_1W)
         if self._takes_likeliest:
             self._token_R.copy_(likeliest_R)
         else:
-            logits_RW = self._ruled(logits_RW.float())
+            logits_RW = self._ruled(logits_RW.float(), forbidden_1W)
             uniform_R = None if self._uniforms_RN is None else self._uniforms_RN.index_select(1, self._column)[:, 0]
             self._token_R.copy_(self.kind.sampling.choose(logits_RW, uniform_R))
         self._tokens_RN.index_copy_(1, self._column, torch.where(is_finite_R, self._token_R, self._invalid)[:, None])
@@ -205,14 +206,13 @@ class Decoding:
             return self._forbidden_NW
         return self._forbidden_NW.index_select(0, self._column)
 
-    def _ruled(self, logits_RW: Tensor) -> Tensor:
+    def _ruled(self, logits_RW: Tensor, forbidden_1W: Tensor | None) -> Tensor:
         """The logits with the repetition penalty, and -inf for what may not be chosen now."""
         rules = self.kind.rules
         if self._seen_RW is not None:
             penalty = rules.repetition_penalty
             penalised_RW = torch.where(logits_RW > 0, logits_RW / penalty, logits_RW * penalty)
             logits_RW = torch.where(self._seen_RW, penalised_RW, logits_RW)
-        forbidden_1W = self._forbidden()
         if forbidden_1W is not None:
             logits_RW = logits_RW.masked_fill(forbidden_1W, -torch.inf)
         if self._ends_E is not None:

@@ -20,7 +20,7 @@ def features_of(visual: VisionTransformer, batch: Batch) -> Features | None:
 def blank_features(visual: VisionTransformer, batch: Batch) -> Features | None:
     """Of one cell for each sample, (B, 1, 1, 1, D), for a batch without images where other processes may have some.
 
-    They go through the tower, and to no place. None where nobody waits for this process.
+    They keep the tower's collectives in step, and replace no embedding. None where the tower has none.
     """
     if not needs_collective_participation(visual):
         return None

@@ -291,7 +291,7 @@ class CapturedCall:
         """
         self.arena = arena
         self._rooms = rooms
-        self._sizes: list[int | None] = [None] * len(inputs)  # of what was last written where there is room for more
+        self._sizes: list[int | None] = [None] * len(inputs)  # of the last value of each input with room
         self._done: torch.cuda.Event | None = None  # the last replay; None before the first
         # Outside inference mode: a graph captured within it is replayed outside it too.
         with torch.inference_mode(False), torch.no_grad():
