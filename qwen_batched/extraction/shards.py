@@ -31,7 +31,6 @@ from qwen_batched.extraction.work import Part
 
 FEATURES, INDEX, ROWS = "features", "index", "rows"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}  # of safetensors
-MAGIC = b"PAR1"  # with which parquet files begin and end
 MAX_HEADER = 2**20  # bytes of a header, more than any here has
 SKIPPED = b"skipped"  # in an index file's metadata: a JSON list of [camera, episode, frame, reason]
 
@@ -337,17 +336,7 @@ def index_path(out: Path, part: Part) -> Path:
 
 def is_done(out: Path, part: Part, streams: Sequence[Stream]) -> bool:
     """Whether a part's index is there, and every shard that it speaks of, whole."""
-    return _is_index(index_path(out, part)) and all(_is_whole(shard_path(out, stream, part)) for stream in streams)
-
-
-def _is_index(path: Path) -> bool:
-    """Whether a parquet file is there with its end."""
-    try:
-        with path.open("rb") as file:
-            file.seek(-len(MAGIC), os.SEEK_END)
-            return file.read() == MAGIC
-    except OSError:
-        return False
+    return is_whole(index_path(out, part)) and all(_is_whole(shard_path(out, stream, part)) for stream in streams)
 
 
 def _is_whole(path: Path) -> bool:
