@@ -2,7 +2,7 @@
 
     python benchmarks/extraction.py kills [--kills 20]               # on a CPU
     python benchmarks/extraction.py frames [--frames 100000]         # on a CPU
-    python benchmarks/extraction.py rate [--model FOLDER] [--frames 20000] [--gpus 4] [--folder DISK]   # on GPUs
+    python benchmarks/extraction.py rate [--model FOLDER] [--frames 20000] [--gpus 4] [--folder DISK] [--data FOLDER]
     python benchmarks/extraction.py --smoke                          # all three, tiny, on the CPU
 
 Data sets are LeRobot v3 folders that are written here, with two cameras. The last line is JSON.
@@ -11,18 +11,21 @@ kills: SIGKILL at random moments, then the same command, until so many kills; wh
 undisturbed one writes, and no shard may change its time of modification once it is indexed. Redone is what is encoded
 again: less than a shard after each kill.
 frames: memory of the process at each tenth of the way, and the time of reading a frame at random, warm.
-rate: images a second from h264 and AV1, pooled and not, beside `encode_images` on the same frames in memory, and the
-disk's own rate; memory of the GPU at each tenth of the time.
+rate: images a second from h264 and AV1, pooled and not, beside `encode_images` on frames in memory, and the disk's own
+rate; memory of the GPU at each tenth of the time. The rate is that of the progress bar between a fifth and 95% of the
+frames; beside it stands the whole command's, which loads the model first.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -155,14 +158,16 @@ def frames(folder: Path, model: str, count: int) -> dict[str, object]:
     return {"frames": count, "seconds": seconds, "memory_mib": memory, "read": read, "wrong": wrong}
 
 
-def rate(folder: Path, model: str, count: int, size: tuple[int, int], device: str, gpus: int) -> dict[str, object]:
-    """Images a second of the command, beside the encoder's own."""
+def rate(
+    folder: Path, data_folder: Path, model: str, count: int, size: tuple[int, int], device: str, gpus: int
+) -> dict[str, object]:
+    """Images a second of the command, beside the encoder's own; data sets that are there are taken."""
     found: dict[str, object] = {"wrong": []}
     side = "x".join(map(str, size))
     for codec in written.CODECS:
         if not written.has_encoder(codec):
             continue
-        data = folder / codec
+        data = data_folder / codec
         if not data.exists():
             written.write_v3(data, (count // 8,) * 4, ("video", "video"), (size, size), codec, files=1)
         for pool in ("mean", "none"):
@@ -171,11 +176,14 @@ def rate(folder: Path, model: str, count: int, size: tuple[int, int], device: st
             for processes in (1, gpus) if gpus > 1 and pool == "mean" else (1,):
                 torch.cuda.empty_cache()
                 shutil.rmtree(folder / "out", ignore_errors=True)
-                text, memory = _run([*command, "--gpus", str(processes)], device)
-                images = float(re.search(r", ([\d.]+) a second", text)[1])
-                found[f"{codec}_{pool}_{processes}_memory_mib"] = memory
-                found[f"{codec}_{pool}_{processes}"] = images
-                measure.note(f"{codec}, pool {pool}, {processes} processes: {images:.1f} images a second")
+                name = f"{codec}_{pool}_{processes}"
+                text, steady, found[f"{name}_memory_mib"] = _run([*command, "--gpus", str(processes)], folder, device)
+                whole = found[f"{name}_with_loading"] = float(re.search(r", ([\d.]+) a second", text)[1])
+                images = found[name] = 2 * steady
+                measure.note(
+                    f"{codec}, pool {pool}, {processes} processes: {images:.1f} images a second, "
+                    f"{whole:.1f} with loading"
+                )
     manifest = read_manifest(folder / "out")
     encoder = Encoder(QwenBatchedVL.from_pretrained(model, device=device).requires_grad_(False), manifest)
     images = torch.randint(0, 256, (32, 2, 3, *size), dtype=torch.uint8)
@@ -191,23 +199,30 @@ def rate(folder: Path, model: str, count: int, size: tuple[int, int], device: st
     return found
 
 
-def _run(arguments: list[str], device: str) -> tuple[str, list[int]]:
-    """What the command prints, and the memory of the first GPU in use at each tenth of the time it took."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qwen_batched.extract", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    used = []
-    while process.poll() is None:
-        if device != "cpu":
-            free, total = torch.cuda.mem_get_info()
-            used.append((total - free) // 2**20)
-        time.sleep(0.5)
-    assert process.returncode == 0, arguments
-    return process.stdout.read(), [used[len(used) * i // 10] for i in range(10)] if used else []
+def _run(arguments: list[str], folder: Path, device: str) -> tuple[str, float, list[int]]:
+    """What the command prints, its frames a second, and the first GPU's memory in use at each tenth of the time."""
+    used, progress, bar = [], [], folder / "bar"
+    with bar.open("w") as shown:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qwen_batched.extract", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=shown,
+            text=True,
+        )
+        while process.poll() is None:
+            if device != "cpu":
+                free, total = torch.cuda.mem_get_info()
+                used.append((total - free) // 2**20)
+            if steps := re.findall(r"(\d+)/(\d+) \[", bar.read_text()[-400:]):
+                frames, total_frames = map(int, steps[-1])
+                if 0.2 <= frames / total_frames <= 0.95 and (not progress or progress[-1][1] != frames):
+                    progress.append((time.perf_counter(), frames))
+            time.sleep(0.1)
+    text = process.stdout.read()
+    assert process.returncode == 0, (arguments, bar.read_text()[-2000:])
+    steady = statistics.linear_regression(*zip(*progress, strict=True)).slope if len(progress) > 1 else math.nan
+    return text, steady, [used[len(used) * i // 10] for i in range(10)] if used else []
 
 
 def _disk_rate(folder: Path, megabytes: int = 512) -> float:
@@ -233,6 +248,7 @@ def main() -> int:
     add("--frames", type=int)
     add("--gpus", type=int, default=1)
     add("--folder", type=Path, help="where data and features go; a temporary folder by default")
+    add("--data", type=Path, help="where data sets of rate are, or are written and stay; in --folder by default")
     add("--commit")
     add("--smoke", action="store_true")
     options = parser.parse_args()
@@ -258,7 +274,8 @@ def main() -> int:
             size = (28, 56) if options.smoke else (448, 448)
             count = 64 if options.smoke else options.frames or 20_000
             (folder / "rate").mkdir()
-            found = report["rate"] = rate(folder / "rate", model, count, size, str(device), options.gpus)
+            data = options.data or folder / "rate"
+            found = report["rate"] = rate(folder / "rate", data, model, count, size, str(device), options.gpus)
             for codec in written.CODECS:
                 if f"{codec}_mean_1" in found:
                     ratio = found[f"{codec}_mean_1"] / found["encode_images"]
