@@ -51,7 +51,8 @@ from tests.extraction import logged, written
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("kills", "frames", "rate")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+BESIDE = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+ENVIRONMENT = {**BESIDE, "OMP_NUM_THREADS": "1"}  # of many small commands
 SHARD = 20  # frames, where commands are killed
 RATIO, SCALING, READ_MS = 0.95, 3.8, 2.0  # what must be reached
 
@@ -211,7 +212,7 @@ def _run(arguments: list[str], folder: Path, device: str) -> tuple[str, float, l
     with bar.open("w") as shown:
         process = subprocess.Popen(
             [sys.executable, "-m", "qwen_batched.extract", *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=BESIDE,
             stdout=subprocess.PIPE,
             stderr=shown,
             text=True,
