@@ -257,6 +257,8 @@ class VisionBlock(CheckpointedBlock):
 class VisionAttention(nn.Module):
     """Attention within windows or whole images."""
 
+    attend = staticmethod(ops.rotary_attention)
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
@@ -270,6 +272,6 @@ class VisionAttention(nn.Module):
         for qkv, group in zip(parts, groups, strict=True):
             plan = group.plan
             qkv_IPC = qkv.view(group.count, plan.cos.shape[0], -1)
-            out_IPC = ops.rotary_attention(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads)
+            out_IPC = self.attend(qkv_IPC, plan.cos, plan.sin, plan.segments[segments], self.num_heads)
             outs.append(out_IPC.flatten(0, 1))
         return apply_linear(self.proj, join(outs))

@@ -33,7 +33,7 @@ WARPS_OF_FLOAT32 = 8
 
 
 @triton.jit
-def _window_attention_kernel(
+def window_attention_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -41,7 +41,7 @@ def _window_attention_kernel(
     out_ptr,
     tokens_per_image,
     windows,
-    scale,
+    SCALE: tl.constexpr,
     N: tl.constexpr,
     E: tl.constexpr,
     E_HIGH: tl.constexpr,
@@ -74,7 +74,7 @@ def _window_attention_kernel(
         k = rotated(qkv_ptr + D, row, seen, low, cos_low, sin_low, E)
         q = rotated(qkv_ptr, row, seen, low, cos_low, sin_low, E)
         scores += tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+    scores = tl.where(seen[None, :], scores * SCALE, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     total = tl.sum(weights, axis=1)[:, None]
     out_row = (image * tokens_per_image + token) * D + head * E
@@ -103,25 +103,30 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, 
 
 
 def _window_attention(qkv: Tensor, cos: Tensor, sin: Tensor, table: Tensor, longest: int, num_heads: int) -> Tensor:
-    images, tokens, width = qkv.shape
-    dim = width // 3
-    head_dim, windows = dim // num_heads, table.shape[0]
-    out = qkv.new_empty(images, tokens, dim)
-    high, low = _split(head_dim)
-    launch(
-        _window_attention_kernel,
-        (num_heads * windows * images,),
-        (qkv, cos, sin, table, out),
-        (tokens, windows, head_dim**-0.5 * LOG2_E),  # exp2 is what the hardware has
-        N=num_heads,
-        E=head_dim,
-        E_HIGH=high,
-        E_LOW=low,
-        BLOCK_S=max(16, next_power_of_2(longest)),
-        PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-        num_warps=WARPS_OF_FLOAT32 if qkv.dtype == torch.float32 else WARPS,
-    )
+    out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+    grid, numbers, constants = window_launch(qkv, table, longest, num_heads)
+    launch(window_attention_kernel, grid, (qkv, cos, sin, table, out), numbers, **constants)
     return out
+
+
+def window_launch(
+    qkv: Tensor, table: Tensor, longest: int, num_heads: int
+) -> tuple[tuple[int], tuple[int, int], dict[str, object]]:
+    """Grid, numbers and constants of a launch of `window_attention_kernel`."""
+    images, tokens, width = qkv.shape
+    head_dim, windows, is_float32 = width // 3 // num_heads, table.shape[0], qkv.dtype == torch.float32
+    high, low = _split(head_dim)
+    constants = {
+        "SCALE": head_dim**-0.5 * LOG2_E,  # exp2 is what the hardware has
+        "N": num_heads,
+        "E": head_dim,
+        "E_HIGH": high,
+        "E_LOW": low,
+        "BLOCK_S": max(16, next_power_of_2(longest)),
+        "PRECISION": "ieee" if is_float32 else "tf32",
+        "num_warps": WARPS_OF_FLOAT32 if is_float32 else WARPS,
+    }
+    return (num_heads * windows * images,), (tokens, windows), constants
 
 
 def _attend_run(q: Tensor, k: Tensor, v: Tensor, run: Run, num_heads: int) -> Tensor:
