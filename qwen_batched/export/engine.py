@@ -35,7 +35,10 @@ def write(part: Part, path: Path) -> None:
     options = _inductor.list_options()
     settings = {name: value for name, value in SETTINGS.items() if name in options}
     if next(iter(part.examples.values())).is_cuda:
+        from qwen_batched.export.kernels import put_kernels_into
+
         part = replace(part, program=packed(part.program))
+        put_kernels_into(part.program)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)

@@ -1,0 +1,33 @@
+"""`python -m tests.export.traced FOLDER`: the operations of a checkpoint's vision program before and after kernels.
+
+A process of its own, since the tests' kernels are the interpreter's, which reads values. Prints JSON.
+"""
+
+import json
+import sys
+
+from qwen_batched import QwenBatchedVL
+from qwen_batched.export import kernels
+from qwen_batched.export.parts import Parts
+from qwen_batched.export.programs import detached
+from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.tracing import trace
+
+
+def main(folder):
+    model = QwenBatchedVL.from_pretrained(folder, device="cpu", num_layers=1)
+    cell = model.processor.config.vision.cell_size
+    request = ExportRequest.of(model, "engine", (4 * cell, 5 * cell), 2, (1, 8), None, "uint8", 18, ["vision"])
+    part = Parts(detached(model), request).part("vision")
+    before = operations(part)
+    kernels.put_kernels_into(part.program)
+    is_changed = any("attend" in module.__dict__ for module in model.modules())
+    print(json.dumps({"before": before, "after": operations(part), "live_model_is_changed": is_changed}))
+
+
+def operations(part):
+    return [str(node.target) for node in trace(part).graph.nodes if node.op == "call_function"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
