@@ -31,6 +31,7 @@ SETTINGS["aot_inductor.precompile_headers"] = False
 def write(part: Part, path: Path) -> None:
     """Compiles a part to a package."""
     from torch import _inductor
+    from torch._inductor.utils import fresh_inductor_cache
 
     options = _inductor.list_options()
     settings = {name: value for name, value in SETTINGS.items() if name in options}
@@ -39,7 +40,8 @@ def write(part: Part, path: Path) -> None:
 
         part = replace(part, program=packed(part.program))
         put_kernels_into(part.program)
-    with warnings.catch_warnings():
+    # The compiler's folder is kept, a copy of the weights in it, and shared with processes that may compile the same.
+    with fresh_inductor_cache(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
 

@@ -201,8 +201,12 @@ def test_the_runner_takes_no_engine_of_another_pytorch_or_device(engine, runner,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path):
-    """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded."""
+def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path, monkeypatch):
+    """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded.
+
+    Nothing is left in the folder that PyTorch's compiler shares with others, whose files would be read half written.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
     compiler = tmp_path / "static-c++"
     compiler.write_text('#!/bin/sh\ncase "$*" in *-shared*) set -- "$@" -static-libstdc++;; esac\nexec g++ "$@"\n')
     compiler.chmod(0o755)
@@ -210,6 +214,8 @@ def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_pa
     part = Part(layer, {"input": x}, {}, ("output",))
     with torch._inductor.config.patch({"cpp.cxx": (str(compiler),), "fx_graph_cache": False}):
         write(part, tmp_path / "layer.pt2")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "shared")
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
     (found,) = open_package(tmp_path / "layer.pt2")({"input": x})
     assert relative_error(found, layer(x)) <= COMPILED
 
