@@ -21,6 +21,7 @@ from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
 
 SUFFIX = ".pt2"
+MODEL_NAME, RUNNERS, ANY_DEVICE = "model", 1, -1  # as PyTorch's own functions write and load packages
 # A compiler without the link `libstdc++.so` takes the static library. With a C++ library of its own beside that of
 # PyTorch a package crashes when it is loaded, in `std::regex`, which finds the facets of the other one.
 SETTINGS: dict[str, object] = {"aot_inductor.custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}
@@ -48,13 +49,12 @@ def write(part: Part, path: Path) -> None:
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The package as a function of its arguments in their order; see `load_engine`."""
-    from torch import _inductor
-
-    package = _inductor.aoti_load_package(str(path), run_single_threaded=for_graphs)
+    # `aoti_load_package` first compiles programs that try what the CPU can do, 16 s and more, and who runs packages
+    # may have no compiler. What it would warn of, `load_engine` refuses.
+    package = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL_NAME, for_graphs, RUNNERS, ANY_DEVICE)
 
     def run(arguments: Mapping[str, Tensor]) -> list[Tensor]:
-        results = package(*arguments.values())
-        return [results] if isinstance(results, Tensor) else list(results)
+        return package.boxed_run([*arguments.values()])
 
     return run
 

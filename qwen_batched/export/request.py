@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from qwen_batched import ops
@@ -22,6 +23,7 @@ from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 from qwen_batched.runtime.fast_path import plain_linear
 
 GENAI = "genai"
+ENGINE_PYTORCH = "2.8"  # whose loader of packages takes what later ones take
 PARTS = {
     "engine": ("vision", "decoder", "cached_decoder", "call"),
     "onnx": ("vision", "decoder", "cached_decoder"),
@@ -136,6 +138,8 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
     for package in PACKAGES[target]:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"target {target!r} needs the package {package}: pip install 'qwen_batched[{target}]'")
+    if target == "engine" and Version(torch.__version__) < Version(ENGINE_PYTORCH):
+        raise ValueError(f"target 'engine' needs PyTorch {ENGINE_PYTORCH} or newer, got {torch.__version__}")
     if target == "engine" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise ValueError("target 'engine' needs a C++ compiler, and neither g++ nor clang++ is there")
     parameter = model.visual.patch_embed.proj.weight

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +108,23 @@ def test_a_package_is_given_only_what_it_takes(engine):
         for dim in range(good[name].ndim):
             with pytest.raises(ValueError, match="must be"):
                 decoder({**good, name: good[name].narrow(dim, 0, good[name].shape[dim] - 1)})
+
+
+def test_a_package_loads_where_there_is_no_compiler(engine, tmp_path):
+    """PyTorch's own function compiles programs to see what the CPU can do, and warns where it cannot."""
+    _, folder, manifest = engine
+    shape = manifest["arguments"]["vision"]["frames"]["shape"][1:]
+    program = (
+        "import sys, torch; from qwen_batched.export import load_engine; "
+        f"print(load_engine(sys.argv[1], 'vision')({{'frames': torch.zeros(2, *{shape}, dtype=torch.uint8)}})[0].shape)"
+    )
+    shared = tmp_path / "shared"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(shared)}
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.startswith("torch.Size([2, 2, 6, ")
+    assert not [*shared.rglob("*")]
 
 
 def test_the_runner_has_no_python_and_gives_features_and_tokens(engine, runner, tmp_path):
