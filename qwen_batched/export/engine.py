@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def write(part: Part, path: Path) -> None:
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The package as a function of its arguments in their order; see `load_engine`."""
+    _check_is_package(path)
     # `aoti_load_package` first compiles programs that try what the CPU can do, 16 s and more, and who runs packages
     # may have no compiler. What it would warn of, `load_engine` refuses.
     package = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL_NAME, for_graphs, RUNNERS, ANY_DEVICE)
@@ -59,6 +61,19 @@ def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str,
     return run
 
 
+def _check_is_package(path: Path) -> None:
+    """Raises `ValueError` where a file is cut off or no package, of which PyTorch's loader may end the process."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must be a package that was written whole, got {error}") from None
+    if not any(f"/{MODEL_NAME}/" in name and name.endswith(".so") for name in names):
+        raise ValueError(
+            f"{path} must be a package of compiled code, got a zip file with {', '.join(names[:3]) or 'nothing'}"
+        )
+
+
 def load_engine(
     folder: str | Path, part: str, *, for_graphs: bool = False
 ) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
@@ -67,8 +82,8 @@ def load_engine(
     With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it.
 
     The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
-    nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, or
-    one for another PyTorch or another kind of device.
+    nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, one
+    that is cut off, or one for another PyTorch or another kind of device.
     """
     folder = Path(folder)
     path = folder / "manifest.json"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -108,6 +109,21 @@ def test_a_package_is_given_only_what_it_takes(engine):
         for dim in range(good[name].ndim):
             with pytest.raises(ValueError, match="must be"):
                 decoder({**good, name: good[name].narrow(dim, 0, good[name].shape[dim] - 1)})
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "no zip", "another zip", "missing"])
+def test_a_file_that_is_no_package_is_refused(engine, tmp_path, harm):
+    """In a process of its own it would end it, with some versions of PyTorch."""
+    whole, path = engine[1] / "vision.pt2", tmp_path / "vision.pt2"
+    shutil.copyfile(engine[1] / "manifest.json", tmp_path / "manifest.json")
+    if harm == "another zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme", "nothing")
+    elif harm != "missing":
+        content = whole.read_bytes()
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "no zip": b"nothing"}[harm])
+    with pytest.raises(ValueError, match=r"vision\.pt2 must be a package"):
+        load_engine(tmp_path, "vision")
 
 
 def test_a_package_loads_where_there_is_no_compiler(engine, tmp_path):
