@@ -43,6 +43,7 @@ NAMES = {
     "triton.runtime.jit.KernelInterface": "the type of what is launched",
     "triton.language.extra.cuda.gdc_wait": "programmatic dependent launch: a kernel starts before its forerunner ends",
     "triton.language.extra.cuda.gdc_launch_dependents": "the same, in the forerunner",
+    "torch._inductor.cpu_vec_isa.pick_vec_isa": "what takes the compiler long to find out, before that folder",
     "torch._inductor.utils.fresh_inductor_cache": "a folder of the compiler's own for each package, removed after it",
     "torch._inductor": "AOTInductor, by documented names: aoti_compile_and_package, list_options",
     "torch._C._aoti.AOTIModelPackageLoader": "that of C++; aoti_load_package compiles programs before it",

@@ -33,6 +33,7 @@ SETTINGS["aot_inductor.precompile_headers"] = False
 def write(part: Part, path: Path) -> None:
     """Compiles a part to a package."""
     from torch import _inductor
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.utils import fresh_inductor_cache
 
     options = _inductor.list_options()
@@ -42,7 +43,9 @@ def write(part: Part, path: Path) -> None:
 
         part = replace(part, program=packed(part.program))
         put_kernels_into(part.program)
-    # The compiler's folder is kept, a copy of the weights in it, and shared with processes that may compile the same.
+    # It tries what the CPU can do by programs, which need not be compiled again each time.
+    pick_vec_isa()
+    # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.
     with fresh_inductor_cache(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
