@@ -1,21 +1,37 @@
-"""Tiny models for exports on CPUs, which follow Pillow, and folders that were exported once.
+"""Tiny models for exports on CPUs, which follow Pillow, and folders that were exported once in a run of all tests.
 
 Nothing here runs on a GPU, where exports are untested: the root's models, which may be on one, are not used.
 """
 
 import functools
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.support import photos
+
+# What exporting costs grows with the blocks. These have one of every kind: windowed ones around one of full attention;
+# one without deep features before three with them; and a decoder block behind those that take deep features.
+BLOCKS = {
+    "tiny": {"vision": {"depth": 3, "fullatt_block_indexes": [1]}, "text": {"num_hidden_layers": 3}},
+    "qwen2-vl-tiny": {"vision": {"depth": 2}},
+    "qwen3-vl-tiny": {
+        "vision": {"depth": 4, "deepstack_visual_indexes": [1, 2, 3]},
+        "text": {"num_hidden_layers": 4},
+    },
+}
+
 
 @pytest.fixture(scope="session")
 def sisters(tmp_path_factory):
-    """A family's tiny checkpoint by its preset, in both libraries, on the CPU. Read only."""
+    """A family's tiny checkpoint by its preset, of few blocks, in both libraries, on the CPU. Read only."""
     from tests.sisters import Sister  # not with this file, which pytest may load before it is configured
 
-    return functools.cache(lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint"))
+    return functools.cache(
+        lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint", **BLOCKS[preset])
+    )
 
 
 @pytest.fixture(scope="session")
@@ -28,29 +44,68 @@ def load(sister, **options):
     return sister.load(resample_backend="pillow", **options).requires_grad_(False)
 
 
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Makes a folder by its name, and what a function returns of it, in one of the processes that share the tests."""
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    if root.name.startswith("popen-"):  # a worker's own
+        root = root.parent
+
+    def make(name, function):
+        """`function` takes the folder, which does not exist, and returns what can be pickled."""
+        folder, result = root / "made-once" / name, root / "made-once" / f"{name}.pickle"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(root / "made-once" / f"{name}.lock"):
+            if not result.exists():
+                result.write_bytes(pickle.dumps(function(folder)))
+        return folder, pickle.loads(result.read_bytes())
+
+    return make
+
+
 # Of all exports but the first, to save time.
 PARTS = {"float32": ("vision", "cached_decoder"), "float16": ("vision", "decoder", "cached_decoder")}
+TEXTS = ["Pick up the red block.", "go"]
 
 
 class Exported(NamedTuple):
-    """A model, the folder it was exported to, and what the export returned."""
+    """A model, the folder that its like was exported to, what the export returned, and what that model was then."""
 
     model: object
     folder: Path
     manifest: dict
+    after: dict
 
 
 @pytest.fixture(scope="session")
-def exported(sisters, tmp_path_factory):
-    """ONNX exports of tiny models with two cameras, frames of 50 x 70 pixels resized to 2 x 3 merged cells."""
+def exported(sisters, made_once):
+    """Exports of tiny models by preset, dtype and target; two cameras, frames of 50 x 70 resized to 2 x 3 merged cells.
+
+    Those to "genai" are of all blocks, but in float16. Read only.
+    """
     from qwen_batched.export import export
 
     @functools.cache
-    def make(preset, dtype="float32"):
-        folder, factor = tmp_path_factory.mktemp(preset) / "onnx", sisters(preset).factor
-        model = load(sisters(preset), num_layers=2, dtype=dtype)
-        frames = ((50, 70), (2 * factor, 3 * factor))
-        parts = None if (preset, dtype) == ("tiny", "float32") else PARTS[dtype]
-        return Exported(model, folder, export(model, folder, "onnx", frames, cameras=2, parts=parts))
+    def make(preset, dtype="float32", target="onnx"):
+        factor, layers = sisters(preset).factor, 2 if (target, dtype) != ("genai", "float32") else None
+        resize = (2 * factor, 3 * factor)
+        has_all = target == "genai" or (preset, dtype) == ("tiny", "float32")
+
+        def write(folder):
+            model = load(sisters(preset), num_layers=layers, dtype=dtype)
+            parts = None if has_all else PARTS[dtype]
+            manifest = export(model, folder, target, ((50, 70), resize), cameras=2, parts=parts)
+            return manifest, state_of(model, resize)
+
+        folder, (manifest, after) = made_once(f"{target}-{preset}-{dtype}", write)
+        return Exported(load(sisters(preset), num_layers=layers, dtype=dtype), folder, manifest, after)
 
     return make
+
+
+def state_of(model, resize):
+    """Its weights, and its logits of two samples."""
+    logits = model(photos(2, 2, 50, 70), TEXTS, resize=resize, logits="all").logits
+    return {**model.state_dict(), "logits of two samples": logits}

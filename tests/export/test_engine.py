@@ -27,24 +27,29 @@ TEXT = "Pick up the red block."
 
 
 @pytest.fixture(scope="module")
-def engine(sisters, tmp_path_factory):
-    """A tiny model of two decoder blocks and its packages, for two cameras of 40 x 60 pixels, resized."""
-    model, folder = load(sisters("tiny"), num_layers=2), tmp_path_factory.mktemp("engine") / "out"
-    manifest = export(model, folder, "engine", "40x60:56x84", cameras=2, parts=["vision", "cached_decoder"])
-    return model, folder, manifest
+def engine(sisters, made_once):
+    """A tiny model of two decoder blocks and its packages, for two cameras of 40 x 60 pixels, resized. Read only."""
+
+    def write(folder):
+        parts = ["vision", "cached_decoder"]
+        return export(load(sisters("tiny"), num_layers=2), folder, "engine", "40x60:56x84", cameras=2, parts=parts)
+
+    return load(sisters("tiny"), num_layers=2), *made_once("engine", write)
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
+def runner(made_once):
     """The program of examples/cpp."""
     if shutil.which("cmake") is None:
         pytest.skip("needs CMake")
-    build = tmp_path_factory.mktemp("cpp")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, prefix], ["cmake", "--build", build]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build / "runner"
+
+    def write(build):
+        prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+        for command in (["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, prefix], ["cmake", "--build", build]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return made_once("runner", write)[0] / "runner"
 
 
 def write_ppm(path, frame):
@@ -246,7 +251,9 @@ def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_pa
     compiler.chmod(0o755)
     layer, x = torch.nn.Linear(4, 4).requires_grad_(False), torch.randn(2, 4)
     part = Part(layer, {"input": x}, {}, ("output",))
-    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),), "fx_graph_cache": False}):
+    # Without vector instructions, of which a compiler that it does not know is asked for seconds what it can.
+    settings = {"cpp.cxx": (str(compiler),), "cpp.vec_isa_ok": False, "fx_graph_cache": False}
+    with torch._inductor.config.patch(settings):
         write(part, tmp_path / "layer.pt2")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "shared")
     assert not [*(tmp_path / "shared").rglob("*.wrapper*")]

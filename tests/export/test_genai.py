@@ -1,5 +1,6 @@
 """onnxruntime-genai runs an exported folder, and generates what the live model generates."""
 
+import functools
 import io
 import json
 import shutil
@@ -17,7 +18,7 @@ from qwen_batched.export.genai.programs import PatchesProgram
 from qwen_batched.export.genai.running import without_telemetry
 from qwen_batched.export.programs import VisionProgram, detached
 from qwen_batched.export.request import ExportRequest
-from tests.export.conftest import Exported, load
+from tests.export.conftest import load
 from tests.sisters import FACTORS
 from tests.support import assert_equal_to, photos
 
@@ -35,19 +36,9 @@ def request_of(model, source=(50, 70), cameras=2):
 
 
 @pytest.fixture(scope="module")
-def folders(sisters, tmp_path_factory):
+def folders(exported):
     """Whole tiny models by preset and dtype, exported for two images of 2 x 3 merged cells a prompt."""
-    made = {}
-
-    def make(preset, dtype="float32"):
-        if (preset, dtype) not in made:
-            factor, folder = FACTORS[preset], tmp_path_factory.mktemp(preset) / "genai"
-            model = load(sisters(preset), dtype=dtype, num_layers=2 if dtype == "float16" else None)
-            frames = ((50, 70), (2 * factor, 3 * factor))
-            made[preset, dtype] = Exported(model, folder, export(model, folder, "genai", frames, cameras=2))
-        return made[preset, dtype]
-
-    return make
+    return functools.partial(exported, target="genai")
 
 
 class Runtime:
@@ -96,7 +87,7 @@ def live_tokens(model, text, frames=None, count=64):
 @presets
 def test_64_of_64_tokens_are_the_live_models(folders, preset):
     """With an image of the exported size, of others, with several, and with none."""
-    model, folder, _ = folders(preset)
+    model, folder, *_ = folders(preset)
     runtime, factor, counts = Runtime(folder), FACTORS[preset], []
     for text, images, size in (
         ("Pick up the red block.", 1, (2 * factor, 3 * factor)),
@@ -114,7 +105,7 @@ def test_64_of_64_tokens_are_the_live_models(folders, preset):
 
 @presets
 def test_the_folder_was_run_before_it_appeared(folders, preset):
-    _, folder, manifest = folders(preset)
+    _, folder, manifest, _ = folders(preset)
     assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
     assert manifest["target"] == "genai" and manifest["parts"] == ["vision", "embedding", "text"]
     assert set(manifest["deviation"]) == {*manifest["parts"], "call"} and "onnxruntime-genai" in manifest["versions"]
@@ -123,7 +114,7 @@ def test_the_folder_was_run_before_it_appeared(folders, preset):
 
 
 def test_half_precision_is_as_near_to_float32_as_the_live_model(folders):
-    _, folder, manifest = folders("tiny", "float16")
+    _, folder, manifest, _ = folders("tiny", "float16")
     for name in ("vision", "text", "call"):
         assert 1e-5 < manifest["deviation"][name]["measured"] <= manifest["deviation"][name]["bound"]
     ids, tokens = Runtime(folder).generate("go", photos(1, 1, 50, 70)[0], count=8)
@@ -135,7 +126,7 @@ def test_half_precision_is_as_near_to_float32_as_the_live_model(folders):
 )
 def test_pixels_are_those_of_the_live_processor(folders, tmp_path, source):
     """Which follows Pillow: since 13 that begins with the rows of some sizes, and the runtime's copy of it does not."""
-    model, folder, _ = folders("tiny")
+    model, folder, *_ = folders("tiny")
     changed = shutil.copytree(folder, tmp_path / "changed")
     write_config_files(changed, model, request_of(model, source))
     frames = photos(1, 2, *source)[0]
@@ -147,7 +138,7 @@ def test_pixels_are_those_of_the_live_processor(folders, tmp_path, source):
 
 
 def test_generation_follows_the_checkpoints_penalty_and_end_tokens(folders, tmp_path, monkeypatch):
-    model, folder, _ = folders("tiny")
+    model, folder, *_ = folders("tiny")
     frames, found = photos(1, 1, 50, 70)[0], []
     changed = shutil.copytree(folder, tmp_path / "changed")
 
@@ -168,7 +159,7 @@ def test_generation_follows_the_checkpoints_penalty_and_end_tokens(folders, tmp_
 
 def test_a_pad_token_that_prompts_hold_is_not_the_runtimes(folders, tmp_path, monkeypatch):
     """It would mask each end of a turn."""
-    model, folder, _ = folders("tiny")
+    model, folder, *_ = folders("tiny")
     monkeypatch.setattr(model.processor.prompts, "pad_token_id", model.processor.prompts.tokenizer.eos_token_id)
     changed = shutil.copytree(folder, tmp_path / "changed")
     write_config_files(changed, model, request_of(model))
@@ -176,7 +167,7 @@ def test_a_pad_token_that_prompts_hold_is_not_the_runtimes(folders, tmp_path, mo
 
 
 def test_added_tokens_are_read_as_the_live_processor_reads_them(folders, sisters, tmp_path):
-    _, folder, _ = folders("tiny")
+    _, folder, *_ = folders("tiny")
     model = load(sisters("tiny"))
     assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
     changed = shutil.copytree(folder, tmp_path / "changed")
@@ -188,7 +179,7 @@ def test_added_tokens_are_read_as_the_live_processor_reads_them(folders, sisters
 
 
 def test_texts_of_one_length_run_as_a_batch(folders):
-    model, folder, _ = folders("tiny")
+    model, folder, *_ = folders("tiny")
     runtime = Runtime(folder)
     rows = [runtime.inputs([{"role": "user", "content": text}], ())["input_ids"].as_numpy() for text in "ab"]
     assert rows[0].shape == rows[1].shape
@@ -209,7 +200,7 @@ def test_texts_of_one_length_run_as_a_batch(folders):
 @pytest.fixture
 def write_again(folders, monkeypatch):
     """In place of ONNX's exporter: the graphs that were written before."""
-    model, folder, _ = folders("tiny")
+    model, folder, *_ = folders("tiny")
 
     def write(part, path, opset):
         for suffix in ("", ".data"):

@@ -15,7 +15,7 @@ from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
 from qwen_batched.export.verification import relative_l2
-from tests.export.conftest import load
+from tests.export.conftest import TEXTS, load, state_of
 from tests.processes import ROOT
 from tests.sisters import FACTORS
 from tests.support import photos
@@ -24,7 +24,6 @@ pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 OnnxModel = pytest.importorskip("qwen_batched.export.run_onnx", reason="needs the extra 'onnx'").OnnxModel
 pytestmark = pytest.mark.slow
 WRITTEN = 2e-6  # relative L2 from the live model
-TEXTS = ["Pick up the red block.", "go"]
 presets = pytest.mark.parametrize("preset", ["tiny", "qwen3-vl-tiny"])
 
 
@@ -40,7 +39,7 @@ def resize_of(preset):
 
 @presets
 def test_graphs_serve_every_batch_as_the_live_model_does(exported, preset):
-    model, folder, manifest = exported(preset)
+    model, folder, manifest, _ = exported(preset)
     frames = ((50, 70), resize_of(preset))
     parts = Parts(detached(model), ExportRequest.of(model, "onnx", frames, 2, "1-8", None, "uint8", 18, None))
     for name in manifest["parts"]:
@@ -53,21 +52,17 @@ def test_graphs_serve_every_batch_as_the_live_model_does(exported, preset):
 
 
 @pytest.mark.parametrize(("preset", "dtype"), [("tiny", "float32"), ("tiny", "float16"), ("qwen3-vl-tiny", "float32")])
-def test_the_live_model_is_bit_for_bit_as_one_that_was_never_exported(exported, sisters, preset, dtype):
-    model = exported(preset, dtype).model
-    fresh = load(sisters(preset), num_layers=2, dtype=dtype)
-    weights, expected = model.state_dict(), fresh.state_dict()
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    frames, resize = photos(2, 2, 50, 70), resize_of(preset)
-    ours, theirs = (each(frames, TEXTS, resize=resize, logits="all") for each in (model, fresh))
-    assert torch.equal(ours.logits, theirs.logits)
+def test_the_live_model_is_bit_for_bit_as_one_that_was_never_exported(exported, preset, dtype):
+    fresh, _, _, after = exported(preset, dtype)
+    expected = state_of(fresh, resize_of(preset))
+    assert after.keys() == expected.keys()
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
 
 
 @presets
 def test_a_process_without_pytorch_generates_the_live_models_tokens(exported, preset, tmp_path):
     """64 greedy tokens of each sample of a ragged batch."""
-    model, folder, _ = exported(preset)
+    model, folder, *_ = exported(preset)
     frames = photos(2, 2, 50, 70)
     np.save(tmp_path / "frames.npy", frames.numpy())
     program = f"""
@@ -88,7 +83,7 @@ print(json.dumps([tokens, [model.decode(row) for row in tokens], "torch" in sys.
 
 def test_the_repetition_penalty_of_the_checkpoint_holds(exported, monkeypatch):
     """As in the live model; published checkpoints have one."""
-    model, folder, manifest = exported("tiny")
+    model, folder, manifest, _ = exported("tiny")
     assert manifest["repetition_penalty"] == model.generation_config.repetition_penalty
     runner, frames = OnnxModel(folder), photos(2, 2, 50, 70)
     plain = runner.generate(frames.numpy(), TEXTS, 16)
@@ -100,7 +95,7 @@ def test_the_repetition_penalty_of_the_checkpoint_holds(exported, monkeypatch):
 
 
 def test_the_command_reads_pictures_and_prints_text(exported, tmp_path):
-    model, folder, _ = exported("tiny")
+    model, folder, *_ = exported("tiny")
     frames = photos(1, 2, 50, 70)
     paths = [str(tmp_path / f"{camera}.png") for camera in range(2)]
     for path, frame in zip(paths, frames[0], strict=True):
@@ -114,7 +109,7 @@ def test_the_command_reads_pictures_and_prints_text(exported, tmp_path):
 
 
 def test_the_manifest_says_what_the_folder_is(exported):
-    model, folder, manifest = exported("tiny")
+    model, folder, manifest, _ = exported("tiny")
     assert json.loads((folder / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
     assert manifest["grid"] == [2, 3] and manifest["image_token_id"] == model.processor.config.image_token_id
     assert len(manifest["weights_sha256"]) == 64 and manifest["opset"] == 18
@@ -124,7 +119,7 @@ def test_the_manifest_says_what_the_folder_is(exported):
 
 
 def test_ids_are_those_of_the_processor(exported):
-    model, folder, _ = exported("tiny")
+    model, folder, *_ = exported("tiny")
     runner = OnnxModel(folder)
     frames = photos(1, 2, 50, 70)
     for text in (*TEXTS, "a <|im_end|> in a text", "é 漢字 {x}", " two  spaces "):
@@ -134,7 +129,7 @@ def test_ids_are_those_of_the_processor(exported):
 
 def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_path):
     """The saved tokenizer of texts, which lacks the control tokens, counts added tokens anew."""
-    _, folder, written = exported("tiny")
+    _, folder, written, _ = exported("tiny")
     model = sisters("tiny").load(resample_backend="pillow")
     assert model.add_tokens(["<act_1>", "<act_2>"]) == 2
     request = ExportRequest.of(model, "onnx", ((50, 70), resize_of("tiny")), 2, "1-8", None, "uint8", 18, None)
@@ -150,14 +145,14 @@ def test_ids_of_added_tokens_are_those_of_the_processor(exported, sisters, tmp_p
 
 
 def test_half_precision_is_as_near_to_float32_as_the_live_model(exported):
-    _, _, manifest = exported("tiny", "float16")
+    _, _, manifest, _ = exported("tiny", "float16")
     for each in manifest["deviation"].values():
         assert each["measured_from"] == "float32" and 1e-5 < each["measured"] <= each["bound"]
 
 
 def test_tokens_in_half_precision_are_the_best_but_for_its_rounding(exported, sisters):
     """Behind a float16 cache, judged by the live model in float32: scores are off by the graphs' own deviation."""
-    _, folder, manifest = exported("tiny", "float16")
+    _, folder, manifest, _ = exported("tiny", "float16")
     frames, resize, live = photos(2, 2, 50, 70), resize_of("tiny"), load(sisters("tiny"), num_layers=2)
     runner = OnnxModel(folder)
     runner.manifest["eos_token_ids"] = []  # so that both samples are equally long
