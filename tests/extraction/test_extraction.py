@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,18 +26,10 @@ from qwen_batched.extraction.worker import UNWRITTEN
 from qwen_batched.testing import write_checkpoint
 from tests.extraction import logged, written
 from tests.extraction.written import TASKS, arguments, contents, write_images
-from tests.processes import ROOT
+from tests.processes import run_python
 from tests.support import assert_equal_to
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 LENGTHS = (7, 5, 9)
-
-
-def start(*parts, **options):
-    command = [sys.executable, "-m", "qwen_batched.extract", *parts]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
 
 
 def frames_of(lerobot):
@@ -148,15 +140,19 @@ def has_claim(out, pid):
     return False
 
 
-def fork(log, command, prepare=lambda: None):
-    """The command in a fork of this process, which has no imports to wait for."""
+def fork(log, command, prepare=lambda: None, output=os.devnull):
+    """The command in a fork of this process, which has no imports to wait for. What it prints goes to `output`."""
 
     def run():
         for number in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         torch.set_num_threads(1)
         prepare()
-        os._exit(logged.run(log, command))
+        code = logged.run(log, command)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -315,10 +311,12 @@ def die_at(steps):
 @pytest.mark.slow
 def test_two_commands_at_once_share_the_work_and_end_together(videos, checkpoint, whole, tmp_path):
     command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", 20, "--decoders", 1)
-    both = [start(*command) for _ in range(2)]
-    texts = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
-    images = [int(out.split("in this run ")[1].split()[0]) for out, _ in texts]
+    both = [fork(tmp_path / "log", command, output=tmp_path / f"printed{i}") for i in range(2)]
+    for process in both:
+        process.join(timeout=200)
+    texts = [(tmp_path / f"printed{i}").read_text() for i in range(2)]
+    assert [process.exitcode for process in both] == [0, 0], texts
+    images = [int(text.split("in this run ")[1].split()[0]) for text in texts]
     assert sum(images) == 640, images  # each frame of each camera was computed once
     assert contents(tmp_path / "out") == whole
 
@@ -326,37 +324,52 @@ def test_two_commands_at_once_share_the_work_and_end_together(videos, checkpoint
 @pytest.mark.slow
 def test_processes_of_one_command_one_killed_and_of_torchrun_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
     command = arguments(videos, tmp_path / "local", checkpoint, "--shard-frames", 20, "--gpus", 2, "--decoders", 1)
-    process = start(*command)
+    process = fork(tmp_path / "log", command, output=tmp_path / "printed")
     holder = None
     while holder is None:  # a worker dies as it works
         with contextlib.suppress(FileNotFoundError):  # given back meanwhile
             claims = [claim.read_text() for claim in (tmp_path / "local/claims").glob("part-*")]
             holder = next((json.loads(claim)["pid"] for claim in claims if claim.endswith("}")), None)
-        assert process.poll() is None
+        assert process.exitcode is None
+        time.sleep(0.002)
     os.kill(holder, signal.SIGKILL)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and "died with exit code -9; the others take its part" in err, err
+    process.join(timeout=200)
+    printed = (tmp_path / "printed").read_text()
+    assert process.exitcode == 0 and "died with exit code -9; the others take its part" in printed, printed
     assert contents(tmp_path / "local") == whole
     command = arguments(videos, tmp_path / "ranks", checkpoint, "--shard-frames", 20, "--engine", "torchrun")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, "-m", "qwen_batched.extract", *command], env=ENVIRONMENT, capture_output=True)
+    done = run_python("qwen_batched.extract", *command, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "ranks") == whole
 
 
+BOTH = """
+import json, os, sys
+import ray
+from qwen_batched.extract import main
+shutdown, calls = ray.shutdown, []
+ray.shutdown = lambda: calls.append(ray.is_initialized())
+codes = [main(command) for command in json.loads(sys.argv[1])]
+shutdown()
+print(codes, calls)
+"""
+
+
 @pytest.mark.slow
 def test_actors_of_ray_write_the_same_bytes(videos, checkpoint, whole, tmp_path):
-    pytest.importorskip("ray", reason="needs Ray")
-    command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", 20, "--engine", "ray", "--gpus", 2)
-    process = start(*command)
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, out + err
-    assert contents(tmp_path / "out") == whole
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["threads"] == 1
+    """In Ray of the command's own, which it ends; and in one that there is, which it leaves to others."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray")
     data = write_images(tmp_path / "data", (3, 3))
     (data / "scene1/001.png").write_bytes(b"nothing")
-    command = arguments(data, tmp_path / "other", checkpoint, "--engine", "ray", "--gpus", 2, "--shard-frames", 3)
-    process = start(*command)
-    _, err = process.communicate(timeout=280)
-    assert process.returncode == 1 and "Traceback" not in err
-    assert f"frame 1: {data / 'scene1/001.png'}" in err.splitlines()[-1]
+    commands = [
+        arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", 20, "--engine", "ray", "--gpus", 2),
+        arguments(data, tmp_path / "other", checkpoint, "--shard-frames", 3, "--engine", "ray", "--gpus", 1),
+    ]
+    (tmp_path / "both_commands.py").write_text(BOTH)  # the second finds what the first has started
+    done = run_python(tmp_path / "both_commands.py", json.dumps(commands))
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[0, 1] [True]", done.stdout + done.stderr
+    assert contents(tmp_path / "out") == whole
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["threads"] == 1
+    assert "Traceback" not in done.stderr
+    assert f"frame 1: {data / 'scene1/001.png'}" in done.stderr.splitlines()[-1]
