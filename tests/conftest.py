@@ -86,6 +86,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # else each full collection goes through what PyTorch and pytest have made, 0.2 s and more
 
 
+_file_before: Path | None = None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where a file begins, sets aside what lives on of those before: caches and compilers grow to seconds of that."""
+    global _file_before
+    if _file_before != item.path:
+        _file_before = item.path
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
