@@ -36,6 +36,7 @@ SIZES = ("224x224", "252x252", "140x168", "252x308")  # the last three have cut 
 PARTS = ("vision", "decoder", "cached_decoder")
 BOUND = 2e-6  # relative L2 in float32
 SECONDS, BYTES = 300.0, 6e9  # of an export of a 3B tower
+SMOKE = {"vision": {"depth": 2, "fullatt_block_indexes": [1]}}  # what the tiny preset has for a smoke run
 POLL = 0.05  # seconds between two looks at the memory
 
 
@@ -59,7 +60,8 @@ def main() -> int:
 
 def measure_deviation(options: argparse.Namespace, report: dict[str, object], temporary: Path) -> int:
     preset = "tiny" if options.smoke else options.preset or "small"
-    folder = write_checkpoint(temporary / "checkpoint", preset, weights=options.weights)
+    stored = SMOKE if options.smoke else {}
+    folder = write_checkpoint(temporary / "checkpoint", preset, weights=options.weights, **stored)
     sizes = ("56x84",) if options.smoke else options.sizes
     rows, worst = [], 0.0
     for target in options.targets:
@@ -80,7 +82,7 @@ def measure_deviation(options: argparse.Namespace, report: dict[str, object], te
 
 def measure_memory(options: argparse.Namespace, report: dict[str, object], temporary: Path) -> int:
     preset = "tiny" if options.smoke else options.preset or "3b"
-    stored = {} if options.smoke else {"dtype": torch.bfloat16, "text": {"num_hidden_layers": 1}}
+    stored = SMOKE if options.smoke else {"dtype": torch.bfloat16, "text": {"num_hidden_layers": 1}}
     folder = write_checkpoint(temporary / "checkpoint", preset, weights=options.weights, **stored)
     size = "56x84" if options.smoke else "672x672"
     command = [sys.executable, "-m", "qwen_batched.export", "--model", folder, "--target", "onnx", "--batch", "1"]

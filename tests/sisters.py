@@ -11,6 +11,17 @@ from tests.support import photos
 
 FACTORS = {"tiny": 28, "qwen2-vl-tiny": 28, "qwen3-vl-tiny": 32}  # sides of merged cells, in pixels
 
+# For `write_checkpoint`, where each block costs seconds. There is one of every kind: windowed ones around one of full
+# attention; one without deep features before three with them; a decoder block behind those that take deep features.
+FEW_BLOCKS = {
+    "tiny": {"vision": {"depth": 3, "fullatt_block_indexes": [1]}, "text": {"num_hidden_layers": 3}},
+    "qwen2-vl-tiny": {"vision": {"depth": 2}},
+    "qwen3-vl-tiny": {
+        "vision": {"depth": 4, "deepstack_visual_indexes": [1, 2, 3]},
+        "text": {"num_hidden_layers": 4},
+    },
+}
+
 
 def skip_without(preset):
     """Skips where the installed transformers lacks the preset's family."""

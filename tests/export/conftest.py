@@ -10,27 +10,14 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support import photos
-
-# What exporting costs grows with the blocks. These have one of every kind: windowed ones around one of full attention;
-# one without deep features before three with them; and a decoder block behind those that take deep features.
-BLOCKS = {
-    "tiny": {"vision": {"depth": 3, "fullatt_block_indexes": [1]}, "text": {"num_hidden_layers": 3}},
-    "qwen2-vl-tiny": {"vision": {"depth": 2}},
-    "qwen3-vl-tiny": {
-        "vision": {"depth": 4, "deepstack_visual_indexes": [1, 2, 3]},
-        "text": {"num_hidden_layers": 4},
-    },
-}
-
 
 @pytest.fixture(scope="session")
 def sisters(tmp_path_factory):
     """A family's tiny checkpoint by its preset, of few blocks, in both libraries, on the CPU. Read only."""
-    from tests.sisters import Sister  # not with this file, which pytest may load before it is configured
+    from tests.sisters import FEW_BLOCKS, Sister  # not with this file, which pytest may load before it is configured
 
     return functools.cache(
-        lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint", **BLOCKS[preset])
+        lambda preset: Sister(preset, tmp_path_factory.mktemp(preset) / "checkpoint", **FEW_BLOCKS[preset])
     )
 
 
@@ -107,5 +94,7 @@ def exported(sisters, made_once):
 
 def state_of(model, resize):
     """Its weights, and its logits of two samples."""
+    from tests.support import photos
+
     logits = model(photos(2, 2, 50, 70), TEXTS, resize=resize, logits="all").logits
     return {**model.state_dict(), "logits of two samples": logits}

@@ -229,9 +229,12 @@ def test_a_kill_at_any_step_of_publishing_costs_no_batch_and_leaves_no_file(chec
 
 
 @pytest.mark.slow
-def test_drafts_that_lost_something_are_not_taken_over(videos, checkpoint, whole, tmp_path):
+def test_drafts_that_lost_something_are_not_taken_over(videos, checkpoint, tmp_path):
     """As those of a machine that lost power: what its journal says was written is not there, or is not what was."""
-    command = arguments(videos, tmp_path / "out", checkpoint, "--shard-frames", FRAMES, "--decoders", 1)
+    more = ("--shard-frames", FRAMES, "--decoders", 1, "--limit", 2 * FRAMES)
+    assert main(arguments(videos, tmp_path / "whole", checkpoint, *more)) == 0
+    whole = contents(tmp_path / "whole")
+    command = arguments(videos, tmp_path / "out", checkpoint, *more)
     process = fork(tmp_path / "log", command, functools.partial(die_at, 1))  # all of the first part is in its drafts
     process.join()
     assert process.exitcode == 9

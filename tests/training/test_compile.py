@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from qwen_batched import QwenBatchedVL
 from qwen_batched.testing import write_checkpoint
-from tests.sisters import FACTORS
+from tests.sisters import FACTORS, FEW_BLOCKS
 from tests.support import assert_equal_to, noise
 from tests.training.gradients import assert_gradients_equal, gradients, probe_loss
 
@@ -66,7 +66,7 @@ def test_of_the_whole_model_one_graph_is_made_and_serves_other_texts(model):
 @pytest.mark.parametrize("preset", FACTORS)
 def test_of_each_family_one_graph_is_made(preset, tmp_path):
     side = 2 * FACTORS[preset]
-    write_checkpoint(tmp_path / "checkpoint", preset, image={"min_pixels": side * side})
+    write_checkpoint(tmp_path / "checkpoint", preset, image={"min_pixels": side * side}, **FEW_BLOCKS[preset])
     model = QwenBatchedVL.from_pretrained(tmp_path / "checkpoint", device="cpu")
     torch._dynamo.reset()
     compiled = CompileCounterWithBackend("eager")
