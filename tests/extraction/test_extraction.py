@@ -282,9 +282,9 @@ def test_a_process_that_stood_still_and_goes_on_beside_who_took_its_parts_change
             time.sleep(0.002)
         time.sleep(0.05 * number)
         os.kill(first.pid, signal.SIGSTOP)
-        second = fork(tmp_path / "log", command)
-        while second.exitcode is None and not has_claim(out, second.pid):
-            time.sleep(0.002)
+        second, patience = fork(tmp_path / "log", command), time.monotonic() + 5
+        while second.exitcode is None and not has_claim(out, second.pid) and time.monotonic() < patience:
+            time.sleep(0.002)  # for good, if the first stands still with the lock on claims
         time.sleep(0.9 + 0.2 * number)  # its claims expire meanwhile
         os.kill(first.pid, signal.SIGCONT)
         for process in (first, second):
