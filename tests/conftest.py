@@ -13,6 +13,7 @@ import copy
 import functools
 import gc
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], scope="session")
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, object]]:
+    """Makes a folder by its name, and what a function returns of it, in one of the processes that share the tests."""
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    if root.name.startswith("popen-"):  # a worker's own
+        root = root.parent
+
+    def make(name: str, function: Callable[[Path], object]) -> tuple[Path, object]:
+        """`function` takes the folder, which does not exist, and returns what can be pickled."""
+        folder, result = root / "made-once" / name, root / "made-once" / f"{name}.pickle"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(root / "made-once" / f"{name}.lock"):
+            if not result.exists():
+                result.write_bytes(pickle.dumps(function(folder)))
+        return folder, pickle.loads(result.read_bytes())
+
+    return make
 
 
 @pytest.fixture(scope="session")

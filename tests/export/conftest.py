@@ -4,7 +4,6 @@ Nothing here runs on a GPU, where exports are untested: the root's models, which
 """
 
 import functools
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,27 +28,6 @@ def live(sisters):
 
 def load(sister, **options):
     return sister.load(resample_backend="pillow", **options).requires_grad_(False)
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory):
-    """Makes a folder by its name, and what a function returns of it, in one of the processes that share the tests."""
-    from filelock import FileLock
-
-    root = tmp_path_factory.getbasetemp()
-    if root.name.startswith("popen-"):  # a worker's own
-        root = root.parent
-
-    def make(name, function):
-        """`function` takes the folder, which does not exist, and returns what can be pickled."""
-        folder, result = root / "made-once" / name, root / "made-once" / f"{name}.pickle"
-        folder.parent.mkdir(exist_ok=True)
-        with FileLock(root / "made-once" / f"{name}.lock"):
-            if not result.exists():
-                result.write_bytes(pickle.dumps(function(folder)))
-        return folder, pickle.loads(result.read_bytes())
-
-    return make
 
 
 # Of all exports but the first, to save time.
