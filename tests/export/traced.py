@@ -1,6 +1,6 @@
-"""`python -m tests.export.traced FOLDER`: the operations of a checkpoint's vision program before and after kernels.
+"""`python -m tests.export.traced FOLDER ...`: operations of checkpoints' vision programs before and after kernels.
 
-A process of its own, since the tests' kernels are the interpreter's, which reads values. Prints JSON.
+A process of its own, since the tests' kernels are the interpreter's, which reads values. Prints a line of JSON each.
 """
 
 import json
@@ -30,4 +30,5 @@ def operations(part):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for checkpoint in sys.argv[1:]:
+        main(checkpoint)
