@@ -39,10 +39,7 @@ def write(part: Part, path: Path) -> None:
     options = _inductor.list_options()
     settings = {name: value for name, value in SETTINGS.items() if name in options}
     if next(iter(part.examples.values())).is_cuda:
-        from qwen_batched.export.kernels import put_kernels_into
-
         part = replace(part, program=packed(part.program))
-        put_kernels_into(part.program)
     # It tries what the CPU can do by programs, which need not be compiled again each time.
     pick_vec_isa()
     # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.

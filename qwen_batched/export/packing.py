@@ -1,4 +1,8 @@
-"""MLPs as a GPU is fast at them, with weights that are constants: gate and up one product, widths padded with zeros."""
+"""Programs as a GPU is fast at them.
+
+MLPs have weights that are constants: gate and up are one product, widths are padded with zeros. The attention within
+windows is a kernel inside the program.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen_batched import ops
 from qwen_batched.model.parts.mlps import WIDTH_MULTIPLE, SwiGLU
+from qwen_batched.model.vision import VisionAttention
 
 
 class PackedSwiGLU(nn.Module):
@@ -31,9 +36,11 @@ class PackedSwiGLU(nn.Module):
 
 
 def packed(program: nn.Module) -> nn.Module:
-    """A copy that shares all other parameters, with `PackedSwiGLU` where a width is no multiple."""
+    """A copy with `PackedSwiGLU` where a width is no multiple, and with kernels; it shares all other parameters."""
     program = copy.deepcopy(program, {id(parameter): parameter for parameter in program.parameters()})
     for module in [*program.modules()]:
+        if isinstance(module, VisionAttention):
+            module.attend = ops.inlined_rotary_attention
         for name, child in module.named_children():
             if isinstance(child, SwiGLU) and child.hidden_dim % WIDTH_MULTIPLE:
                 setattr(module, name, PackedSwiGLU(child))

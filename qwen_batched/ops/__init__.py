@@ -13,6 +13,7 @@ from qwen_batched.ops.expand_prompts import expand_prompts
 from qwen_batched.ops.extend_attention import extend_attention
 from qwen_batched.ops.frames_to_patches import frames_to_patches
 from qwen_batched.ops.gelu_linear import gelu, gelu_linear
+from qwen_batched.ops.inlined_rotary_attention import inlined_rotary_attention
 from qwen_batched.ops.likeliest_token import likeliest_token
 from qwen_batched.ops.linear import linear
 from qwen_batched.ops.mrope import mrope
@@ -40,6 +41,7 @@ __all__ = [
     "frames_to_patches",
     "gelu",
     "gelu_linear",
+    "inlined_rotary_attention",
     "join_parameters",
     "likeliest_token",
     "linear",

@@ -1,13 +1,14 @@
-"""`python -m tests.export.traced FOLDER ...`: operations of checkpoints' vision programs before and after kernels.
+"""`python -m tests.export.traced FOLDER ...`: operations of checkpoints' vision programs, plain and packed.
 
 A process of its own, since the tests' kernels are the interpreter's, which reads values. Prints a line of JSON each.
 """
 
 import json
 import sys
+from dataclasses import replace
 
 from qwen_batched import QwenBatchedVL
-from qwen_batched.export import kernels
+from qwen_batched.export.packing import packed
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest
@@ -20,9 +21,9 @@ def main(folder):
     request = ExportRequest.of(model, "engine", (4 * cell, 5 * cell), 2, (1, 8), None, "uint8", 18, ["vision"])
     part = Parts(detached(model), request).part("vision")
     before = operations(part)
-    kernels.put_kernels_into(part.program)
+    after = operations(replace(part, program=packed(part.program)))
     is_changed = any("attend" in module.__dict__ for module in model.modules())
-    print(json.dumps({"before": before, "after": operations(part), "live_model_is_changed": is_changed}))
+    print(json.dumps({"before": before, "after": after, "live_model_is_changed": is_changed}))
 
 
 def operations(part):

@@ -155,7 +155,8 @@ def test_every_operator_is_checked():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("qwen_batched::")
     }
-    assert registered == {name for name, _ in OP_CASES.values()}
+    # Compilers look into this one, which is registered at its first use: tests/export/test_kernels.py.
+    assert registered - {"window_attention"} == {name for name, _ in OP_CASES.values()}
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])

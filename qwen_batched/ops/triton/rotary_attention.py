@@ -50,6 +50,7 @@ def window_attention_kernel(
     PRECISION: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    """A window and head, see above; `table` holds start and length of each window."""
     head = tl.program_id(0) % N
     window = (tl.program_id(0) // N) % windows
     image = (tl.program_id(0) // N // windows).to(tl.int64)
