@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from qwen_batched.extraction.worker import UNWRITTEN
 from qwen_batched.testing import write_checkpoint
 from tests.extraction import logged, written
 from tests.extraction.written import TASKS, arguments, contents, write_images
-from tests.processes import run_python
+from tests.processes import ROOT, run_python
 from tests.support import assert_equal_to
 
 LENGTHS = (7, 5, 9)
@@ -341,7 +342,10 @@ def test_processes_of_one_command_one_killed_and_of_torchrun_write_the_same_byte
     assert process.exitcode == 0 and "died with exit code -9; the others take its part" in printed, printed
     assert contents(tmp_path / "local") == whole
     command = arguments(videos, tmp_path / "ranks", checkpoint, "--shard-frames", 20, "--engine", "torchrun")
-    done = run_python("qwen_batched.extract", *command, processes=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    launch = [*launch, "-m", "qwen_batched.extract", *command]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(tmp_path / "ranks") == whole
 
