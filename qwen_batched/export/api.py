@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from qwen_batched.export.verification import Deviation, exact_results, live_case
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
 TEMPLATE = "chat"
+_ONE_AT_A_TIME = threading.Lock()  # tracers and compilers set what is of the whole process
 
 
 class ExportError(RuntimeError):
@@ -90,7 +92,7 @@ def export_live(live: LiveModel, out: str | Path, *options: Any) -> dict[str, An
     check_folder(out, live.model, chosen.copies)
     device = live.model.visual.patch_embed.proj.weight.device.type
     # Graphs would keep autocast; tensors made in inference mode cannot be traced.
-    with torch.inference_mode(False), torch.autocast(device, enabled=False):
+    with _ONE_AT_A_TIME, torch.inference_mode(False), torch.autocast(device, enabled=False):
         return _export(live, out, chosen)
 
 

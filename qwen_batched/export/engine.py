@@ -28,6 +28,9 @@ MODEL_NAME, RUNNERS, ANY_DEVICE = "model", 1, -1  # as PyTorch's own functions w
 SETTINGS: dict[str, object] = {"aot_inductor.custom_op_libs": [":libstdc++.so.6"]} if sys.platform == "linux" else {}
 # Precompiled headers take 12 to 20 s, and save 2 s a part.
 SETTINGS["aot_inductor.precompile_headers"] = False
+# As many threads as where it runs. Else those of the exporter are compiled in, whatever `torch.set_num_threads` says,
+# and a process that was forked, as workers of data loaders are, waits for them forever.
+SETTINGS["cpp.dynamic_threads"] = True
 
 
 def write(part: Part, path: Path) -> None:
@@ -43,9 +46,15 @@ def write(part: Part, path: Path) -> None:
     # It tries what the CPU can do by programs, which need not be compiled again each time.
     pick_vec_isa()
     # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.
+    failure: BaseException | None = None
     with fresh_inductor_cache(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
+        try:
+            _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
+        except BaseException as error:
+            failure = error  # raised outside, or the folder would stay
+    if failure is not None:
+        raise failure
 
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:

@@ -72,8 +72,8 @@ class ExportRequest:
         if target not in PARTS:
             raise ValueError(f"target must be one of {tuple(PARTS)}, got {shown(target)}")
         chosen = PARTS[target] if parts is None else tuple(parts)
-        if not chosen or not set(chosen) <= set(PARTS[target]):
-            raise ValueError(f"parts must be some of {PARTS[target]}, got {shown(parts)}")
+        if not chosen or not set(chosen) <= set(PARTS[target]) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"parts must be some of {PARTS[target]}, each once, got {shown(parts)}")
         source, size = read_frames(frames)
         config = model.processor.config
         name = dtype_name(frames_dtype)
@@ -187,6 +187,8 @@ def check_folder(out: Path, model: QwenBatchedVL, copies: int) -> None:
         raise ValueError(f"out must be a new or an empty folder, got {out}")
     if out.exists() and os.path.ismount(out):
         raise ValueError(f"out must be a new or an empty folder that can be replaced, got the mount point {out}")
+    if out.exists() and out == Path.cwd():
+        raise ValueError(f"out must be a new or an empty folder that can be replaced, got the current one, {out}")
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"out must be in a folder, got {out}, and {parent} is none")
