@@ -17,6 +17,7 @@
 #endif
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -92,8 +93,8 @@ std::vector<Tensor> run(AOTIModelPackageLoader& package, const std::vector<Tenso
   return results;
 }
 
-// A binary PPM as uint8 (3, H, W).
-Tensor read_ppm(const std::string& path) {
+// A binary PPM of one image as uint8 (3, H, W).
+Tensor read_ppm(const std::string& path, int64_t expected_height, int64_t expected_width) {
   std::ifstream file(path, std::ios::binary);
   std::string magic, comment;
   int64_t header[3] = {};  // width, height, largest value
@@ -105,10 +106,16 @@ Tensor read_ppm(const std::string& path) {
   const auto [width, height, largest] = header;
   if (!file || magic != "P6" || width < 1 || height < 1 || largest != 255)
     throw std::runtime_error(path + " must be a binary PPM of 8 bits");
+  if (width != expected_width || height != expected_height)
+    throw std::runtime_error(path + " must be " + std::to_string(expected_width) + " pixels wide and " +
+                             std::to_string(expected_height) + " high, got " + std::to_string(width) + " and " +
+                             std::to_string(height));
   file.get();
   Tensor pixels = at::empty({height, width, 3}, at::kByte);
   if (!file.read(reinterpret_cast<char*>(pixels.data_ptr()), pixels.numel()))
     throw std::runtime_error(path + " ends before its last pixel");
+  if (file.peek() != EOF)  // as where line ends are of two characters, and all pixels are moved by one
+    throw std::runtime_error(path + " must end with its last pixel, and goes on");
   return pixels.permute({2, 0, 1}).contiguous();
 }
 
@@ -120,23 +127,21 @@ Tensor read_frames(const std::vector<std::string>& paths, const Settings& settin
   if (static_cast<int64_t>(paths.size()) != shape[0])
     throw std::runtime_error("expected " + std::to_string(shape[0]) + " images, got " + std::to_string(paths.size()));
   std::vector<Tensor> frames;
-  for (const auto& path : paths) {
-    frames.push_back(read_ppm(path));
-    const int64_t height = frames.back().size(1), width = frames.back().size(2);
-    if (height != shape[1] || width != shape[2])
-      throw std::runtime_error(path + " must be " + std::to_string(shape[2]) + " pixels wide and " +
-                               std::to_string(shape[1]) + " high, got " + std::to_string(width) + " and " +
-                               std::to_string(height));
-  }
+  for (const auto& path : paths) frames.push_back(read_ppm(path, shape[1], shape[2]));
   const Tensor pixels = at::stack(frames).unsqueeze(0);
   const int64_t bits = integers(settings, "frame_bits")[0];  // 8: uint8 in 0..255; else floating, in 0..1
   return bits == 8 ? pixels : pixels.to(at::kFloat).div(255).to(bits == 16 ? at::kHalf : at::kFloat);
 }
 
-Tensor read_ids(const std::string& path) {
+Tensor read_ids(const std::string& path, int64_t vocabulary) {
   std::ifstream file(path);
   std::vector<int64_t> ids{std::istream_iterator<int64_t>(file), {}};
   if (ids.empty()) throw std::runtime_error(path + " holds no token ids");
+  if (!file.eof()) throw std::runtime_error(path + " must hold whole numbers, with spaces between them");
+  for (const int64_t id : ids)  // of others a package ends the process
+    if (id < 0 || id >= vocabulary)
+      throw std::runtime_error(path + " must hold ids from 0 to " + std::to_string(vocabulary - 1) + ", got " +
+                               std::to_string(id));
   return at::tensor(ids, at::kLong).unsqueeze(0);
 }
 
@@ -157,6 +162,23 @@ Tensor place(const Tensor& features, const Tensor& is_image) {
   std::vector<int64_t> sizes = features.sizes().vec();
   sizes[sizes.size() - 2] = is_image.size(1);
   return at::zeros(sizes, features.options()).index_copy(-2, is_image[0].nonzero().flatten(), features);
+}
+
+int64_t read_count(const std::string& word) {
+  std::istringstream words(word);
+  int64_t count = 0;
+  if (!(words >> count) || count < 1 || words.peek() != EOF)
+    throw std::runtime_error("COUNT must be a whole number from 1, got " + word);
+  return count;
+}
+
+void write_floats(const std::string& path, const Tensor& values) {
+  std::ofstream file(path, std::ios::binary);
+  file.write(static_cast<const char*>(values.data_ptr()), values.nbytes());
+  file.close();
+  if (file) return;
+  if (std::filesystem::is_regular_file(path)) std::filesystem::remove(path);  // what there is of it
+  throw std::runtime_error(path + " cannot be written");
 }
 
 void generate(const std::string& folder, const Settings& settings, Tensor ids, int64_t count,
@@ -209,10 +231,11 @@ int main(int argc, char** argv) try {
   AOTIModelPackageLoader vision(words[1] + "/vision.pt2", "model", /*run_single_threaded=*/true);
   auto features = run(vision, {frames.to(device)});
   if (is_generation) {
-    generate(words[1], settings, read_ids(words[2]), std::stoll(words[3]), features);
+    const Tensor ids = read_ids(words[2], integers(settings, "vocabulary_size")[0]);
+    generate(words[1], settings, ids, read_count(words[3]), features);
+    if (!std::cout) throw std::runtime_error("the tokens cannot be written");
   } else {
-    Tensor out = features[0][0].to(at::kCPU, at::kFloat).contiguous();
-    std::ofstream(words[2], std::ios::binary).write(static_cast<const char*>(out.data_ptr()), out.nbytes());
+    write_floats(words[2], features[0][0].to(at::kCPU, at::kFloat).contiguous());
   }
   if (std::getenv("RUNNER_MAPS")) std::cerr << std::ifstream("/proc/self/maps").rdbuf();  // what is loaded, for tests
   return 0;

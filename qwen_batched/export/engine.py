@@ -107,10 +107,13 @@ def load_engine(
             raise ValueError(f"the package {part!r} was made for {what} {made}, got {here}: export it again here")
     run = open_package(folder / f"{part}{SUFFIX}", for_graphs)
     expected, batch = manifest["arguments"][part], manifest["batch"]
+    has_ids = "input_ids" in expected
 
     def checked(arguments: Mapping[str, Tensor]) -> list[Tensor]:
         check_arguments(arguments, expected, batch, manifest["device_type"])
-        return run({name: arguments[name].contiguous() for name in expected})
+        if has_ids and (manifest["device_type"] == "cpu" or not for_graphs):  # which waits for a GPU
+            _check_ids(arguments, manifest)
+        return run({name: arguments[name].contiguous().resolve_neg() for name in expected})
 
     return checked
 
@@ -127,6 +130,8 @@ def check_arguments(
         if not isinstance(x, Tensor) or str(x.dtype) != f"torch.{like['dtype']}" or x.device.type != device_type:
             found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor of {like['dtype']} on {device_type}, got {found}")
+        if x.layout != torch.strided or x.untyped_storage().device.type != device_type:
+            raise ValueError(f"{name} must be a dense tensor with values, got {type(x).__name__} of {x.layout}")
         if x.ndim == len(shape):
             for size, found in zip(shape, x.shape, strict=True):
                 if isinstance(size, str) and "+" not in size:
@@ -140,6 +145,21 @@ def check_arguments(
         raise ValueError(f"the batch must be of {batch[0]} to {batch[1]} samples, got {found}")
     if empty := [name for name, size in sizes.items() if size == 0 and name != "past"]:
         raise ValueError(f"sizes must be at least 1, got 0 for {', '.join(empty)}")
+
+
+def _check_ids(arguments: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for ids that there are no embeddings of, or image tokens that there are no features of."""
+    ids, vocabulary = arguments["input_ids"], manifest["vocabulary_size"]
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocabulary:
+        raise ValueError(f"input_ids must be from 0 to {vocabulary - 1}, got {least} to {most}")
+    if "frames" not in arguments:
+        return
+    cells = manifest["grid"][0] * manifest["grid"][1]
+    counts = ((ids == manifest["image_token_id"]) & (arguments["attention_mask"] != 0)).sum(1)
+    if ((counts % cells != 0) | (counts > manifest["cameras"] * cells)).any():
+        expected = f"{cells} image tokens for each of at most {manifest['cameras']} images"
+        raise ValueError(f"input_ids must have {expected}, got {counts.tolist()}")
 
 
 def _resolved(size: int | str, sizes: Mapping[str, int]) -> int:

@@ -54,6 +54,7 @@ def manifest(
         "grid": list(request.grid),
         "layout": None if request.target == GENAI else LAYOUT,
         "image_token_id": config.image_token_id,
+        "vocabulary_size": model.model.embed_tokens.num_embeddings,
         "pad_token_id": prompts.pad_token_id,
         "eos_token_ids": list(model.generation_config.eos_token_ids),
         "repetition_penalty": model.generation_config.repetition_penalty,
@@ -86,7 +87,8 @@ def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL
     """What examples/cpp reads: a name and its numbers in each line, but for the device, which has a name."""
     decoder = model.model.config
     settings = {
-        name: content[name] for name in ("image_token_id", "batch", "grid", "eos_token_ids", "repetition_penalty")
+        name: content[name]
+        for name in ("image_token_id", "vocabulary_size", "batch", "grid", "eos_token_ids", "repetition_penalty")
     }
     frames = content["frames"]
     settings["frames"] = (content["cameras"], *frames["source"])

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from qwen_batched.export import export, load_engine
 from qwen_batched.export.engine import open_package, write
@@ -86,6 +88,8 @@ def test_a_package_is_given_only_what_it_takes(engine):
     _, folder, manifest = engine
     vision, decoder = load_engine(folder, "vision"), load_engine(folder, "cached_decoder")
     frames = photos(1, 2, 40, 60)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(frames)
     for wrong, words in (
         ({}, "arguments must be frames, got none"),
         ({"frames": frames, "more": frames}, "arguments must be frames"),
@@ -97,6 +101,8 @@ def test_a_package_is_given_only_what_it_takes(engine):
         ({"frames": frames.numpy()}, "got ndarray"),
         ({"frames": frames.expand(9, -1, -1, -1, -1)}, "of 1 to 8 samples, got 9"),
         ({"frames": frames[:0]}, "of 1 to 8 samples, got 0"),
+        ({"frames": frames.to_sparse()}, "must be a dense tensor with values, got Tensor of torch.sparse_coo"),
+        ({"frames": fake}, "must be a dense tensor with values, got FakeTensor"),
     ):
         with pytest.raises(ValueError, match=words):
             vision(wrong)
@@ -110,6 +116,13 @@ def test_a_package_is_given_only_what_it_takes(engine):
     expected = decoder(good)
     reordered = decoder(dict(reversed(good.items())))
     assert all(torch.equal(x, y) for x, y in zip(reordered, expected, strict=True))
+    minus = {**good, "past_keys": torch._neg_view(-good["past_keys"])}  # the same, with signs yet to be turned
+    assert all(torch.equal(x, y) for x, y in zip(decoder(minus), expected, strict=True))
+    for unknown in (-1, manifest["vocabulary_size"]):  # which would end the process
+        ids = good["input_ids"].clone()
+        ids[1, 2] = unknown
+        with pytest.raises(ValueError, match=f"input_ids must be from 0 to {manifest['vocabulary_size'] - 1}, got"):
+            decoder({**good, "input_ids": ids})
     for name in good:
         for dim in range(good[name].ndim):
             with pytest.raises(ValueError, match="must be"):
@@ -201,13 +214,19 @@ def test_the_runner_follows_the_repetition_penalty_and_the_end_tokens(engine, ru
 
 
 def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
-    _, folder, _ = engine
+    model, folder, manifest = engine
     (tmp_path / "broken.ppm").write_bytes(b"P6\n60 40\n255\nshort")
+    (tmp_path / "huge.ppm").write_bytes(b"P6\n4000000000 4000000000\n255\n")
     (tmp_path / "ids.txt").write_text("1 2 3")
+    right = " ".join(map(str, model.processor(photos(1, 2, 40, 60), [TEXT], resize=(56, 84))["input_ids"][0].tolist()))
+    for name, more in (("right", ""), ("words", " x"), ("above", f" {manifest['vocabulary_size']}"), ("below", " -1")):
+        (tmp_path / f"{name}.txt").write_text(right + more)
     write_ppm(tmp_path / "good.ppm", photos(1, 1, 40, 60)[0, 0])
     write_ppm(tmp_path / "small.ppm", photos(1, 1, 28, 28)[0, 0])
     write_ppm(tmp_path / "turned.ppm", photos(1, 1, 60, 40)[0, 0])
     good = [tmp_path / "good.ppm"] * 2
+    pixels = good[0].read_bytes().removeprefix(b"P6\n60 40\n255\n")
+    (tmp_path / "lines.ppm").write_bytes(b"P6\r\n60 40\r\n255\r\n" + pixels)  # all of it would move by a byte
     for words in (
         ["nothing"],
         ["features", tmp_path, tmp_path / "out", *good],
@@ -219,9 +238,15 @@ def test_the_runner_says_what_is_wrong(engine, runner, tmp_path):
         ["features", folder, tmp_path / "out", *[tmp_path / "turned.ppm"] * 2],
         ["generate", folder, tmp_path / "none.txt", 3, *good],
         ["generate", folder, tmp_path / "ids.txt", 3, *good],
+        ["features", folder, tmp_path / "out", tmp_path / "lines.ppm", good[0]],
+        ["features", folder, tmp_path / "out", tmp_path / "huge.ppm", good[0]],
+        ["features", folder, tmp_path / "none" / "out", *good],
+        *(["generate", folder, tmp_path / f"{name}.txt", 3, *good] for name in ("words", "above", "below")),
+        *(["generate", folder, tmp_path / "right.txt", count, *good] for count in ("0", "-1", "3x", "x", "9" * 30)),
     ):
         done = run(runner, *words)
         assert done.returncode == 2 and done.stderr.startswith("runner: ") and done.stdout == "", words
+        assert done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "out").exists(), words
 
 
@@ -259,6 +284,44 @@ def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_pa
     assert not [*(tmp_path / "shared").rglob("*.wrapper*")]
     (found,) = open_package(tmp_path / "layer.pt2")({"input": x})
     assert relative_error(found, layer(x)) <= COMPILED
+
+
+def test_a_package_has_the_threads_of_who_runs_it(tmp_path):
+    """Not the exporter's, for which a forked process, as a worker of a data loader, would wait."""
+
+    class Waves(torch.nn.Module):
+        def forward(self, x):
+            return x.sin() + x.cos() * x
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        write(Part(Waves(), {"x": torch.randn(64, 4096)}, {}, ("output",)), tmp_path / "waves.pt2")
+    finally:
+        torch.set_num_threads(threads)
+    program = (
+        "import multiprocessing, sys, torch; from qwen_batched.export.engine import open_package; "
+        "run, x = open_package(sys.argv[1]), torch.randn(64, 4096); torch.set_num_threads(2); run({'x': x})\n"
+        "def work():\n    torch.set_num_threads(1)\n    run({'x': x})\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work); worker.start(); worker.join(60)\n"
+        "print(worker.exitcode); worker.kill()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "waves.pt2")]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    assert done.stdout == "0\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_compilation_that_fails_leaves_no_copy_of_the_weights(tmp_path, monkeypatch, caplog, error):
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            raise error
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(error):
+        write(Part(Fails(), {"x": torch.ones(2)}, {}, ("output",)), tmp_path / "fails.pt2")
+    assert list(tmp_path.iterdir()) == [] and "kept" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -3,7 +3,10 @@
 import errno
 import functools
 import json
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +50,7 @@ GOOD = {"target": "onnx", "frames": "56x56"}
         ({"parts": []}, ValueError, "parts must be some of"),
         ({"parts": "vision"}, ValueError, "parts must be some of"),
         ({"parts": ["call"]}, ValueError, "parts must be some of"),
+        ({"parts": ["vision", "vision"]}, ValueError, "each once"),
     ],
     ids=str,
 )
@@ -145,6 +149,10 @@ def test_a_folder_that_holds_something_is_left_alone(live, tmp_path, monkeypatch
         (tmp_path / "out").mkdir()
         with pytest.raises(ValueError, match="the mount point"):
             export(live("tiny"), tmp_path / "out", **GOOD)
+    with monkeypatch.context() as patch:  # whoever is there would be nowhere afterwards
+        patch.chdir(tmp_path / "out")
+        with pytest.raises(ValueError, match="got the current one"):
+            export(live("tiny"), ".", **GOOD)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out"]
 
 
@@ -169,6 +177,22 @@ def test_autocast_around_an_export_does_not_reach_it(live, tmp_path, monkeypatch
         export(live("tiny"), tmp_path / "out", **GOOD, parts=["vision"])
         assert torch.is_autocast_enabled("cpu")
     assert dtypes == [torch.float32]
+
+
+def test_exports_from_several_threads_follow_each_other(live, tmp_path, monkeypatch):
+    """Side by side they fail: PyTorch's compilers set what is of the whole process."""
+    write_exactly(monkeypatch, live("tiny"))
+    at_work, most = threading.Semaphore(1), []
+
+    def write(part, path, opset):
+        most.append(at_work.acquire(blocking=False))
+        time.sleep(0.1)
+        at_work.release()
+
+    monkeypatch.setattr(onnx_files, "write", write)
+    with ThreadPoolExecutor(3) as pool:
+        [*pool.map(lambda name: export(live("tiny"), tmp_path / name, **GOOD, parts=["vision"]), "abc")]
+    assert most == [True] * 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -332,6 +356,39 @@ def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
         (tmp_path / "manifest.json").write_text(json.dumps(made | changed))
         with pytest.raises(ValueError, match=words):
             engine.load_engine(tmp_path, "vision")
+
+
+def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
+    """A package would repeat the last feature for more, and knows no ids beyond its embeddings."""
+    shapes = {
+        "frames": ["batch", 2, 3, 4, 6],
+        "input_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "sequence"],
+    }
+    arguments = {name: {"dtype": "int64", "shape": shape} for name, shape in shapes.items()}
+    made = {"target": "engine", "parts": ["call"], "device_type": "cpu", "arguments": {"call": arguments}}
+    made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
+    made |= {"batch": [1, 8], "cameras": 2, "grid": [1, 3], "image_token_id": 9, "vocabulary_size": 10}
+    (tmp_path / "manifest.json").write_text(json.dumps(made))
+    monkeypatch.setattr(engine, "open_package", lambda path, for_graphs: lambda arguments: [*arguments])
+    call = engine.load_engine(tmp_path, "call")
+
+    def run(counts, masked=0, first=1):
+        ids = torch.tensor([[first] + [9] * count + [1] * (8 - count) for count in counts])
+        mask = torch.ones_like(ids)
+        mask[:, 1 : 1 + masked] = 0
+        return call(
+            {"frames": torch.ones(len(ids), *shapes["frames"][1:]).long(), "input_ids": ids, "attention_mask": mask}
+        )
+
+    for counts, masked in (([6], 0), ([0, 3, 6], 0), ([7], 1)):
+        assert run(counts, masked) == [*shapes]
+    for counts in ([7], [6, 5], [1], [0, 8]):
+        with pytest.raises(ValueError, match="3 image tokens for each of at most 2 images, got "):
+            run(counts)
+    for unknown in (10, -1):
+        with pytest.raises(ValueError, match="input_ids must be from 0 to 9, got"):
+            run([6], first=unknown)
 
 
 def test_frames_and_ranges_are_read_in_each_of_their_forms():
