@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -129,21 +129,14 @@ def frames(folder: Path, model: str, count: int) -> dict[str, object]:
     )
     command = written.arguments(data, folder / "out", model, "--batch-size", 64)
     started = time.perf_counter()
-    memory, bar = {}, folder / "bar"
-    with bar.open("w") as shown:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_batched.extract", *command],
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=shown,
-        )
-        while process.poll() is None:
-            if found := re.findall(r"(\d+)/\d+ \[", bar.read_text()[-400:]):
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                if rss := re.search(r"VmRSS:\s+(\d+)", status):
-                    memory[int(found[-1]) * 10 // count] = round(int(rss[1]) / 1024)
-            time.sleep(0.2)
-    assert process.returncode == 0, bar.read_text()[-2000:]
+    memory = {}
+
+    def look(pid: int, done: int | None, total: int | None) -> None:
+        status = "" if done is None else Path(f"/proc/{pid}/status").read_text()
+        if rss := re.search(r"VmRSS:\s+(\d+)", status):
+            memory[done * 10 // count] = round(int(rss[1]) / 1024)
+
+    _watch(command, folder, ENVIRONMENT, look, every=0.2)
     seconds = time.perf_counter() - started
     cache, picks, times = FeatureDataset(folder / "out"), random.Random(0), []
     places = [picks.randrange(len(cache)) for _ in range(2000)]
@@ -208,28 +201,47 @@ def rate(
 
 def _run(arguments: list[str], folder: Path, device: str) -> tuple[str, float, list[int]]:
     """What the command prints, its frames a second, and the first GPU's memory in use at each tenth of the time."""
-    used, progress, bar = [], [], folder / "bar"
+    used, progress = [], []
+
+    def look(_: int, done: int | None, total: int | None) -> None:
+        if device != "cpu":
+            free, there = torch.cuda.mem_get_info()
+            used.append((there - free) // 2**20)
+        if done is not None and 0.2 <= done / total <= 0.95 and (not progress or progress[-1][1] != done):
+            progress.append((time.perf_counter(), done))
+
+    text = _watch(arguments, folder, BESIDE, look, every=0.1)
+    steady = statistics.linear_regression(*zip(*progress, strict=True)).slope if len(progress) > 1 else math.nan
+    return text, steady, [used[len(used) * i // 10] for i in range(10)] if used else []
+
+
+def _watch(
+    arguments: Sequence[object],
+    folder: Path,
+    environment: Mapping[str, str],
+    look: Callable[[int, int | None, int | None], None],
+    every: float,
+) -> str:
+    """Runs the command and returns what it prints; its progress bar goes to a file.
+
+    Every so many seconds `look` is called with its process id, the frames done and all frames, None before the bar.
+    """
+    bar = folder / "bar"
     with bar.open("w") as shown:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_batched.extract", *arguments],
-            env=BESIDE,
+            [sys.executable, "-m", "qwen_batched.extract", *map(str, arguments)],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=shown,
             text=True,
         )
         while process.poll() is None:
-            if device != "cpu":
-                free, total = torch.cuda.mem_get_info()
-                used.append((total - free) // 2**20)
-            if steps := re.findall(r"(\d+)/(\d+) \[", bar.read_text()[-400:]):
-                frames, total_frames = map(int, steps[-1])
-                if 0.2 <= frames / total_frames <= 0.95 and (not progress or progress[-1][1] != frames):
-                    progress.append((time.perf_counter(), frames))
-            time.sleep(0.1)
+            steps = re.findall(r"(\d+)/(\d+) \[", bar.read_text()[-400:])
+            look(process.pid, *(map(int, steps[-1]) if steps else (None, None)))
+            time.sleep(every)
     text = process.stdout.read()
     assert process.returncode == 0, (arguments, bar.read_text()[-2000:])
-    steady = statistics.linear_regression(*zip(*progress, strict=True)).slope if len(progress) > 1 else math.nan
-    return text, steady, [used[len(used) * i // 10] for i in range(10)] if used else []
+    return text
 
 
 def _disk_rate(folder: Path, megabytes: int = 512) -> float:
