@@ -150,7 +150,7 @@ def check_arguments(
 def _check_ids(arguments: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
     """Raises `ValueError` for ids that there are no embeddings of, or image tokens that there are no features of."""
     ids, vocabulary = arguments["input_ids"], manifest["vocabulary_size"]
-    least, most = int(ids.min()), int(ids.max())
+    least, most = torch.stack(torch.aminmax(ids)).tolist()  # waits for a GPU once
     if least < 0 or most >= vocabulary:
         raise ValueError(f"input_ids must be from 0 to {vocabulary - 1}, got {least} to {most}")
     if "frames" not in arguments:
