@@ -1,4 +1,4 @@
-"""inlined_rotary_attention: rotary_attention for programs that run without this package."""
+"""inlined_rotary_attention: rotary_attention for ahead-of-time compilation, whose programs run without this package."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from qwen_batched.ops.segments import Segments
 
 
 def inlined_rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor, segments: Segments, num_heads: int) -> Tensor:
-    """See `reference.rotary_attention`. PyTorch's compiler takes the kernel for windows into what it compiles.
+    """See `reference.rotary_attention`; attention within windows is a Triton kernel that AOTInductor inlines.
 
-    Norms, activations and rotary embeddings it fuses by itself. For a GPU only, where there is Triton; has no gradient.
+    AOTInductor fuses norms, activations and rotary embeddings by itself. For CUDA devices, without a gradient; the
+    reference where Triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         return reference.rotary_attention(qkv, cos, sin, segments, num_heads)

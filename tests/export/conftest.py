@@ -1,6 +1,6 @@
 """Tiny models for exports on CPUs, which follow Pillow, and folders that were exported once in a run of all tests.
 
-Nothing here runs on a GPU, where exports are untested: the root's models, which may be on one, are not used.
+These are on the CPU: the root's models, which may be on a GPU, are not used.
 """
 
 import functools
