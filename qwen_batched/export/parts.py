@@ -48,18 +48,18 @@ class Parts:
         generator = torch.Generator("cpu").manual_seed(seed)
         if name == "vision":
             return {"frames": self._frames(batch, generator)}
-        ids, mask, is_image = self._sequences(batch, generator, full=name == "call")
+        sequences = self._sequences(batch, generator, full=name == "call")
+        ids, mask, is_image = (x.to(self._like.device) for x in sequences)
         if name == "call":
             return {"frames": self._frames(batch, generator), "input_ids": ids, "attention_mask": mask}
         width = self.text.hidden_size
         random = {"dtype": torch.float32, "device": "cpu", "generator": generator}
         shape = (batch, ids.shape[1], width)
-        embeds = (torch.randn(shape, **random) * is_image[..., None]).to(self._like)
+        embeds = torch.randn(shape, **random).to(self._like) * is_image[..., None]
         deep = {}
         if self._deep:
             values = torch.randn(batch, self._deep, ids.shape[1], width, **random)
-            deep["deep_embeds"] = (values * is_image[:, None, :, None]).to(self._like)
-        ids, mask, is_image = (x.to(self._like.device) for x in (ids, mask, is_image))
+            deep["deep_embeds"] = values.to(self._like) * is_image[:, None, :, None]
         if name == "decoder":
             return {"input_ids": ids, "attention_mask": mask, "image_embeds": embeds, **deep}
         shape = (self.text.num_hidden_layers, batch, PAST, self.text.num_key_value_heads, self.text.head_dim)

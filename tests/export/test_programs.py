@@ -23,6 +23,7 @@ from qwen_batched.export.programs import (
 from qwen_batched.export.request import ExportRequest
 from qwen_batched.export.tracing import trace
 from qwen_batched.export.verification import relative_l2
+from qwen_batched.ops import use_backend
 from tests.sisters import FACTORS
 from tests.support import assert_equal_to, photos
 
@@ -87,6 +88,30 @@ def test_programs_and_arguments_do_not_depend_on_defaults(live, default, frames_
     with DEFAULTS[default]():
         found = results()
     assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@families
+def test_arguments_lie_where_the_weights_do(live, preset):
+    model, size = live(preset), (2 * FACTORS[preset], 3 * FACTORS[preset])
+    made = ExportRequest.of(model, "engine", ((50, 70), size), 2, "1-8", None, "uint8", 18, None)
+    parts = Parts(detached(model).to("meta"), made)
+    for name in made.parts:
+        assert {argument: x.device.type for argument, x in parts.arguments(name, 2).items() if not x.is_meta} == {}
+
+
+@pytest.mark.gpu
+@families
+def test_every_part_runs_on_a_gpu(live, preset):
+    model, size = live(preset), (2 * FACTORS[preset], 3 * FACTORS[preset])
+    made = ExportRequest.of(model, "engine", ((50, 70), size), 2, "1-8", None, "float32", 18, None)
+    here, there = Parts(detached(model), made), Parts(detached(model).to("cuda"), made)
+    for name in made.parts:
+        with use_backend("reference"):  # as they are traced
+            results = [parts.part(name).program(*parts.arguments(name, 2).values()) for parts in (here, there)]
+        ours, theirs = ([x] if isinstance(x, torch.Tensor) else x for x in results)
+        for x, y in zip(theirs, ours, strict=True):
+            assert x.is_cuda
+            assert_equal_to(x.cpu(), y)
 
 
 @families
