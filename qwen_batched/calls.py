@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from qwen_batched.model.pipeline import Decoded, Network, Prefilled, Wanted
 from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
-from qwen_batched.runtime.cuda_graphs import CudaGraphs
+from qwen_batched.runtime.cuda_graphs import Check, CudaGraphs, OutdatedError
 from qwen_batched.runtime.fast_path import can_fuse, runs_own_code
-from qwen_batched.runtime.room import Room
 
 
 class Caller(NamedTuple):
@@ -90,8 +89,21 @@ class Calls:
         Each is keyed by what shapes it, so that cameras and texts do not multiply. What lies between is few launches:
         those that lay out the sequences, and copies of what the decoder reads.
         """
+        try:
+            return self._by_two_graphs(caller, call, wanted, checks=[])
+        except OutdatedError:  # the features were not those of the tower as it is
+            return self._by_two_graphs(caller, call, wanted, checks=None)
+
+    def _by_two_graphs(
+        self, caller: Caller, call: Call, wanted: Wanted, checks: list[Check] | None
+    ) -> tuple[Batch, Features | None, Decoded]:
+        """With a list of `checks` the tower is looked at behind the launch of the decoder's graph.
+
+        That takes the host a few tenths of a millisecond. Raises `OutdatedError`, before anything but a graph has run
+        on the features, where the tower has changed.
+        """
         (visual, decoder, head), processor, dtype, graph = caller
-        batch = self.batch(caller, call)
+        batch = self.batch(caller, call, checks)
         features, inputs = pipeline.encode(visual, batch, wanted)
         length = inputs.length
         if self._rounds_up(decoder, call.device):
@@ -100,7 +112,8 @@ class Calls:
         if self._may_use_graphs(processor, call.device, graph):
             modules = [decoder] if head is None else [decoder, head]
             key = wanted, dtype
-            decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, rooms=inputs.rooms)
+            options = {"rooms": inputs.rooms, "earlier": checks or ()}
+            decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, **options)
         else:
             decoded = run(inputs.padded())
         return batch, features, decoded if inputs.room in (None, length) else decoded.cut(length, wanted)
@@ -124,38 +137,43 @@ class Calls:
             return run(suffix, *cache.tensors)
         return self._by_graph(self.suffixes, [decoder], (caller.dtype,), run, suffix, suffix.device, kept=cache)
 
-    def batch(self, caller: Caller, call: Call) -> Batch:
+    def batch(self, caller: Caller, call: Call, checks: list[Check] | None = None) -> Batch:
         """The batch of a call; on a GPU with `features` in place of pixels.
 
         Those of a frozen tower come from a graph, in training too: to launch it kernel by kernel takes the host as long
-        as the GPU, and the decoder waits for both.
+        as the GPU, and the decoder waits for both. Whether that was true is left to the caller with `checks`.
         """
         visual, processor, dtype, graph = caller.network.visual, *caller[1:]
         may_use_graphs = self._may_use_graphs(processor, call.device, graph)
         if isinstance(call, Request):
             if not call.frames or not may_use_graphs:
                 return processor.batch(call.laid_out, dtype)
-            features = self._features(caller, call.images)
+            features = self._features(caller, call.images, checks)
             return replace(processor.batch(replace(call.laid_out, frames=()), dtype), features=features)
         batch = _batch_of(call, processor, dtype)
         if batch.pixel_values is None or not may_use_graphs:
             return batch
         images = Batch(**{name: getattr(batch, name) for name in IMAGE_FIELDS})
         key, run = ("batch", *_settings(processor, dtype)), functools.partial(image_features, visual)
-        features = self._by_graph(self.tower, [visual], key, run, images, call.device)
+        features = self._by_graph(self.tower, [visual], key, run, images, call.device, later=checks)
         return replace(batch, pixel_values=None, features=features)
 
-    def _features(self, caller: Caller, request: Request) -> Features:
+    def _features(self, caller: Caller, request: Request, checks: list[Check] | None) -> Features:
         """Those that the decoder takes. A camera mask needs no graph of its own."""
         mask = request.camera_mask
         if mask is None or torch.is_grad_enabled():
-            return self.encode(caller, request)
-        features = self.encode(caller, replace(request, camera_mask=None))
+            return self.encode(caller, request, checks=checks)
+        features = self.encode(caller, replace(request, camera_mask=None), checks=checks)
         # For callers. No token stands for an absent camera, so the deep ones may stay.
         return features._replace(main=without_absent(features.main, mask))
 
     def encode(
-        self, caller: Caller, request: Request, layers: Sequence[int] | None = None, chunk_size: int | None = None
+        self,
+        caller: Caller,
+        request: Request,
+        layers: Sequence[int] | None = None,
+        chunk_size: int | None = None,
+        checks: list[Check] | None = None,
     ) -> Features | list[FeatureMaps]:
         """The features of a request for images only; with `layers` the outputs of these blocks."""
         (visual, _, _), processor, dtype, graph = caller
@@ -169,7 +187,7 @@ class Calls:
         if not self._may_use_graphs(processor, request.device, graph):
             return run(request)
         key = (repr(layers), chunk_size, *_settings(processor, dtype))
-        return self._by_graph(self.tower, [visual], key, run, request, request.device)
+        return self._by_graph(self.tower, [visual], key, run, request, request.device, later=checks)
 
     @contextlib.contextmanager
     def decoding(
@@ -252,17 +270,16 @@ class Calls:
         run: Callable[..., object],
         call: Call | DecoderInputs | Suffix,
         device: torch.device,
-        kept: PromptCache | None = None,
-        rooms: Sequence[Room | None] | None = None,
+        **options: Any,
     ) -> object:
-        """`run` of the call, with `rooms` behind its tensors, and of what is `kept` for several."""
+        """`run` of the call; `options` are those of `CudaGraphs.run`."""
         tensors, spec = _pytree.tree_flatten(call)
 
         def on_tensors(*given: Tensor) -> object:
             return run(_pytree.tree_unflatten(given[: len(tensors)], spec), *given[len(tensors) :])
 
         key = (*key, type(call), spec.context)
-        return graphs.run(modules, key, on_tensors, *tensors, device=device, kept=kept, rooms=rooms)
+        return graphs.run(modules, key, on_tensors, *tensors, device=device, **options)
 
 
 def check_no_gradient_in_a_capture(module: nn.Module, device: torch.device, images: object = None) -> None:

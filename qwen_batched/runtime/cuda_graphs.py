@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import warnings
 import weakref
@@ -29,6 +30,11 @@ class Kept(Protocol):
     tensors: Sequence[Tensor]
 
 
+class OutdatedError(Exception):
+    """A graph was replayed whose modules have changed since: its outputs are not theirs."""
+
+
+Check = Callable[[], None]  # whether a replayed graph was true; raises `OutdatedError`
 Outputs = Any  # a pytree of tensors, and of what is the same at every call
 MAX_GRAPHS = 32
 MAX_RAN = 4096
@@ -64,6 +70,8 @@ class CudaGraphs:
         stateful: bool = False,
         kept: Kept | None = None,
         rooms: Sequence[Room | None] | None = None,
+        earlier: Sequence[Check] = (),
+        later: list[Check] | None = None,
     ) -> Outputs:
         """`function(*inputs, *kept.tensors)`, by a graph where there is one.
 
@@ -72,11 +80,16 @@ class CudaGraphs:
         `stateful`, it changes something and must not run in vain. What is `kept` never changes, and is copied to a
         graph once for all calls with it that follow each other. `rooms` says of each input whether the function is to
         have it with room behind it, graph or not: then inputs of all sizes that fit share the graph.
+
+        A graph is replayed first and looked at then, while the device is at work. With `later` that is left to the
+        caller, who makes the checks that are added to it, so that the next graph can be launched before: that call is
+        given them as `earlier`, and makes them behind its replay, or before the function runs.
         """
         if rooms is None:
             rooms = [None] * len(inputs)
         held, self._thread.replayed = () if kept is None else kept.tensors, None
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
+            _make(earlier)
             return function(*pad_all(inputs, rooms), *held)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
         shapes = [*map(_buffer_shape, inputs, rooms), *(x.shape for x in held)]
@@ -86,12 +99,19 @@ class CudaGraphs:
         with self._lock:
             self._release_finished()
             call = self._calls.get(key)
+            if call is None:
+                _make(earlier)
+                earlier = ()
             earns_graph = call is None and self._earns_graph(key) and self._still_matches(modules)
             if earns_graph and hash(key) in self._ran_here():
                 call, obstacle = self._capture(key, function, inputs, rooms, held, device)
                 earns_graph = False
             if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs, kept)
+                _make(earlier)
+                if later is not None:
+                    later.append(functools.partial(self._check, modules, key, self._snapshot))
+                    return outputs
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._uses.note(key)
                     self._thread.replayed = call if stateful else None
@@ -200,6 +220,13 @@ class CudaGraphs:
             return True
         self.forget()
         return False
+
+    def _check(self, modules: Sequence[nn.Module], key: Hashable, snapshot: ModuleSnapshot | None) -> None:
+        """Whether a graph of `key` that was replayed was true, as of a snapshot; raises `OutdatedError` where not."""
+        with self._lock:
+            if self._snapshot is not snapshot or not self._still_matches(modules):
+                raise OutdatedError
+            self._uses.note(key)
 
     def _remember(self, modules: Sequence[nn.Module], key: Hashable) -> None:
         """A call has run, kernels are compiled and tables made: from now on it may be captured."""
@@ -331,6 +358,11 @@ class CapturedCall:
         """Returns when it is."""
         if self._done is not None:
             self._done.synchronize()
+
+
+def _make(checks: Sequence[Check]) -> None:
+    for check in checks:
+        check()
 
 
 def _buffer_shape(value: Tensor, room: Room | None) -> torch.Size:

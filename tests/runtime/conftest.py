@@ -57,6 +57,7 @@ def fake(monkeypatch):
     from qwen_batched.runtime import cuda_graphs  # not with this file, which pytest may load before it is configured
 
     log = types.SimpleNamespace(captured=0, replayed=0, waited=0, busy=False, error=None, capturing=False)
+    log.replaying = False  # where hooks of the model run, they would not
 
     class FakeCall(cuda_graphs.CapturedCall):
         def __init__(self, function, inputs, rooms, held, arena):
@@ -70,8 +71,10 @@ def fake(monkeypatch):
 
             def replay():
                 log.replayed += 1
+                log.replaying = True
                 with torch.no_grad():  # a graph knows no gradients, whoever replays it
                     overwrite(self.outputs, function(*self.inputs, *self.held))
+                log.replaying = False
 
             self.graph.replay = replay
             living.add(self)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.runtime import cuda_graphs
 from qwen_batched.runtime.admission import USES_THAT_REPAY
-from qwen_batched.runtime.cuda_graphs import CudaGraphs
+from qwen_batched.runtime.cuda_graphs import CudaGraphs, OutdatedError
 from tests.support import photos
 
 
@@ -57,6 +57,55 @@ def test_trap25_results_are_copies(fake, linear):
         assert torch.equal(result, linear(value))
     results[-1].zero_()
     assert torch.equal(run(graphs, linear, "key", linear, x[3]), linear(x[3]))
+
+
+def test_earlier_checks_are_made_once_before_anything_runs_and_behind_a_replay(fake, linear):
+    graphs, x, log = CudaGraphs(), torch.ones(2, 3), []
+
+    def function(x):
+        log.append("ran")
+        return linear(x)
+
+    def check():
+        log.append("checked")
+
+    def logged():
+        log.clear()
+        with torch.no_grad():
+            graphs.run([linear], "key", function, x, device=torch.device("cpu"), earlier=[check])
+        return log[:]
+
+    assert logged() == ["checked", "ran"]
+    assert logged() == ["checked", "ran", "ran"]  # captured, and replayed, where these graphs run it too
+    assert logged() == ["ran", "checked"]
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, out: None)
+    try:
+        assert logged() == ["checked", "ran"]  # with a hook on every module no graph is replayed
+    finally:
+        hook.remove()
+
+
+def test_a_later_check_is_of_the_modules_as_they_were_when_the_graph_was_replayed(fake, linear):
+    graphs, checks = CudaGraphs(), []
+    run_twice(graphs, linear, "key", linear, torch.ones(2, 3))
+
+    def replay():
+        checks.clear()
+        with torch.no_grad():
+            graphs.run([linear], "key", linear, torch.ones(2, 3), device=torch.device("cpu"), later=checks)
+        return checks
+
+    (check,) = replay()
+    check()
+    (check,) = replay()
+    linear.bias.data = linear.bias + 1
+    with pytest.raises(OutdatedError):
+        check()
+    assert len(graphs) == 0
+    run_twice(graphs, linear, "key", linear, torch.ones(2, 3))  # another snapshot, of what is there now
+    with pytest.raises(OutdatedError):
+        check()
+    assert len(graphs) == 1 and replay()[0]() is None
 
 
 def test_inputs_are_not_written_to(fake, linear):

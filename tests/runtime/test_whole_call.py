@@ -18,6 +18,7 @@ from qwen_batched.generation import Decoding, pool
 from qwen_batched.inputs.prompt_rows import PromptRows
 from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
 from qwen_batched.model.warmup import _choose, _masks
+from qwen_batched.runtime.snapshot import ModuleSnapshot
 from qwen_batched.testing import write_checkpoint
 from tests.support import photos
 
@@ -297,6 +298,77 @@ def test_what_happens_to_the_decoder_leaves_the_graphs_of_image_features(own, fa
         before = fake.replayed
         own.encode_images(frames())
     assert fake.replayed == before + 1
+
+
+# --- the tower is looked at while the decoder is at work ---
+
+
+def shift_weights(visual):
+    visual.merger.mlp[0].weight.data = visual.merger.mlp[0].weight.data + 1
+
+
+def count_passes(visual):
+    visual.passes = 0
+
+    def forward(*arguments, **options):
+        visual.passes += 1
+        return type(visual).forward(visual, *arguments, **options)
+
+    visual.forward = forward
+
+
+CHANGES = {
+    "weights": shift_weights,
+    "a hook": lambda visual: visual.register_forward_hook(lambda module, given, out: 2 * out),
+    "a method": count_passes,
+    "mode": lambda visual: visual.train(),
+}
+
+
+def test_the_tower_is_looked_at_when_the_decoder_is_on_its_way(own, fake, monkeypatch):
+    for seed in range(2):
+        call(own, frames(seed), TEXTS)
+    looks, matches = [], ModuleSnapshot.matches
+
+    def logged(self, *modules):
+        looks.append((fake.replayed, modules[0]))
+        return matches(self, *modules)
+
+    monkeypatch.setattr(ModuleSnapshot, "matches", logged)
+    before = fake.replayed
+    call(own, frames(2), TEXTS)
+    assert looks == [(before + 2, own.visual), (before + 2, own.model)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("text", ["a", "another text, of which there is no graph"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_no_one_sees_the_features_of_a_tower_that_has_changed(own, fake, change, text, prepared):
+    def run(seed, text, **options):
+        given = frames(seed), [text] * 2
+        return call(own, **own.processor(*given), **options) if prepared else call(own, *given, **options)
+
+    for seed in range(3):
+        run(seed, "a")
+    seen = []
+
+    def hook(module, given, out):
+        if not fake.replaying:
+            seen.append(out.clone())
+
+    own.model.layers[0].register_forward_hook(hook)
+    CHANGES[change](own.visual)
+    assert_equal(run(3, text), run(3, text, cuda_graph=False))
+    ours, theirs = seen
+    assert torch.equal(ours, theirs)
+    assert len(own._calls.tower) == len(own._calls.decoder) == 0
+
+
+def test_a_tower_that_changes_at_every_call_ends_every_call(own, fake):
+    for seed in range(6):
+        shift_weights(own.visual)
+        assert_equal(call(own, frames(seed), TEXTS), call(own, frames(seed), TEXTS, cuda_graph=False))
+        call(own, frames(seed), TEXTS)
 
 
 def test_capture_makes_the_graph_ahead_of_time(own, fake):
