@@ -6,7 +6,6 @@ kind of device that compiled it.
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.export.manifest_reading import Kinds, check_keys, read_manifest
 from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
 
@@ -31,6 +31,10 @@ SETTINGS["aot_inductor.precompile_headers"] = False
 # As many threads as where it runs. Else those of the exporter are compiled in, whatever `torch.set_num_threads` says,
 # and a process that was forked, as workers of data loaders are, waits for them forever.
 SETTINGS["cpp.dynamic_threads"] = True
+NEEDED: Kinds = {
+    **{"arguments": dict, "batch": list, "cameras": int, "grid": list, "image_token_id": int, "vocabulary_size": int},
+    **{"device": str, "device_type": str, "versions.torch": str},
+}
 
 
 def write(part: Part, path: Path) -> None:
@@ -92,13 +96,15 @@ def load_engine(
 
     The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
     nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, one
-    that is cut off, or one for another PyTorch or another kind of device.
+    that is cut off, or one for another PyTorch or another kind of device, or is of another format (`FORMAT`).
     """
     folder = Path(folder)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if manifest.get("target") != "engine" or part not in manifest.get("parts", ()):
-        raise ValueError(f"{folder} must hold the part {part!r} of an export with --target engine, and does not")
+    manifest = read_manifest(folder, "engine", NEEDED)
+    if part not in manifest["arguments"]:
+        raise ValueError(f"{folder} must hold the part {part!r}, got {', '.join(manifest['arguments'])}")
+    keys = (("dtype", str), ("shape", list))
+    named = {f"arguments.{part}.{name}.{key}": kind for name in manifest["arguments"][part] for key, kind in keys}
+    check_keys(folder / "manifest.json", manifest, named)
     for what, made, here in (
         ("PyTorch", manifest["versions"]["torch"], torch.__version__),
         ("device", manifest["device"], device_kind(torch.device(manifest["device_type"]))),

@@ -265,6 +265,18 @@ def test_the_runner_takes_no_engine_of_another_pytorch_or_device(engine, runner,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_runner_takes_no_engine_of_another_format_nor_one_that_lacks_a_number(engine, runner, tmp_path):
+    lines = (engine[1] / "runner.txt").read_text().splitlines()
+    (tmp_path / "vision.pt2").write_bytes(b"nothing")  # which would be the next to be found wrong
+    changes = {line: "" for line in lines} | {"frames 2 40 60": "frames 2 40", "format 2": "format 1"}
+    assert changes.keys() == set(lines)
+    for line, changed in changes.items():
+        (tmp_path / "runner.txt").write_text("\n".join(changed if each == line else each for each in lines))
+        done = run(runner, "features", tmp_path, tmp_path / "out", "none.ppm")
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert f" {line.split()[0]} " in done.stderr and done.stderr.endswith("export the engine again\n"), done.stderr
+
+
 def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path, monkeypatch):
     """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded.
 

@@ -16,6 +16,7 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.export import __main__ as command
 from qwen_batched.export import api, engine, export, onnx_files, request, verification
 from qwen_batched.export.api import ExportError
+from qwen_batched.export.manifest_reading import FORMAT
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest, read_frames, read_range
@@ -344,31 +345,95 @@ def test_the_command_says_why_in_a_line(checkpoint, tmp_path, capsys, arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must hold the part 'vision'"):
-        engine.load_engine(tmp_path, "vision")
-    made = {"target": "engine", "parts": ["vision"], "device_type": "cpu"}
-    made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
-    for changed, words in (
-        ({"versions": {"torch": "1.0"}}, "made for PyTorch 1.0"),
-        ({"device": "NVIDIA X"}, "made for device NVIDIA X"),
-    ):
-        (tmp_path / "manifest.json").write_text(json.dumps(made | changed))
-        with pytest.raises(ValueError, match=words):
-            engine.load_engine(tmp_path, "vision")
-
-
-def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
-    """A package would repeat the last feature for more, and knows no ids beyond its embeddings."""
+def engine_manifest(part):
+    """What a reader needs of it, of a part that takes frames and ids."""
     shapes = {
         "frames": ["batch", 2, 3, 4, 6],
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "sequence"],
     }
     arguments = {name: {"dtype": "int64", "shape": shape} for name, shape in shapes.items()}
-    made = {"target": "engine", "parts": ["call"], "device_type": "cpu", "arguments": {"call": arguments}}
+    made = {"format": FORMAT, "target": "engine", "arguments": {part: arguments}, "device_type": "cpu"}
     made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
-    made |= {"batch": [1, 8], "cameras": 2, "grid": [1, 3], "image_token_id": 9, "vocabulary_size": 10}
+    return made | {"batch": [1, 8], "cameras": 2, "grid": [1, 3], "image_token_id": 9, "vocabulary_size": 10}
+
+
+def onnx_manifest():
+    made = {"format": FORMAT, "target": "onnx", "parts": ["vision", "cached_decoder"], "prompt": [1], "cameras": 2}
+    made |= {"frames": {"source": [4, 6], "dtype": "uint8"}, "batch": [1, 8], "grid": [1, 3], "image_token_id": 9}
+    return made | {"pad_token_id": 0, "eos_token_ids": [1], "repetition_penalty": 1.0, "renumbered": {}}
+
+
+def load_engine_call(folder):
+    engine.load_engine(folder, "call")
+
+
+def load_onnx(folder):
+    from qwen_batched.export.run_onnx import OnnxModel
+
+    OnnxModel(folder)
+
+
+@pytest.mark.parametrize(("load", "made"), [(load_engine_call, engine_manifest("call")), (load_onnx, onnx_manifest())])
+def test_a_manifest_that_lacks_what_its_reader_needs_is_refused_before_anything_is_loaded(
+    load, made, tmp_path, monkeypatch
+):
+    """One of an older version, and a damaged one."""
+    monkeypatch.setattr(engine, "open_package", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("loaded"))
+    path, text = tmp_path / "manifest.json", json.dumps(made)
+
+    def refused(content, words):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ValueError, match=words) as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused(None, f"exported with --target {made['target']}, and holds no manifest.json$")
+    for content in ("", text[: len(text) // 2], "nothing", "[" * 100_000):
+        refused(content, r"manifest\.json must be JSON, got .*: export it again$")
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(None, r"manifest\.json must be JSON, got .*: export it again$")
+    for content in ([], None, {"target": "genai"}):
+        refused(json.dumps(content), f"--target {made['target']}, got ")
+    refused(json.dumps(made | {"format": FORMAT + 1}), f"must be of format {FORMAT}, got {FORMAT + 1}: export it again")
+    older = {name: value for name, value in made.items() if name not in ("vocabulary_size", "pad_token_id")}
+    refused(json.dumps(older | {"format": 1}), f"must be of format {FORMAT}, got 1: export it again")
+    for name in set(made) - {"target", "prompt"}:
+        refused(
+            json.dumps({each: value for each, value in made.items() if each != name}), rf"\b{name}\b.*export it again$"
+        )
+        refused(json.dumps(made | {name: None}), rf"\b{name}\b.*, got None(Type)?: export it again$")
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        path.write_text(text)
+        load(tmp_path)
+
+
+def test_a_part_whose_arguments_lack_their_shapes_is_refused(tmp_path):
+    made = engine_manifest("call")
+    del made["arguments"]["call"]["frames"]["shape"]
+    (tmp_path / "manifest.json").write_text(json.dumps(made))
+    with pytest.raises(
+        ValueError, match=r"must have arguments\.call\.frames\.shape as list, got NoneType: export it again$"
+    ):
+        engine.load_engine(tmp_path, "call")
+
+
+def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
+    for changed, words in (
+        ({"versions": {"torch": "1.0"}}, "made for PyTorch 1.0"),
+        ({"device": "NVIDIA X"}, "made for device NVIDIA X"),
+        ({"arguments": {"decoder": {}}}, "must hold the part 'vision', got decoder$"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(engine_manifest("vision") | changed))
+        with pytest.raises(ValueError, match=words):
+            engine.load_engine(tmp_path, "vision")
+
+
+def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
+    """A package would repeat the last feature for more, and knows no ids beyond its embeddings."""
+    made = engine_manifest("call")
     (tmp_path / "manifest.json").write_text(json.dumps(made))
     monkeypatch.setattr(engine, "open_package", lambda path, for_graphs: lambda arguments: [*arguments])
     call = engine.load_engine(tmp_path, "call")
@@ -377,12 +442,11 @@ def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
         ids = torch.tensor([[first] + [9] * count + [1] * (8 - count) for count in counts])
         mask = torch.ones_like(ids)
         mask[:, 1 : 1 + masked] = 0
-        return call(
-            {"frames": torch.ones(len(ids), *shapes["frames"][1:]).long(), "input_ids": ids, "attention_mask": mask}
-        )
+        frames = torch.ones(len(ids), 2, 3, 4, 6).long()
+        return call({"frames": frames, "input_ids": ids, "attention_mask": mask})
 
     for counts, masked in (([6], 0), ([0, 3, 6], 0), ([7], 1)):
-        assert run(counts, masked) == [*shapes]
+        assert run(counts, masked) == [*made["arguments"]["call"]]
     for counts in ([7], [6, 5], [1], [0, 8]):
         with pytest.raises(ValueError, match="3 image tokens for each of at most 2 images, got "):
             run(counts)
