@@ -20,6 +20,7 @@ from torch import Tensor
 from qwen_batched.export.manifest_reading import Kinds, check_keys, read_manifest
 from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
+from qwen_batched.runtime.backend import has_kernels
 
 SUFFIX = ".pt2"
 MODEL_NAME, RUNNERS, ANY_DEVICE = "model", 1, -1  # as PyTorch's own functions write and load packages
@@ -45,8 +46,9 @@ def write(part: Part, path: Path) -> None:
 
     options = _inductor.list_options()
     settings = {name: value for name, value in SETTINGS.items() if name in options}
-    if next(iter(part.examples.values())).is_cuda:
-        part = replace(part, program=packed(part.program))
+    device = next(iter(part.examples.values())).device
+    if device.type == "cuda":  # asked here, since tracing is under the reference
+        part = replace(part, program=packed(part.program, has_kernels(device)))
     # It tries what the CPU can do by programs, which need not be compiled again each time.
     pick_vec_isa()
     # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.
