@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.export.disk import DeferredErrors, check_free, temporary
 from qwen_batched.export.manifest_reading import Kinds, check_keys, read_manifest
 from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
@@ -53,19 +54,21 @@ def write(part: Part, path: Path) -> None:
     pick_vec_isa()
     # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.
     failure: BaseException | None = None
-    with fresh_inductor_cache(), warnings.catch_warnings():
+    with fresh_inductor_cache(), warnings.catch_warnings(), DeferredErrors(path.open("wb")) as file:
         warnings.simplefilter("ignore")
         try:
-            _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
+            _inductor.aoti_compile_and_package(trace(part), package_path=file, inductor_configs=settings)
         except BaseException as error:
             failure = error  # raised outside, or the folder would stay
+    failure = failure or file.error
     if failure is not None:
+        path.unlink()
         raise failure
 
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The package as a function of its arguments in their order; see `load_engine`."""
-    _check_is_package(path)
+    check_free([(temporary(), _unpacked_size(path))])
     # `aoti_load_package` first compiles programs that try what the CPU can do, 16 s and more, and who runs packages
     # may have no compiler. What it would warn of, `load_engine` refuses.
     package = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL_NAME, for_graphs, RUNNERS, ANY_DEVICE)
@@ -76,17 +79,17 @@ def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str,
     return run
 
 
-def _check_is_package(path: Path) -> None:
-    """Raises `ValueError` where a file is cut off or no package, of which PyTorch's loader may end the process."""
+def _unpacked_size(path: Path) -> int:
+    """In bytes. Raises `ValueError` where a file is cut off or no package: PyTorch's loader may end the process."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            sizes = {each.filename: each.file_size for each in archive.infolist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be a package that was written whole, got {error}") from None
-    if not any(f"/{MODEL_NAME}/" in name and name.endswith(".so") for name in names):
-        raise ValueError(
-            f"{path} must be a package of compiled code, got a zip file with {', '.join(names[:3]) or 'nothing'}"
-        )
+    if not any(f"/{MODEL_NAME}/" in name and name.endswith(".so") for name in sizes):
+        found = ", ".join([*sizes][:3]) or "nothing"
+        raise ValueError(f"{path} must be a package of compiled code, got a zip file with {found}")
+    return sum(sizes.values())
 
 
 def load_engine(
@@ -98,7 +101,8 @@ def load_engine(
 
     The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
     nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, one
-    that is cut off, or one for another PyTorch or another kind of device, or is of another format (`FORMAT`).
+    that is cut off, or one for another PyTorch or another kind of device, where it is of another format (`FORMAT`), and
+    where `TMPDIR`, to which packages are unpacked, is too full.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "engine", NEEDED)

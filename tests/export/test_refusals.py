@@ -225,6 +225,39 @@ def test_a_full_disk_is_seen_before_and_leaves_nothing_after(live, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_temporary_files_with_no_room_for_a_compilation_is_refused(live, tmp_path, monkeypatch):
+    """Together with what is written, where both are on one disk."""
+    model, usage = live("tiny"), {}
+    given = {"target": "engine", "frames": "56x56", "parts": ["vision"]}
+    weights = sum(p.numel() * p.element_size() for p in model.visual.parameters())
+    room = {1: 1.2 * weights, 2: 2.4 * weights, 3: 3.6 * weights}  # of one copy, two, three
+    out, temporary = tmp_path / "a" / "out", tmp_path / "temporary"
+    out.parent.mkdir()
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(request.shutil, "disk_usage", lambda path: SimpleNamespace(free=usage[path]))
+    monkeypatch.setattr(engine, "write", lambda part, path: pytest.fail("written"))
+    for free, words in ((room[3] - 9, r"temporary must have .* GiB free, got "), (room[3], "written")):
+        usage |= {out.parent: room[1], temporary: free}
+        with pytest.raises((ValueError, pytest.fail.Exception), match=words):
+            export(model, out, **given)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="none"):
+        export(model, out, **given)
+    assert not list(out.parent.iterdir()) and not list(temporary.iterdir())
+
+
+def test_the_command_says_the_end_of_a_long_reason(checkpoint, tmp_path, capsys, monkeypatch):
+    """A compiler's command comes first."""
+    reason = f"g++ {'-I/include ' * 400}\n\nfatal error: No space left on device\n"
+    monkeypatch.setattr(command, "export_live", lambda *_: (_ for _ in ()).throw(ExportError(reason)))
+    given = ["--model", str(checkpoint), "--target", "engine", "--frames", "56x56", "--out", str(tmp_path / "out")]
+    assert command.main(given) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("export: g++ -I") and printed.endswith("No space left on device\n")
+    assert printed.count("\n") == 1 and len(printed) < 1100
+
+
 def write_exactly(monkeypatch, model, shift=0.0):
     """In place of ONNX: graphs of the live vision transformer, whose first value is moved."""
 
