@@ -3,6 +3,8 @@
 import errno
 import functools
 import json
+import os
+import sys
 import threading
 import time
 import weakref
@@ -339,6 +341,19 @@ def test_no_number_in_any_result_is_a_deviation(place):
     assert not verification.relative_l2(values, expected) <= 1
     values[place] = values[place][..., :-1]
     assert not verification.relative_l2(values, expected) <= 1
+
+
+def test_onnxruntime_is_imported_without_its_usage_data(tmp_path, monkeypatch):
+    """It reads the variable once, when it is imported."""
+    import onnxruntime  # so that it is what the modules hold again afterwards
+
+    (tmp_path / "onnxruntime.py").write_text("import os\nraise ImportError(os.environ['ORT_DISABLE_TELEMETRY'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, onnxruntime.__name__)
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    with pytest.raises(ImportError, match=r"^1$"):
+        onnx_files.open_graph(tmp_path / "vision.onnx")
+    assert "ORT_DISABLE_TELEMETRY" not in os.environ
 
 
 def test_an_exporter_that_fails_is_named(live, tmp_path, monkeypatch):
