@@ -97,17 +97,20 @@ def load_engine(
 ) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """A part of an exported engine, as a function of its arguments by name.
 
-    With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it.
+    With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it. On a GPU it
+    then does not look at token ids, which would wait for the device: the caller sees to it that each is below the
+    manifest's `vocabulary_size`, or the process ends, and that those of a `call` have features for all image tokens.
 
-    The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
-    nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, one
-    that is cut off, or one for another PyTorch or another kind of device, where it is of another format (`FORMAT`), and
+    Any other argument that the part does not take is a `ValueError` of the function: a package itself checks neither
+    shape nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such
+    part, one that is cut off, one for another PyTorch or another kind of device, or a manifest of another format, and
     where `TMPDIR`, to which packages are unpacked, is too full.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, "engine", NEEDED)
     if part not in manifest["arguments"]:
         raise ValueError(f"{folder} must hold the part {part!r}, got {', '.join(manifest['arguments'])}")
+    check_keys(folder / "manifest.json", manifest, {f"arguments.{part}": dict})
     keys = (("dtype", str), ("shape", list))
     named = {f"arguments.{part}.{name}.{key}": kind for name in manifest["arguments"][part] for key, kind in keys}
     check_keys(folder / "manifest.json", manifest, named)
