@@ -162,7 +162,7 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
         )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):
-            raise ValueError(f"adapters must be merged before an export (merge_and_unload), got one at {name}")
+            raise ValueError(f"adapters must be merged, by merge_and_unload, before an export, got one at {name}")
         if isinstance(module, nn.Linear) and plain_linear(module) is None:
             raise ValueError(f"every linear layer must be unmodified, got {type(module).__name__} at {name}")
 

@@ -1,5 +1,6 @@
 """Bad input is refused before any work, a failure leaves nothing behind, and the command says why in a line."""
 
+import copy
 import errno
 import functools
 import json
@@ -22,6 +23,9 @@ from qwen_batched.export.manifest_reading import FORMAT
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest, read_frames, read_range
+from qwen_batched.export.tracing import trace
+from tests.export.conftest import load
+from tests.support import relative_error
 
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 GOOD = {"target": "onnx", "frames": "56x56"}
@@ -138,6 +142,30 @@ def test_adapters_are_refused(sisters, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="adapters must be merged"):
             export(model, tmp_path / "out", **{**GOOD, "target": target})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merged_adapter_is_in_the_program_and_one_that_stays_beside_its_layers_is_refused(sisters, tmp_path):
+    """`merge_adapter` adds the update to the weights and keeps peft's layers, `merge_and_unload` leaves none."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = load(sisters("tiny"), num_layers=1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(base), config).eval()
+    part = ExportRequest.of(base, "engine", "56x56", 1, 2, None, "uint8", 18, ("call",))
+    arguments = Parts(detached(base), part).arguments("call", 2)
+    with torch.no_grad():
+        programs = [Parts(detached(model), part).part("call").program for model in (base, adapted.model)]
+        plain, live = (program(*arguments.values()) for program in programs)
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged, by merge_and_unload, before an export, got one at .*qkv$"):
+        export(adapted.model, tmp_path / "out", **GOOD)
+    adapted.unmerge_adapter()
+    merged = adapted.merge_and_unload()
+    request_ = ExportRequest.of(merged, "engine", "56x56", 1, 2, None, "uint8", 18, ("call",))
+    program = trace(Parts(detached(merged), request_).part("call")).module()
+    found, mask = program(*arguments.values()), arguments["attention_mask"] != 0
+    assert relative_error(found[mask], live[mask]) <= 1e-5 < 1e-2 < relative_error(found[mask], plain[mask])
 
 
 def test_a_folder_that_holds_something_is_left_alone(live, tmp_path, monkeypatch):
@@ -459,13 +487,11 @@ def test_a_manifest_that_lacks_what_its_reader_needs_is_refused_before_anything_
 
 
 def test_a_part_whose_arguments_lack_their_shapes_is_refused(tmp_path):
-    made = engine_manifest("call")
-    del made["arguments"]["call"]["frames"]["shape"]
-    (tmp_path / "manifest.json").write_text(json.dumps(made))
-    with pytest.raises(
-        ValueError, match=r"must have arguments\.call\.frames\.shape as list, got NoneType: export it again$"
-    ):
-        engine.load_engine(tmp_path, "call")
+    for harmed, words in (({"frames": {"dtype": "uint8"}}, r"call\.frames\.shape as list"), (None, "call as dict")):
+        made = engine_manifest("call") | {"arguments": {"call": harmed}}
+        (tmp_path / "manifest.json").write_text(json.dumps(made))
+        with pytest.raises(ValueError, match=rf"must have arguments\.{words}, got NoneType: export it again$"):
+            engine.load_engine(tmp_path, "call")
 
 
 def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
