@@ -28,27 +28,35 @@ using at::Tensor;
 using torch::inductor::AOTIModelPackageLoader;
 using Settings = std::map<std::string, std::string>;
 
+const std::string FORMAT = "2";  // of runner.txt, as in qwen_batched.export.manifest_reading
+// What it must name, and how many numbers of each at least.
+const std::map<std::string, size_t> NEEDED{
+    {"format", 1}, {"image_token_id", 1}, {"vocabulary_size", 1}, {"batch", 2}, {"grid", 2}, {"eos_token_ids", 0},
+    {"repetition_penalty", 1}, {"frames", 3}, {"frame_bits", 1}, {"cache", 3}, {"cuda", 1}, {"torch", 3}, {"device", 0}};
+
+std::vector<double> numbers(const Settings& settings, const std::string& name) {
+  std::istringstream words(settings.at(name));
+  return {std::istream_iterator<double>(words), {}};
+}
+
 // runner.txt: in each line a name, and what belongs to it.
 Settings read_settings(const std::string& folder) {
+  const std::string path = folder + "/runner.txt";
   Settings settings;
-  std::ifstream file(folder + "/runner.txt");
+  std::ifstream file(path);
   if (!file) throw std::runtime_error(folder + " holds no runner.txt");
   for (std::string line; std::getline(file, line);) {
     const auto space = std::min(line.find(' '), line.size());
     settings[line.substr(0, space)] = line.substr(std::min(space + 1, line.size()));
   }
+  const std::string format = settings.count("format") ? settings["format"] : "none";
+  if (format != FORMAT)
+    throw std::runtime_error(path + " must be of format " + FORMAT + ", got " + format + ": export the engine again");
+  for (const auto& [name, count] : NEEDED)
+    if (!settings.count(name) || numbers(settings, name).size() < count)
+      throw std::runtime_error(path + " must have " + name + " and " + std::to_string(count) +
+                               " numbers or more of it: export the engine again");
   return settings;
-}
-
-const std::string& text(const Settings& settings, const std::string& name) {
-  const auto found = settings.find(name);
-  if (found == settings.end()) throw std::runtime_error("runner.txt has no " + name + ": export the engine again");
-  return found->second;
-}
-
-std::vector<double> numbers(const Settings& settings, const std::string& name) {
-  std::istringstream words(text(settings, name));
-  return {std::istream_iterator<double>(words), {}};
 }
 
 std::vector<int64_t> integers(const Settings& settings, const std::string& name) {
@@ -60,14 +68,14 @@ std::vector<int64_t> integers(const Settings& settings, const std::string& name)
 at::Device check_device(const Settings& settings) {
   const std::vector<int64_t> version{TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH};
   if (integers(settings, "torch") != version)
-    throw std::runtime_error("the engine was made for PyTorch " + text(settings, "torch") + ", got " + TORCH_VERSION);
+    throw std::runtime_error("the engine was made for PyTorch " + settings.at("torch") + ", got " + TORCH_VERSION);
   const bool on_gpu = numbers(settings, "cuda")[0];
   std::string device = on_gpu ? "no GPU" : "CPU " + at::get_cpu_capability();
 #ifdef WITH_CUDA
   if (on_gpu && at::cuda::is_available()) device = at::cuda::getCurrentDeviceProperties()->name;
 #endif
-  if (device != text(settings, "device"))
-    throw std::runtime_error("the engine was made for " + text(settings, "device") + ", got " + device);
+  if (device != settings.at("device"))
+    throw std::runtime_error("the engine was made for " + settings.at("device") + ", got " + device);
   return on_gpu ? at::kCUDA : at::kCPU;
 }
 

@@ -31,12 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
         more = (options.frames_dtype, options.opset, options.parts)
         written = export_live(live, options.out, options.target, *sizes, *more)
     except (ExportError, OSError, TypeError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"export: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
+        print(f"export: {_line(str(error))}", file=sys.stderr)
         return 2
     for name, deviation in written["deviation"].items():
         print(f"{name:16} relative L2 {deviation['measured']:.1e}, bound {deviation['bound']:.1e}")
     print(f"written: {options.out}")
     return 0
+
+
+def _line(reason: str) -> str:
+    """One of any length in one line; compilers put a long command before what went wrong."""
+    reason = " ".join(reason.split())
+    return reason if len(reason) <= 1000 else f"{reason[:300]} ... {reason[-700:]}"
 
 
 def _parser() -> argparse.ArgumentParser:

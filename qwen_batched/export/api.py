@@ -89,7 +89,7 @@ def export_live(live: LiveModel, out: str | Path, *options: Any) -> dict[str, An
     """`export` of a model that need not stay in memory; takes the other arguments as `ExportRequest.of` does."""
     out = Path(os.path.realpath(out))  # of a link, what it leads to
     chosen = ExportRequest.of(live.model, *options)
-    check_folder(out, live.model, chosen.copies)
+    check_folder(out, live.model, chosen)
     device = live.model.visual.patch_embed.proj.weight.device.type
     # Graphs would keep autocast; tensors made in inference mode cannot be traced.
     with _ONE_AT_A_TIME, torch.inference_mode(False), torch.autocast(device, enabled=False):

@@ -6,7 +6,6 @@ kind of device that compiled it.
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 import zipfile
@@ -18,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_batched.export.disk import DeferredErrors, check_free, temporary
+from qwen_batched.export.manifest_reading import Kinds, check_keys, read_manifest
 from qwen_batched.export.packing import packed
 from qwen_batched.export.tracing import Part, trace
+from qwen_batched.runtime.backend import has_kernels
 
 SUFFIX = ".pt2"
 MODEL_NAME, RUNNERS, ANY_DEVICE = "model", 1, -1  # as PyTorch's own functions write and load packages
@@ -31,6 +33,10 @@ SETTINGS["aot_inductor.precompile_headers"] = False
 # As many threads as where it runs. Else those of the exporter are compiled in, whatever `torch.set_num_threads` says,
 # and a process that was forked, as workers of data loaders are, waits for them forever.
 SETTINGS["cpp.dynamic_threads"] = True
+NEEDED: Kinds = {
+    **{"arguments": dict, "batch": list, "cameras": int, "grid": list, "image_token_id": int, "vocabulary_size": int},
+    **{"device": str, "device_type": str, "versions.torch": str},
+}
 
 
 def write(part: Part, path: Path) -> None:
@@ -41,25 +47,28 @@ def write(part: Part, path: Path) -> None:
 
     options = _inductor.list_options()
     settings = {name: value for name, value in SETTINGS.items() if name in options}
-    if next(iter(part.examples.values())).is_cuda:
-        part = replace(part, program=packed(part.program))
+    device = next(iter(part.examples.values())).device
+    if device.type == "cuda":  # asked here, since tracing is under the reference
+        part = replace(part, program=packed(part.program, has_kernels(device)))
     # It tries what the CPU can do by programs, which need not be compiled again each time.
     pick_vec_isa()
     # What else is in the compiler's folder is a copy of the weights, and read by processes that compile the same.
     failure: BaseException | None = None
-    with fresh_inductor_cache(), warnings.catch_warnings():
+    with fresh_inductor_cache(), warnings.catch_warnings(), DeferredErrors(path.open("wb")) as file:
         warnings.simplefilter("ignore")
         try:
-            _inductor.aoti_compile_and_package(trace(part), package_path=str(path), inductor_configs=settings)
+            _inductor.aoti_compile_and_package(trace(part), package_path=file, inductor_configs=settings)
         except BaseException as error:
             failure = error  # raised outside, or the folder would stay
+    failure = failure or file.error
     if failure is not None:
+        path.unlink()
         raise failure
 
 
 def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The package as a function of its arguments in their order; see `load_engine`."""
-    _check_is_package(path)
+    check_free([(temporary(), _unpacked_size(path))])
     # `aoti_load_package` first compiles programs that try what the CPU can do, 16 s and more, and who runs packages
     # may have no compiler. What it would warn of, `load_engine` refuses.
     package = torch._C._aoti.AOTIModelPackageLoader(str(path), MODEL_NAME, for_graphs, RUNNERS, ANY_DEVICE)
@@ -70,17 +79,17 @@ def open_package(path: Path, for_graphs: bool = False) -> Callable[[Mapping[str,
     return run
 
 
-def _check_is_package(path: Path) -> None:
-    """Raises `ValueError` where a file is cut off or no package, of which PyTorch's loader may end the process."""
+def _unpacked_size(path: Path) -> int:
+    """In bytes. Raises `ValueError` where a file is cut off or no package: PyTorch's loader may end the process."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            sizes = {each.filename: each.file_size for each in archive.infolist()}
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be a package that was written whole, got {error}") from None
-    if not any(f"/{MODEL_NAME}/" in name and name.endswith(".so") for name in names):
-        raise ValueError(
-            f"{path} must be a package of compiled code, got a zip file with {', '.join(names[:3]) or 'nothing'}"
-        )
+    if not any(f"/{MODEL_NAME}/" in name and name.endswith(".so") for name in sizes):
+        found = ", ".join([*sizes][:3]) or "nothing"
+        raise ValueError(f"{path} must be a package of compiled code, got a zip file with {found}")
+    return sum(sizes.values())
 
 
 def load_engine(
@@ -88,17 +97,23 @@ def load_engine(
 ) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """A part of an exported engine, as a function of its arguments by name.
 
-    With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it.
+    With `for_graphs` a call can be captured in a CUDA graph, and only one thread at a time may call it. On a GPU it
+    then does not look at token ids, which would wait for the device: the caller sees to it that each is below the
+    manifest's `vocabulary_size`, or the process ends, and that those of a `call` have features for all image tokens.
 
-    The function raises `ValueError` for arguments that the part does not take: a package itself checks neither shape
-    nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such part, one
-    that is cut off, or one for another PyTorch or another kind of device.
+    Any other argument that the part does not take is a `ValueError` of the function: a package itself checks neither
+    shape nor dtype, and reads past the end of what is too small. Raises `ValueError` where the folder holds no such
+    part, one that is cut off, one for another PyTorch or another kind of device, or a manifest of another format, and
+    where `TMPDIR`, to which packages are unpacked, is too full.
     """
     folder = Path(folder)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if manifest.get("target") != "engine" or part not in manifest.get("parts", ()):
-        raise ValueError(f"{folder} must hold the part {part!r} of an export with --target engine, and does not")
+    manifest = read_manifest(folder, "engine", NEEDED)
+    if part not in manifest["arguments"]:
+        raise ValueError(f"{folder} must hold the part {part!r}, got {', '.join(manifest['arguments'])}")
+    check_keys(folder / "manifest.json", manifest, {f"arguments.{part}": dict})
+    keys = (("dtype", str), ("shape", list))
+    named = {f"arguments.{part}.{name}.{key}": kind for name in manifest["arguments"][part] for key, kind in keys}
+    check_keys(folder / "manifest.json", manifest, named)
     for what, made, here in (
         ("PyTorch", manifest["versions"]["torch"], torch.__version__),
         ("device", manifest["device"], device_kind(torch.device(manifest["device_type"]))),

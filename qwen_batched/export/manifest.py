@@ -14,10 +14,10 @@ from packaging.version import Version
 
 from qwen_batched.arguments import dtype_name
 from qwen_batched.export.engine import device_kind
+from qwen_batched.export.manifest_reading import FORMAT
 from qwen_batched.export.request import GENAI, ExportRequest, has_decoder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
 
-FORMAT = 1
 VERSIONS = ("qwen_batched", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 LAYOUT = (
     "S: length of the sequence. T_img: image tokens of an image, grid[0] * grid[1]. P: index of its first token: "
@@ -88,7 +88,10 @@ def _write_settings(path: Path, content: Mapping[str, Any], model: QwenBatchedVL
     decoder = model.model.config
     settings = {
         name: content[name]
-        for name in ("image_token_id", "vocabulary_size", "batch", "grid", "eos_token_ids", "repetition_penalty")
+        for name in (
+            *("format", "image_token_id", "vocabulary_size", "batch", "grid"),
+            *("eos_token_ids", "repetition_penalty"),
+        )
     }
     frames = content["frames"]
     settings["frames"] = (content["cameras"], *frames["source"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_batched.export.telemetry import without_telemetry
 from qwen_batched.export.tracing import Part, trace
 
 SUFFIX = ".onnx"
@@ -28,7 +29,8 @@ def write(part: Part, path: Path, opset: int) -> None:
 
 def open_graph(path: Path) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The graph as a function of its arguments by name, on ONNX Runtime, which maps the weights and copies none."""
-    import onnxruntime
+    with without_telemetry():
+        import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights

@@ -1,7 +1,7 @@
 """Programs as a GPU is fast at them.
 
 MLPs have weights that are constants: gate and up are one product, widths are padded with zeros. The attention within
-windows is a kernel inside the program.
+windows is a kernel inside the program, where the GPU has kernels.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class PackedSwiGLU(nn.Module):
         return F.linear(ops.swiglu(F.linear(x, self.gate_up, self.gate_up_bias)), self.down, self.down_bias)
 
 
-def packed(program: nn.Module) -> nn.Module:
-    """A copy with `PackedSwiGLU` where a width is no multiple, and with kernels; it shares all other parameters."""
+def packed(program: nn.Module, with_kernels: bool) -> nn.Module:
+    """A copy with `PackedSwiGLU` where a width is no multiple, and with kernels if any; it shares other parameters."""
     program = copy.deepcopy(program, {id(parameter): parameter for parameter in program.parameters()})
     for module in [*program.modules()]:
-        if isinstance(module, VisionAttention):
+        if with_kernels and isinstance(module, VisionAttention):
             module.attend = ops.inlined_rotary_attention
         for name, child in module.named_children():
             if isinstance(child, SwiGLU) and child.hidden_dim % WIDTH_MULTIPLE:

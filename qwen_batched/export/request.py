@@ -17,6 +17,7 @@ from torch import nn
 from qwen_batched import ops
 from qwen_batched.arguments import as_int, dtype_name, shown
 from qwen_batched.checkpoint.config import MAX_FRAME_PIXELS
+from qwen_batched.export.disk import check_free, temporary
 from qwen_batched.export.preprocessing import Size
 from qwen_batched.families import FAMILIES
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
@@ -38,6 +39,7 @@ FLOAT16_OPSETS = range(18, 23)  # float16 graphs of opset 23 fail in ONNX Runtim
 CALL = "call"  # frames and token ids to results, through all parts
 TEXT_TOKENS = 9  # of example sequences, beside images, where the sequence is of any length
 FREE_SHARE = 1.2  # of the weights' bytes that must be free on the disk, for each copy of them
+COMPILED_COPIES = 2  # of a part's weights while it is compiled: an object file, and the library that it is linked to
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def check_model(model: QwenBatchedVL, target: str, parts: tuple[str, ...], opset
         )
     for name, module in model.named_modules():
         if hasattr(module, "base_layer"):
-            raise ValueError(f"adapters must be merged before an export (merge_and_unload), got one at {name}")
+            raise ValueError(f"adapters must be merged, by merge_and_unload, before an export, got one at {name}")
         if isinstance(module, nn.Linear) and plain_linear(module) is None:
             raise ValueError(f"every linear layer must be unmodified, got {type(module).__name__} at {name}")
 
@@ -181,8 +183,8 @@ def _check_genai(model: QwenBatchedVL, parts: tuple[str, ...], frames_dtype: str
             raise ValueError(f"{name} must be {expected} with target 'genai', got {found}")
 
 
-def check_folder(out: Path, model: QwenBatchedVL, copies: int) -> None:
-    """Raises `ValueError` where a folder cannot be written: it holds something, or the disk is too full."""
+def check_folder(out: Path, model: QwenBatchedVL, request: ExportRequest) -> None:
+    """Raises `ValueError` where a folder cannot be written: it holds something, or a disk is too full."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {out}")
     if out.exists() and os.path.ismount(out):
@@ -192,9 +194,12 @@ def check_folder(out: Path, model: QwenBatchedVL, copies: int) -> None:
     parent = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"out must be in a folder, got {out}, and {parent} is none")
-    needed = int(FREE_SHARE * copies * sum(p.numel() * p.element_size() for p in model.parameters()))
-    if (free := shutil.disk_usage(parent).free) < needed:
-        raise ValueError(f"{parent} must have {needed / 2**30:.1f} GiB free, got {free / 2**30:.1f}")
+    held = model if has_decoder(request.parts) else model.visual
+    copy = int(FREE_SHARE * sum(p.numel() * p.element_size() for p in held.parameters()))
+    needed = [(parent, request.copies * copy)]
+    if request.target == "engine":
+        needed.append((temporary(), COMPILED_COPIES * copy))
+    check_free(needed)
 
 
 def read_frames(frames: str | Size | tuple[Size, Size]) -> tuple[Size, Size]:

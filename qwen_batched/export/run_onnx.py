@@ -6,7 +6,6 @@ Runs an exported `onnx` folder on ONNX Runtime, with NumPy, Pillow and the token
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
+from qwen_batched.export.manifest_reading import Kinds, read_manifest
+
 __all__ = ["OnnxModel"]
 
 TEXT = "{text}"  # stands for the text in the manifest's prompt
@@ -26,12 +27,9 @@ class OnnxModel:
     """An exported folder, run greedily, one batch of samples with the same number of cameras at a time."""
 
     def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export that can generate."""
+        """Opens the folder's graphs. Raises `ValueError` where it is no `onnx` export of this format, with a prompt."""
         folder = Path(folder)
-        path = folder / "manifest.json"
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if manifest.get("target") != "onnx":
-            raise ValueError(f"{folder} must be a folder that was exported with --target onnx, and is none")
+        manifest = read_manifest(folder, "onnx", _NEEDED)
         missing = [name for name in _PARTS if name not in manifest["parts"]]
         if missing or manifest["prompt"] is None:
             expected = f"the parts {', '.join(_PARTS)} and a prompt, of a model with a chat template"
@@ -142,6 +140,11 @@ class OnnxModel:
 
 
 _PARTS = ("vision", "cached_decoder")
+_NEEDED: Kinds = {
+    **{"parts": list, "prompt": (list, type(None)), "frames.source": list, "frames.dtype": str, "cameras": int},
+    **{"batch": list, "grid": list, "image_token_id": int, "pad_token_id": int, "eos_token_ids": list},
+    **{"repetition_penalty": (float, int), "renumbered": dict},
+}
 
 
 def _rope_positions(is_image: np.ndarray, mask: np.ndarray, grid: Sequence[int]) -> np.ndarray:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,6 +266,18 @@ def test_the_runner_takes_no_engine_of_another_pytorch_or_device(engine, runner,
     assert not (tmp_path / "out").exists()
 
 
+def test_the_runner_takes_no_engine_of_another_format_nor_one_that_lacks_a_number(engine, runner, tmp_path):
+    lines = (engine[1] / "runner.txt").read_text().splitlines()
+    (tmp_path / "vision.pt2").write_bytes(b"nothing")  # which would be the next to be found wrong
+    changes = {line: "" for line in lines} | {"frames 2 40 60": "frames 2 40", "format 2": "format 1"}
+    assert changes.keys() == set(lines)
+    for line, changed in changes.items():
+        (tmp_path / "runner.txt").write_text("\n".join(changed if each == line else each for each in lines))
+        done = run(runner, "features", tmp_path, tmp_path / "out", "none.ppm")
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert f" {line.split()[0]} " in done.stderr and done.stderr.endswith("export the engine again\n"), done.stderr
+
+
 def test_a_compiler_that_links_its_own_c_library_makes_packages_that_load(tmp_path, monkeypatch):
     """Where there is no link `libstdc++.so`, packages would crash in `std::regex` when they are loaded.
 
@@ -322,6 +335,35 @@ def test_a_compilation_that_fails_leaves_no_copy_of_the_weights(tmp_path, monkey
     with pytest.raises(error):
         write(Part(Fails(), {"x": torch.ones(2)}, {}, ("output",)), tmp_path / "fails.pt2")
     assert list(tmp_path.iterdir()) == [] and "kept" not in caplog.text
+
+
+def test_a_full_disk_is_an_error_and_does_not_end_the_process(tmp_path, monkeypatch):
+    """PyTorch's writer of archives, here without a compilation before it, would end it."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(
+        "torch._inductor.aoti_compile_and_package",
+        lambda program, package_path, **_: torch.save(torch.ones(2**16), package_path),
+    )
+    (tmp_path / "layer.pt2").symlink_to("/dev/full")
+    part = Part(torch.nn.Linear(4, 4).requires_grad_(False), {"input": torch.ones(2, 4)}, {}, ("output",))
+    with pytest.raises(OSError, match=r"No space left on device: '.*layer\.pt2'"):
+        write(part, tmp_path / "layer.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_is_not_unpacked_where_there_is_no_room_for_it(engine, tmp_path, monkeypatch):
+    """PyTorch's loader would leave there what it had written before."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with zipfile.ZipFile(engine[1] / "vision.pt2") as archive:
+        size = sum(each.file_size for each in archive.infolist())
+    usage = SimpleNamespace(free=size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=f"{tmp_path} must have .* GiB free, got "):
+        load_engine(engine[1], "vision")
+    assert list(tmp_path.iterdir()) == []
+    usage.free = size
+    load_engine(engine[1], "vision")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -15,9 +15,9 @@ from qwen_batched.export import __main__ as command
 from qwen_batched.export.genai import config_files
 from qwen_batched.export.genai.config_files import write_config_files
 from qwen_batched.export.genai.programs import PatchesProgram
-from qwen_batched.export.genai.running import without_telemetry
 from qwen_batched.export.programs import VisionProgram, detached
 from qwen_batched.export.request import ExportRequest
+from qwen_batched.export.telemetry import without_telemetry
 from tests.export.conftest import load
 from tests.sisters import FACTORS
 from tests.support import assert_equal_to, photos

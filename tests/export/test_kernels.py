@@ -8,11 +8,15 @@ import zipfile
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from qwen_batched import ops
-from qwen_batched.export import export, load_engine
+from qwen_batched.export import engine, export, load_engine
+from qwen_batched.export.tracing import Part
+from qwen_batched.model.vision import VisionAttention
 from qwen_batched.ops import reference
 from qwen_batched.ops.segments import Run, Segments
+from qwen_batched.runtime import backend
 from tests.processes import ROOT
 from tests.support import FLOAT32_TOLERANCE, assert_equal_to, photos, relative_error
 
@@ -33,6 +37,33 @@ def test_a_program_has_the_kernel_where_there_are_windows(sisters):
         assert attention == [WHOLE if whole else WINDOWS for whole in is_whole]
         assert not any(name.startswith("qwen_batched.") for name in said["before"])
         assert not said["live_model_is_changed"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen", "has"),
+    [((7, 5), "auto", False), ((8, 0), "auto", True), ((9, 0), "auto", True), ((9, 0), "reference", False)],
+    ids=str,
+)
+def test_a_package_has_the_kernel_where_the_live_model_has_kernels(
+    capability, chosen, has, live, tmp_path, monkeypatch
+):
+    """None on GPUs that Triton does not support, and where who exports chose the reference."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", lambda program, **_: None)
+    traced = []
+    monkeypatch.setattr(engine, "trace", lambda part: traced.append(part.program))
+    with FakeTensorMode():
+        frames = torch.ones(2, device="cuda")
+    backend._obstacle.cache_clear()
+    try:
+        with ops.use_backend(chosen):
+            engine.write(Part(live("tiny").visual, {"frames": frames}, {}, ()), tmp_path / "vision.pt2")
+    finally:
+        backend._obstacle.cache_clear()
+    attention = [module.attend for module in traced[0].modules() if isinstance(module, VisionAttention)]
+    assert attention and {each is ops.inlined_rotary_attention for each in attention} == {has}
 
 
 @pytest.mark.parametrize(("length", "heads", "size"), [(16, 2, 16), (40, 3, 24), (65, 2, 16), (16, 1, 160)])

@@ -1,8 +1,11 @@
 """Bad input is refused before any work, a failure leaves nothing behind, and the command says why in a line."""
 
+import copy
 import errno
 import functools
 import json
+import os
+import sys
 import threading
 import time
 import weakref
@@ -16,9 +19,13 @@ from qwen_batched import QwenBatchedVL
 from qwen_batched.export import __main__ as command
 from qwen_batched.export import api, engine, export, onnx_files, request, verification
 from qwen_batched.export.api import ExportError
+from qwen_batched.export.manifest_reading import FORMAT
 from qwen_batched.export.parts import Parts
 from qwen_batched.export.programs import detached
 from qwen_batched.export.request import ExportRequest, read_frames, read_range
+from qwen_batched.export.tracing import trace
+from tests.export.conftest import load
+from tests.support import relative_error
 
 pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
 GOOD = {"target": "onnx", "frames": "56x56"}
@@ -137,6 +144,30 @@ def test_adapters_are_refused(sisters, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_merged_adapter_is_in_the_program_and_one_that_stays_beside_its_layers_is_refused(sisters, tmp_path):
+    """`merge_adapter` adds the update to the weights and keeps peft's layers, `merge_and_unload` leaves none."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = load(sisters("tiny"), num_layers=1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "qkv"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(base), config).eval()
+    part = ExportRequest.of(base, "engine", "56x56", 1, 2, None, "uint8", 18, ("call",))
+    arguments = Parts(detached(base), part).arguments("call", 2)
+    with torch.no_grad():
+        programs = [Parts(detached(model), part).part("call").program for model in (base, adapted.model)]
+        plain, live = (program(*arguments.values()) for program in programs)
+    adapted.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged, by merge_and_unload, before an export, got one at .*qkv$"):
+        export(adapted.model, tmp_path / "out", **GOOD)
+    adapted.unmerge_adapter()
+    merged = adapted.merge_and_unload()
+    request_ = ExportRequest.of(merged, "engine", "56x56", 1, 2, None, "uint8", 18, ("call",))
+    program = trace(Parts(detached(merged), request_).part("call")).module()
+    found, mask = program(*arguments.values()), arguments["attention_mask"] != 0
+    assert relative_error(found[mask], live[mask]) <= 1e-5 < 1e-2 < relative_error(found[mask], plain[mask])
+
+
 def test_a_folder_that_holds_something_is_left_alone(live, tmp_path, monkeypatch):
     (tmp_path / "kept").write_text("a")
     for out in (tmp_path, tmp_path / "kept"):
@@ -224,6 +255,39 @@ def test_a_full_disk_is_seen_before_and_leaves_nothing_after(live, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_temporary_files_with_no_room_for_a_compilation_is_refused(live, tmp_path, monkeypatch):
+    """Together with what is written, where both are on one disk."""
+    model, usage = live("tiny"), {}
+    given = {"target": "engine", "frames": "56x56", "parts": ["vision"]}
+    weights = sum(p.numel() * p.element_size() for p in model.visual.parameters())
+    room = {1: 1.2 * weights, 2: 2.4 * weights, 3: 3.6 * weights}  # of one copy, two, three
+    out, temporary = tmp_path / "a" / "out", tmp_path / "temporary"
+    out.parent.mkdir()
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(request.shutil, "disk_usage", lambda path: SimpleNamespace(free=usage[path]))
+    monkeypatch.setattr(engine, "write", lambda part, path: pytest.fail("written"))
+    for free, words in ((room[3] - 9, r"temporary must have .* GiB free, got "), (room[3], "written")):
+        usage |= {out.parent: room[1], temporary: free}
+        with pytest.raises((ValueError, pytest.fail.Exception), match=words):
+            export(model, out, **given)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="none"):
+        export(model, out, **given)
+    assert not list(out.parent.iterdir()) and not list(temporary.iterdir())
+
+
+def test_the_command_says_the_end_of_a_long_reason(checkpoint, tmp_path, capsys, monkeypatch):
+    """A compiler's command comes first."""
+    reason = f"g++ {'-I/include ' * 400}\n\nfatal error: No space left on device\n"
+    monkeypatch.setattr(command, "export_live", lambda *_: (_ for _ in ()).throw(ExportError(reason)))
+    given = ["--model", str(checkpoint), "--target", "engine", "--frames", "56x56", "--out", str(tmp_path / "out")]
+    assert command.main(given) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("export: g++ -I") and printed.endswith("No space left on device\n")
+    assert printed.count("\n") == 1 and len(printed) < 1100
+
+
 def write_exactly(monkeypatch, model, shift=0.0):
     """In place of ONNX: graphs of the live vision transformer, whose first value is moved."""
 
@@ -307,6 +371,19 @@ def test_no_number_in_any_result_is_a_deviation(place):
     assert not verification.relative_l2(values, expected) <= 1
 
 
+def test_onnxruntime_is_imported_without_its_usage_data(tmp_path, monkeypatch):
+    """It reads the variable once, when it is imported."""
+    import onnxruntime  # so that it is what the modules hold again afterwards
+
+    (tmp_path / "onnxruntime.py").write_text("import os\nraise ImportError(os.environ['ORT_DISABLE_TELEMETRY'])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, onnxruntime.__name__)
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    with pytest.raises(ImportError, match=r"^1$"):
+        onnx_files.open_graph(tmp_path / "vision.onnx")
+    assert "ORT_DISABLE_TELEMETRY" not in os.environ
+
+
 def test_an_exporter_that_fails_is_named(live, tmp_path, monkeypatch):
     def write(part, path, opset):
         raise RuntimeError("no such operator")
@@ -344,31 +421,93 @@ def test_the_command_says_why_in_a_line(checkpoint, tmp_path, capsys, arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must hold the part 'vision'"):
-        engine.load_engine(tmp_path, "vision")
-    made = {"target": "engine", "parts": ["vision"], "device_type": "cpu"}
-    made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
-    for changed, words in (
-        ({"versions": {"torch": "1.0"}}, "made for PyTorch 1.0"),
-        ({"device": "NVIDIA X"}, "made for device NVIDIA X"),
-    ):
-        (tmp_path / "manifest.json").write_text(json.dumps(made | changed))
-        with pytest.raises(ValueError, match=words):
-            engine.load_engine(tmp_path, "vision")
-
-
-def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
-    """A package would repeat the last feature for more, and knows no ids beyond its embeddings."""
+def engine_manifest(part):
+    """What a reader needs of it, of a part that takes frames and ids."""
     shapes = {
         "frames": ["batch", 2, 3, 4, 6],
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "sequence"],
     }
     arguments = {name: {"dtype": "int64", "shape": shape} for name, shape in shapes.items()}
-    made = {"target": "engine", "parts": ["call"], "device_type": "cpu", "arguments": {"call": arguments}}
+    made = {"format": FORMAT, "target": "engine", "arguments": {part: arguments}, "device_type": "cpu"}
     made |= {"device": engine.device_kind(torch.device("cpu")), "versions": {"torch": torch.__version__}}
-    made |= {"batch": [1, 8], "cameras": 2, "grid": [1, 3], "image_token_id": 9, "vocabulary_size": 10}
+    return made | {"batch": [1, 8], "cameras": 2, "grid": [1, 3], "image_token_id": 9, "vocabulary_size": 10}
+
+
+def onnx_manifest():
+    made = {"format": FORMAT, "target": "onnx", "parts": ["vision", "cached_decoder"], "prompt": [1], "cameras": 2}
+    made |= {"frames": {"source": [4, 6], "dtype": "uint8"}, "batch": [1, 8], "grid": [1, 3], "image_token_id": 9}
+    return made | {"pad_token_id": 0, "eos_token_ids": [1], "repetition_penalty": 1.0, "renumbered": {}}
+
+
+def load_engine_call(folder):
+    engine.load_engine(folder, "call")
+
+
+def load_onnx(folder):
+    from qwen_batched.export.run_onnx import OnnxModel
+
+    OnnxModel(folder)
+
+
+@pytest.mark.parametrize(("load", "made"), [(load_engine_call, engine_manifest("call")), (load_onnx, onnx_manifest())])
+def test_a_manifest_that_lacks_what_its_reader_needs_is_refused_before_anything_is_loaded(
+    load, made, tmp_path, monkeypatch
+):
+    """One of an older version, and a damaged one."""
+    monkeypatch.setattr(engine, "open_package", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: pytest.fail("loaded"))
+    path, text = tmp_path / "manifest.json", json.dumps(made)
+
+    def refused(content, words):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ValueError, match=words) as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
+
+    refused(None, f"exported with --target {made['target']}, and holds no manifest.json$")
+    for content in ("", text[: len(text) // 2], "nothing", "[" * 100_000):
+        refused(content, r"manifest\.json must be JSON, got .*: export it again$")
+    path.write_bytes(b"\xff\xfe\x00")
+    refused(None, r"manifest\.json must be JSON, got .*: export it again$")
+    for content in ([], None, {"target": "genai"}):
+        refused(json.dumps(content), f"--target {made['target']}, got ")
+    refused(json.dumps(made | {"format": FORMAT + 1}), f"must be of format {FORMAT}, got {FORMAT + 1}: export it again")
+    older = {name: value for name, value in made.items() if name not in ("vocabulary_size", "pad_token_id")}
+    refused(json.dumps(older | {"format": 1}), f"must be of format {FORMAT}, got 1: export it again")
+    for name in set(made) - {"target", "prompt"}:
+        refused(
+            json.dumps({each: value for each, value in made.items() if each != name}), rf"\b{name}\b.*export it again$"
+        )
+        refused(json.dumps(made | {name: None}), rf"\b{name}\b.*, got None(Type)?: export it again$")
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        path.write_text(text)
+        load(tmp_path)
+
+
+def test_a_part_whose_arguments_lack_their_shapes_is_refused(tmp_path):
+    for harmed, words in (({"frames": {"dtype": "uint8"}}, r"call\.frames\.shape as list"), (None, "call as dict")):
+        made = engine_manifest("call") | {"arguments": {"call": harmed}}
+        (tmp_path / "manifest.json").write_text(json.dumps(made))
+        with pytest.raises(ValueError, match=rf"must have arguments\.{words}, got NoneType: export it again$"):
+            engine.load_engine(tmp_path, "call")
+
+
+def test_packages_for_another_pytorch_or_device_are_refused(tmp_path):
+    for changed, words in (
+        ({"versions": {"torch": "1.0"}}, "made for PyTorch 1.0"),
+        ({"device": "NVIDIA X"}, "made for device NVIDIA X"),
+        ({"arguments": {"decoder": {}}}, "must hold the part 'vision', got decoder$"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(engine_manifest("vision") | changed))
+        with pytest.raises(ValueError, match=words):
+            engine.load_engine(tmp_path, "vision")
+
+
+def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
+    """A package would repeat the last feature for more, and knows no ids beyond its embeddings."""
+    made = engine_manifest("call")
     (tmp_path / "manifest.json").write_text(json.dumps(made))
     monkeypatch.setattr(engine, "open_package", lambda path, for_graphs: lambda arguments: [*arguments])
     call = engine.load_engine(tmp_path, "call")
@@ -377,12 +516,11 @@ def test_a_call_has_features_for_all_its_image_tokens(tmp_path, monkeypatch):
         ids = torch.tensor([[first] + [9] * count + [1] * (8 - count) for count in counts])
         mask = torch.ones_like(ids)
         mask[:, 1 : 1 + masked] = 0
-        return call(
-            {"frames": torch.ones(len(ids), *shapes["frames"][1:]).long(), "input_ids": ids, "attention_mask": mask}
-        )
+        frames = torch.ones(len(ids), 2, 3, 4, 6).long()
+        return call({"frames": frames, "input_ids": ids, "attention_mask": mask})
 
     for counts, masked in (([6], 0), ([0, 3, 6], 0), ([7], 1)):
-        assert run(counts, masked) == [*shapes]
+        assert run(counts, masked) == [*made["arguments"]["call"]]
     for counts in ([7], [6, 5], [1], [0, 8]):
         with pytest.raises(ValueError, match="3 image tokens for each of at most 2 images, got "):
             run(counts)

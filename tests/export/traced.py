@@ -21,7 +21,7 @@ def main(folder):
     request = ExportRequest.of(model, "engine", (4 * cell, 5 * cell), 2, (1, 8), None, "uint8", 18, ["vision"])
     part = Parts(detached(model), request).part("vision")
     before = operations(part)
-    after = operations(replace(part, program=packed(part.program)))
+    after = operations(replace(part, program=packed(part.program, with_kernels=True)))
     is_changed = any("attend" in module.__dict__ for module in model.modules())
     print(json.dumps({"before": before, "after": after, "live_model_is_changed": is_changed}))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_batched.export.genai.parts import STEPS
+from qwen_batched.export.telemetry import without_telemetry
 
 Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
@@ -58,18 +57,3 @@ def _png(frame: Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
     return file.getvalue()
-
-
-@contextmanager
-def without_telemetry() -> Iterator[None]:
-    """The runtime's packages send usage data unless this is set when its first model is made."""
-    name = "ORT_DISABLE_TELEMETRY"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
