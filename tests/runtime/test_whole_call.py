@@ -706,6 +706,19 @@ def test_trap26_on_a_gpu_cameras_and_texts_share_a_graph_of_the_decoder(on_gpu, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("text", ["a", "another text, of which there is no graph"])
+def test_a_tower_that_has_changed_is_seen_on_a_gpu(on_gpu, change, text):
+    for seed in range(3):
+        call(on_gpu, frames(seed).cuda(), ["a"] * 2)
+    assert len(on_gpu._calls.tower) == 1
+    CHANGES[change](on_gpu.visual)
+    given = frames(3).cuda(), [text] * 2
+    assert_equal(call(on_gpu, *given), call(on_gpu, *given, cuda_graph=False))
+    assert len(on_gpu._calls.tower) == 0
+
+
+@pytest.mark.gpu
 def test_trap26_all_calls_in_turn_on_a_gpu(on_gpu):
     for seed in range(4):
         for make in CALLS.values():
