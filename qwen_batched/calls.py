@@ -31,7 +31,7 @@ from qwen_batched.model.pipeline import Decoded, Network, Prefilled, Wanted
 from qwen_batched.model.prompt_cache import PromptCache, Suffix, run_suffix
 from qwen_batched.model.tensor_processor import TensorProcessor
 from qwen_batched.outputs import VLOutput
-from qwen_batched.runtime.cuda_graphs import Check, CudaGraphs, OutdatedError
+from qwen_batched.runtime.cuda_graphs import Check, CudaGraphs, deferring_checks, make_all
 from qwen_batched.runtime.fast_path import can_fuse, runs_own_code
 
 
@@ -79,28 +79,34 @@ class Calls:
         return pipeline.output(*self._decoded(caller, call, wanted))
 
     @torch.no_grad()
-    def prefill(self, caller: Caller, call: Call, wanted: Wanted) -> Prefilled:
-        """A prompt, with what tokens behind it need."""
-        return pipeline.prefilled(*self._decoded(caller, call, replace(wanted, cache=True)))
+    def prefill(self, caller: Caller, call: Call, wanted: Wanted, checks: list[Check] | None = None) -> Prefilled:
+        """A prompt, with what tokens behind it need; with `checks` as of `_launched`."""
+        wanted = replace(wanted, cache=True)
+        if checks is None:
+            return pipeline.prefilled(*self._decoded(caller, call, wanted))
+        return pipeline.prefilled(*self._launched(caller, call, wanted, checks))
 
     def _decoded(self, caller: Caller, call: Call, wanted: Wanted) -> tuple[Batch, Features | None, Decoded]:
+        """`_launched`, by modules as they are."""
+
+        def run(checks: list[Check] | None) -> tuple[Batch, Features | None, Decoded]:
+            decoded = self._launched(caller, call, wanted, checks)
+            make_all(checks)
+            return decoded
+
+        return deferring_checks(run)
+
+    def _launched(
+        self, caller: Caller, call: Call, wanted: Wanted, checks: list[Check] | None
+    ) -> tuple[Batch, Features | None, Decoded]:
         """A call without gradients: image features by one graph, decoder and head by another.
 
         Each is keyed by what shapes it, so that cameras and texts do not multiply. What lies between is few launches:
         those that lay out the sequences, and copies of what the decoder reads.
-        """
-        try:
-            return self._by_two_graphs(caller, call, wanted, checks=[])
-        except OutdatedError:  # the features were not those of the tower as it is
-            return self._by_two_graphs(caller, call, wanted, checks=None)
 
-    def _by_two_graphs(
-        self, caller: Caller, call: Call, wanted: Wanted, checks: list[Check] | None
-    ) -> tuple[Batch, Features | None, Decoded]:
-        """With a list of `checks` the tower is looked at behind the launch of the decoder's graph.
-
-        That takes the host a few tenths of a millisecond. Raises `OutdatedError`, before anything but a graph has run
-        on the features, where the tower has changed.
+        To look at the modules takes the host a few tenths of a millisecond for each graph: with a list of `checks` it
+        is left to the caller, once all is launched. Raises `OutdatedError` where modules have changed and something
+        else than a graph would see what came of that.
         """
         (visual, decoder, head), processor, dtype, graph = caller
         batch = self.batch(caller, call, checks)
@@ -112,7 +118,7 @@ class Calls:
         if self._may_use_graphs(processor, call.device, graph):
             modules = [decoder] if head is None else [decoder, head]
             key = wanted, dtype
-            options = {"rooms": inputs.rooms, "earlier": checks or ()}
+            options = {"rooms": inputs.rooms, "checks": checks}
             decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, **options)
         else:
             decoded = run(inputs.padded())
@@ -155,7 +161,7 @@ class Calls:
             return batch
         images = Batch(**{name: getattr(batch, name) for name in IMAGE_FIELDS})
         key, run = ("batch", *_settings(processor, dtype)), functools.partial(image_features, visual)
-        features = self._by_graph(self.tower, [visual], key, run, images, call.device, later=checks)
+        features = self._by_graph(self.tower, [visual], key, run, images, call.device, checks=checks)
         return replace(batch, pixel_values=None, features=features)
 
     def _features(self, caller: Caller, request: Request, checks: list[Check] | None) -> Features:
@@ -187,19 +193,28 @@ class Calls:
         if not self._may_use_graphs(processor, request.device, graph):
             return run(request)
         key = (repr(layers), chunk_size, *_settings(processor, dtype))
-        return self._by_graph(self.tower, [visual], key, run, request, request.device, later=checks)
+        return self._by_graph(self.tower, [visual], key, run, request, request.device, checks=checks)
 
     @contextlib.contextmanager
     def decoding(
-        self, caller: Caller, prefilled: Prefilled, sampling: Sampling, rules: Rules
+        self,
+        caller: Caller,
+        prefilled: Prefilled,
+        sampling: Sampling,
+        rules: Rules,
+        checks: list[Check] | None = None,
     ) -> Iterator[tuple[Decoding, Callable[[int], None]]]:
         """The state of a generation behind its prompts, with the first token, and what runs so many steps more.
 
-        After the `with` block the state and its graph serve the next generation of the kind.
+        After the `with` block the state and its graph serve the next generation of the kind. The `checks` of the
+        prompts are made once the first steps are launched.
         """
         (_, decoder, head), processor, _, graph = caller
         kind = DecodingKind.of(prefilled, sampling, rules)
-        if not self._may_use_graphs(processor, kind.device, graph):
+        may_use_graphs = self._may_use_graphs(processor, kind.device, graph)
+        if sampling.temperature > 0 or not may_use_graphs:  # draws of PyTorch's generator may not be repeated
+            make_all(checks)
+        if not may_use_graphs:
             decoding = Decoding(decoder, head, kind)
             decoding.begin(decoder, head, prefilled, sampling, rules)
             yield decoding, decoding.run
@@ -209,7 +224,8 @@ class Calls:
 
         @torch.no_grad()
         def run(steps: int) -> None:
-            self.steps.repeat(decoding.modules, decoding.token, decoding.step, steps, kind.device)
+            self.steps.repeat(decoding.modules, decoding.token, decoding.step, steps, kind.device, checks)
+            make_all(checks)
 
         try:
             decoding.lend()

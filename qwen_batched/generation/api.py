@@ -24,6 +24,7 @@ from qwen_batched.inputs.transformers_batch import INERT as FORWARD_INERT
 from qwen_batched.inputs.transformers_batch import NAMES, TransformersBatch
 from qwen_batched.model.pipeline import Wanted
 from qwen_batched.outputs import GenerateOutput
+from qwen_batched.runtime.cuda_graphs import Check, deferring_checks
 from qwen_batched.runtime.idle_autocast import without_idle_autocast
 
 if TYPE_CHECKING:  # which imports much that few calls need
@@ -176,7 +177,11 @@ class Generative:
         progress: bool,
         cuda_graph: bool,
     ) -> GenerateOutput:
-        caller = self._caller(cuda_graph)
-        prefilled = self._calls.prefill(caller, call, Wanted((), "post", "last"))
-        with self._calls.decoding(caller, prefilled, sampling, rules) as (decoding, run):
-            return generate_texts(decoding, run, self.processor.prompts, rules, stream=stream, progress=progress)
+        caller, wanted = self._caller(cuda_graph), Wanted((), "post", "last")
+
+        def generate(checks: list[Check] | None) -> GenerateOutput:
+            prefilled = self._calls.prefill(caller, call, wanted, checks)
+            with self._calls.decoding(caller, prefilled, sampling, rules, checks) as (decoding, run):
+                return generate_texts(decoding, run, self.processor.prompts, rules, stream=stream, progress=progress)
+
+        return deferring_checks(generate)

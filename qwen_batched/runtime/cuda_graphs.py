@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class OutdatedError(Exception):
     """A graph was replayed whose modules have changed since: its outputs are not theirs."""
 
 
+T = TypeVar("T")
 Check = Callable[[], None]  # whether a replayed graph was true; raises `OutdatedError`
 Outputs = Any  # a pytree of tensors, and of what is the same at every call
 MAX_GRAPHS = 32
@@ -70,8 +71,7 @@ class CudaGraphs:
         stateful: bool = False,
         kept: Kept | None = None,
         rooms: Sequence[Room | None] | None = None,
-        earlier: Sequence[Check] = (),
-        later: list[Check] | None = None,
+        checks: list[Check] | None = None,
     ) -> Outputs:
         """`function(*inputs, *kept.tensors)`, by a graph where there is one.
 
@@ -81,15 +81,15 @@ class CudaGraphs:
         graph once for all calls with it that follow each other. `rooms` says of each input whether the function is to
         have it with room behind it, graph or not: then inputs of all sizes that fit share the graph.
 
-        A graph is replayed first and looked at then, while the device is at work. With `later` that is left to the
-        caller, who makes the checks that are added to it, so that the next graph can be launched before: that call is
-        given them as `earlier`, and makes them behind its replay, or before the function runs.
+        A graph is replayed first and looked at then, while the device is at work. With `checks` that is left to the
+        caller: it is added to them, for `make_all` once whatever follows is launched. Those that are there already, of
+        graphs whose outputs are among the inputs, are made before the function itself runs.
         """
         if rooms is None:
             rooms = [None] * len(inputs)
         held, self._thread.replayed = () if kept is None else kept.tensors, None
         if _must_run_eagerly(inputs) or self._wants_gradient(modules, inputs):
-            _make(earlier)
+            make_all(checks)
             return function(*pad_all(inputs, rooms), *held)
         # With autograd on, a call earns its own graph, by a run that gave nothing with a gradient.
         shapes = [*map(_buffer_shape, inputs, rooms), *(x.shape for x in held)]
@@ -99,24 +99,21 @@ class CudaGraphs:
         with self._lock:
             self._release_finished()
             call = self._calls.get(key)
-            if call is None:
-                _make(earlier)
-                earlier = ()
             earns_graph = call is None and self._earns_graph(key) and self._still_matches(modules)
             if earns_graph and hash(key) in self._ran_here():
                 call, obstacle = self._capture(key, function, inputs, rooms, held, device)
                 earns_graph = False
             if call is not None and (not stateful or self._still_matches(modules)):
                 outputs = call.replay(inputs, kept)
-                _make(earlier)
-                if later is not None:
-                    later.append(functools.partial(self._check, modules, key, self._snapshot))
+                if checks is not None and not stateful:
+                    checks.append(functools.partial(self._check, modules, key, self._snapshot))
                     return outputs
                 if stateful or self._still_matches(modules):  # asked while the GPU is at work
                     self._uses.note(key)
                     self._thread.replayed = call if stateful else None
                     return outputs
         try:
+            make_all(checks)
             outputs = function(*pad_all(inputs, rooms), *held)
             if not any(isinstance(x, Tensor) and x.requires_grad for x in _pytree.tree_leaves(outputs)):
                 self._remember(modules, key)
@@ -136,13 +133,14 @@ class CudaGraphs:
         function: Callable[[], None],
         count: int,
         device: torch.device,
+        checks: list[Check] | None = None,
     ) -> None:
         """`function()` so often, by a graph where there is one: it changes something, and nothing else does meanwhile.
 
-        So the modules are looked at once.
+        So the modules are looked at once. `checks` are as of `run`.
         """
         while count > 0:
-            self.run(modules, key, function, device=device, stateful=True)
+            self.run(modules, key, function, device=device, stateful=True, checks=checks)
             call, count = self._thread.replayed, count - 1
             self._thread.replayed = None
             while call is not None and count > 0:
@@ -360,9 +358,27 @@ class CapturedCall:
             self._done.synchronize()
 
 
-def _make(checks: Sequence[Check]) -> None:
-    for check in checks:
-        check()
+def make_all(checks: list[Check] | None) -> None:
+    """Makes the checks that there are, and empties the list. Raises `OutdatedError` where one fails."""
+    while checks:
+        checks.pop(0)()
+
+
+def deferring_checks(run: Callable[[list[Check] | None], T]) -> T:
+    """`run` with a list for checks; where one of them fails, again without, to look at modules at once."""
+    checks: list[Check] = []
+    try:
+        return run(checks)
+    except OutdatedError:
+        pass
+    except Exception:  # perhaps of outputs that are outdated
+        try:
+            make_all(checks)
+        except OutdatedError:
+            pass
+        else:
+            raise
+    return run(None)
 
 
 def _buffer_shape(value: Tensor, room: Room | None) -> torch.Size:

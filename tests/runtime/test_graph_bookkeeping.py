@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_batched.runtime import cuda_graphs
 from qwen_batched.runtime.admission import USES_THAT_REPAY
-from qwen_batched.runtime.cuda_graphs import CudaGraphs, OutdatedError
+from qwen_batched.runtime.cuda_graphs import CudaGraphs, OutdatedError, deferring_checks, make_all
 from tests.support import photos
 
 
@@ -59,7 +59,7 @@ def test_trap25_results_are_copies(fake, linear):
     assert torch.equal(run(graphs, linear, "key", linear, x[3]), linear(x[3]))
 
 
-def test_earlier_checks_are_made_once_before_anything_runs_and_behind_a_replay(fake, linear):
+def test_checks_are_made_before_anything_runs_and_left_to_the_caller_behind_a_replay(fake, linear):
     graphs, x, log = CudaGraphs(), torch.ones(2, 3), []
 
     def function(x):
@@ -69,30 +69,57 @@ def test_earlier_checks_are_made_once_before_anything_runs_and_behind_a_replay(f
     def check():
         log.append("checked")
 
-    def logged():
+    def logged(stateful=False):
         log.clear()
+        checks = [check]
         with torch.no_grad():
-            graphs.run([linear], "key", function, x, device=torch.device("cpu"), earlier=[check])
+            graphs.run([linear], "key", function, x, device=torch.device("cpu"), checks=checks, stateful=stateful)
+        log.append(len(checks))
+        make_all(checks)
         return log[:]
 
-    assert logged() == ["checked", "ran"]
-    assert logged() == ["checked", "ran", "ran"]  # captured, and replayed, where these graphs run it too
-    assert logged() == ["ran", "checked"]
+    assert logged() == ["checked", "ran", 0]
+    assert logged() == ["ran", "ran", 2, "checked"]  # captured, and replayed, where these graphs run it too
+    assert logged() == ["ran", 2, "checked"]
+    assert logged(stateful=True) == ["ran", 1, "checked"]  # of which the modules are looked at before
     hook = nn.modules.module.register_module_forward_hook(lambda module, given, out: None)
     try:
-        assert logged() == ["checked", "ran"]  # with a hook on every module no graph is replayed
+        assert logged() == ["checked", "ran", 0]  # with a hook on every module no graph is replayed
     finally:
         hook.remove()
 
 
-def test_a_later_check_is_of_the_modules_as_they_were_when_the_graph_was_replayed(fake, linear):
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_of_outdated_outputs_is_none_and_others_pass(error):
+    def outdated():
+        raise OutdatedError
+
+    def run(checks):
+        given.append(checks)
+        if checks is None:
+            return "again"
+        checks += added
+        raise error("first")
+
+    given, added = [], [lambda: None]
+    with pytest.raises(error, match="first"):
+        deferring_checks(run)
+    added.append(outdated)
+    if error is ValueError:
+        assert deferring_checks(run) == "again"
+    else:
+        with pytest.raises(error):
+            deferring_checks(run)
+
+
+def test_a_check_is_of_the_modules_as_they_were_when_the_graph_was_replayed(fake, linear):
     graphs, checks = CudaGraphs(), []
     run_twice(graphs, linear, "key", linear, torch.ones(2, 3))
 
     def replay():
         checks.clear()
         with torch.no_grad():
-            graphs.run([linear], "key", linear, torch.ones(2, 3), device=torch.device("cpu"), later=checks)
+            graphs.run([linear], "key", linear, torch.ones(2, 3), device=torch.device("cpu"), checks=checks)
         return checks
 
     (check,) = replay()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qwen_batched import QwenBatchedVL, ops
 from qwen_batched.calls import Calls
 from qwen_batched.checkpoint.generation_config import GenerationConfig
-from qwen_batched.generation import Decoding, pool
+from qwen_batched.generation import Decoding, loop, pool
 from qwen_batched.inputs.prompt_rows import PromptRows
 from qwen_batched.model.decoder_inputs import PACKED_TOKEN_STEPS, round_up, rows_of
 from qwen_batched.model.warmup import _choose, _masks
@@ -362,6 +362,73 @@ def test_no_one_sees_the_features_of_a_tower_that_has_changed(own, fake, change,
     ours, theirs = seen
     assert torch.equal(ours, theirs)
     assert len(own._calls.tower) == len(own._calls.decoder) == 0
+
+
+def replace_memory(module):
+    for parameter in module.parameters():
+        parameter.data = parameter.data.flip(0).clone()
+
+
+def hook_a_block(module):
+    block = module if hasattr(module, "blocks") else module.layers[0]
+    block.register_forward_hook(lambda module, given, out: 2 * out)
+
+
+GENERATION_CHANGES = {
+    "weights": replace_memory,
+    "a hook": hook_a_block,
+    "mode": lambda module: module.train(),
+    "nothing": lambda module: None,
+}
+
+
+def test_modules_are_looked_at_once_the_first_steps_are_launched(own, fake, monkeypatch):
+    for seed in range(3):
+        own.generate(frames(seed), TEXTS, max_new_tokens=4)
+    looks, matches = [], ModuleSnapshot.matches
+
+    def logged(self, *modules):
+        looks.append((fake.replayed - before, modules[0]))
+        return matches(self, *modules)
+
+    monkeypatch.setattr(ModuleSnapshot, "matches", logged)
+    before = fake.replayed
+    own.generate(frames(3), TEXTS, max_new_tokens=1)
+    assert looks == [(2, own.visual), (2, own.model)]
+
+    def at_once(tokens_BN, run):
+        run(tokens_BN.shape[1] - 1)
+        yield tokens_BN.tolist()
+
+    monkeypatch.setattr(loop, "_token_chunks", at_once)  # as on a GPU, several steps before the first look at tokens
+    looks.clear()
+    before = fake.replayed
+    own.generate(frames(3), TEXTS, max_new_tokens=4)
+    # A step changes its state, so that the decoder is looked at for the steps before the first of them.
+    assert looks == [(2, own.model), (5, own.visual), (5, own.model)]
+
+
+@pytest.mark.parametrize("change", GENERATION_CHANGES)
+@pytest.mark.parametrize("part", ["visual", "model"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 3}], ids=["likeliest", "drawn"])
+def test_a_generation_of_modules_that_have_changed_begins_anew(own, fake, change, part, options):
+    def run(seed, **more):
+        torch.manual_seed(seed)
+        pieces = []
+        out = own.generate(frames(seed), TEXTS, max_new_tokens=5, stream=pieces.append, **options, **more)
+        return out.token_ids, ["".join(each) for each in zip(*pieces, strict=True)], out.texts, torch.rand(1)
+
+    for seed in range(3):
+        run(seed)
+    replayed = fake.replayed
+    run(3)
+    assert fake.replayed == replayed + 2 + 4
+    GENERATION_CHANGES[change](getattr(own, part))
+    ours, theirs = run(4), run(4, cuda_graph=False)
+    assert all(torch.equal(x, y) for x, y in zip(ours[0], theirs[0], strict=True))
+    assert ours[1] == theirs[1] == ours[2] == theirs[2] and ours[3] == theirs[3]
+    graphs = own._calls.tower if part == "visual" else own._calls.decoder
+    assert (len(graphs) == 0) == (change != "nothing")
 
 
 def test_a_tower_that_changes_at_every_call_ends_every_call(own, fake):
@@ -716,6 +783,18 @@ def test_a_tower_that_has_changed_is_seen_on_a_gpu(on_gpu, change, text):
     given = frames(3).cuda(), [text] * 2
     assert_equal(call(on_gpu, *given), call(on_gpu, *given, cuda_graph=False))
     assert len(on_gpu._calls.tower) == 0
+
+
+@pytest.mark.gpu
+def test_a_generation_of_a_larger_vocabulary_is_not_refused_for_the_old_one(on_gpu):
+    def run(seed, **more):
+        options = {"max_new_tokens": 3, "allowed_tokens": [5, 6, 7], **more}
+        return on_gpu.generate(frames(seed).cuda(), TEXTS, **options).token_ids
+
+    for seed in range(3):
+        run(seed)
+    on_gpu.resize_token_embeddings(on_gpu.config.text.vocab_size + 64)
+    assert all(torch.equal(x, y) for x, y in zip(run(3), run(3, cuda_graph=False), strict=True))
 
 
 @pytest.mark.gpu
