@@ -117,7 +117,7 @@ class Calls:
         run = functools.partial(pipeline.decode, decoder, head, wanted)
         if self._may_use_graphs(processor, call.device, graph):
             modules = [decoder] if head is None else [decoder, head]
-            key = wanted, dtype
+            key = wanted, *_decoder_settings(decoder, dtype)
             options = {"rooms": inputs.rooms, "checks": checks}
             decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, **options)
         else:
@@ -141,7 +141,8 @@ class Calls:
         run = functools.partial(run_suffix, decoder)
         if not self._may_use_graphs(caller.processor, suffix.device, caller.graph):
             return run(suffix, *cache.tensors)
-        return self._by_graph(self.suffixes, [decoder], (caller.dtype,), run, suffix, suffix.device, kept=cache)
+        key = _decoder_settings(decoder, caller.dtype)
+        return self._by_graph(self.suffixes, [decoder], key, run, suffix, suffix.device, kept=cache)
 
     def batch(self, caller: Caller, call: Call, checks: list[Check] | None = None) -> Batch:
         """The batch of a call; on a GPU with `features` in place of pixels.
@@ -333,6 +334,11 @@ def _settings(processor: TensorProcessor, dtype: torch.dtype) -> tuple[Hashable,
     """What shapes a call besides its arguments and tensors."""
     tokens = processor.config.image_token_id, processor.prompts.pad_token_id, processor.padding_side
     return dtype, processor, processor.image, *tokens
+
+
+def _decoder_settings(decoder: Decoder, dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """Likewise. Ids below the number of embeddings reach no graph of fewer, which is looked at behind its replay."""
+    return dtype, decoder.config.vocab_size
 
 
 def _batch_of(call: Call, processor: TensorProcessor, dtype: torch.dtype) -> Batch:

@@ -229,6 +229,30 @@ def test_a_hook_on_a_block_or_on_the_embedding_sees_sequences_as_long_as_they_ar
     assert Calls()._rounds_up(decoder, gpu)
 
 
+@pytest.mark.parametrize("last", ["forward", "generate", "extend"])
+def test_tokens_added_since_go_to_no_graph_that_has_no_rows_for_them(own, fake, last):
+    """An index past the end of the old embedding would end the process, before anyone looked at the modules."""
+
+    def run(text, **more):
+        if last == "generate":
+            return own.generate(None, [text], max_new_tokens=2, template="plain", **more).token_ids[0]
+        cache = own.prefill(None, ["a b"], template="plain", cuda_graph=False)
+        if last == "extend":
+            return own.extend(cache, torch.tensor([own.processor.prompts.encode(text, "plain", 0)]), **more)
+        return call(own, None, [text], template="plain", **more).last_hidden_state
+
+    assert len(own.processor.prompts.encode("a", "plain", 0)) == 1
+    for _ in range(3):
+        run("a")
+    spare = own.config.text.vocab_size - own.processor.prompts.vocabulary.largest_id - 1
+    own.add_tokens([f"<new {i}>" for i in range(spare + 1)])
+    new = f"<new {spare}>"
+    assert own.processor.prompts.encode(new, "plain", 0) == [own.config.text.vocab_size - 1]
+    replayed = fake.replayed
+    ours = run(new)
+    assert fake.replayed == replayed and torch.equal(ours, run(new, cuda_graph=False))
+
+
 def test_trap26_prompts_of_one_length_share_a_graph_and_others_do_not(own, fake):
     tokenizer = own.processor.prompts.tokenizer
     texts = ["1234", "5678"]
@@ -786,15 +810,20 @@ def test_a_tower_that_has_changed_is_seen_on_a_gpu(on_gpu, change, text):
 
 
 @pytest.mark.gpu
-def test_a_generation_of_a_larger_vocabulary_is_not_refused_for_the_old_one(on_gpu):
-    def run(seed, **more):
-        options = {"max_new_tokens": 3, "allowed_tokens": [5, 6, 7], **more}
-        return on_gpu.generate(frames(seed).cuda(), TEXTS, **options).token_ids
+def test_tokens_added_since_are_read_on_a_gpu(on_gpu):
+    on_gpu.generation_config = GenerationConfig(repetition_penalty=1.1)
 
-    for seed in range(3):
-        run(seed)
-    on_gpu.resize_token_embeddings(on_gpu.config.text.vocab_size + 64)
-    assert all(torch.equal(x, y) for x, y in zip(run(3), run(3, cuda_graph=False), strict=True))
+    def run(text, **more):
+        new = on_gpu.generate(None, [text], max_new_tokens=3, allowed_tokens=[5, 6, 7], template="plain", **more)
+        return new.token_ids[0], call(on_gpu, None, [text], template="plain", **more).last_hidden_state
+
+    for _ in range(3):
+        run("a")
+    spare = on_gpu.config.text.vocab_size - on_gpu.processor.prompts.vocabulary.largest_id - 1
+    on_gpu.add_tokens([f"<new {i}>" for i in range(spare + 1)])
+    new = f"<new {spare}>"
+    for x, y in zip(run(new), run(new, cuda_graph=False), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.gpu
