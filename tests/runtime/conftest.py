@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import types
 import weakref
 
@@ -15,6 +16,37 @@ def overwrite(outputs, values):
     for output, value in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if isinstance(output, torch.Tensor):
             output.copy_(value)
+
+
+class Past:
+    """Modules as they are now, for later: a graph knows nothing of what has changed since its capture."""
+
+    def __init__(self, modules):
+        children = [child for module in modules for child in module.modules()]
+        names = "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"
+        self.parts = [vars(child) for child in children] + [getattr(x, name) for x in children for name in names]
+        self.copies = [dict(part) for part in self.parts]
+        self.tensors = [x for child in children for x in (*child._parameters.values(), *child._buffers.values())]
+        self.tensors = [x for x in self.tensors if x is not None]
+        self.memory = [x.data for x in self.tensors]
+
+    @contextlib.contextmanager
+    def restored(self):
+        now = [dict(part) for part in self.parts], [x.data for x in self.tensors]
+        self._put(self.copies, self.memory)
+        try:
+            yield
+        finally:
+            self._put(*now)
+
+    def _put(self, copies, memory):
+        for part, copy in zip(self.parts, copies, strict=True):
+            if [*map(id, part.values())] != [*map(id, copy.values())] or part.keys() != copy.keys():
+                part.clear()
+                part.update(copy)
+        for tensor, data in zip(self.tensors, memory, strict=True):
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
 
 
 class FakeArena:
@@ -69,16 +101,26 @@ def fake(monkeypatch):
 
             super().__init__(on_zeros, inputs, rooms, held, arena)
 
+            modules = getattr(capturing, "modules", ())  # none where a test captures calls by itself
+            past = Past(modules)
+
             def replay():
                 log.replayed += 1
                 log.replaying = True
-                with torch.no_grad():  # a graph knows no gradients, whoever replays it
+                with torch.no_grad(), past.restored():  # a graph knows no gradients, whoever replays it
                     overwrite(self.outputs, function(*self.inputs, *self.held))
                 log.replaying = False
 
             self.graph.replay = replay
             living.add(self)
 
+    capture, capturing = cuda_graphs.CudaGraphs._capture, threading.local()
+
+    def capture_as_now(graphs, *arguments):
+        capturing.modules = graphs._snapshot._modules
+        return capture(graphs, *arguments)
+
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "_capture", capture_as_now)
     log.before_capture = lambda: None
     living = weakref.WeakSet()
 
