@@ -106,18 +106,21 @@ class Calls:
 
         To look at the modules takes the host a few tenths of a millisecond for each graph: with a list of `checks` it
         is left to the caller, once all is launched. Raises `OutdatedError` where modules have changed and something
-        else than a graph would see what came of that.
+        else than a graph would see what came of that. Where the tower runs without a graph the list stays empty: what
+        its hooks have seen must not be seen again.
         """
         (visual, decoder, head), processor, dtype, graph = caller
         batch = self.batch(caller, call, checks)
         features, inputs = pipeline.encode(visual, batch, wanted)
+        if inputs.features and not checks:
+            checks = None  # the tower itself may have run
         length = inputs.length
         if self._rounds_up(decoder, call.device):
             inputs = inputs.rounded_up()
         run = functools.partial(pipeline.decode, decoder, head, wanted)
         if self._may_use_graphs(processor, call.device, graph):
             modules = [decoder] if head is None else [decoder, head]
-            key = wanted, *_decoder_settings(decoder, dtype)
+            key = wanted, *_decoder_settings(modules, dtype)
             options = {"rooms": inputs.rooms, "checks": checks}
             decoded = self._by_graph(self.decoder, modules, key, run, inputs, call.device, **options)
         else:
@@ -141,7 +144,7 @@ class Calls:
         run = functools.partial(run_suffix, decoder)
         if not self._may_use_graphs(caller.processor, suffix.device, caller.graph):
             return run(suffix, *cache.tensors)
-        key = _decoder_settings(decoder, caller.dtype)
+        key = _decoder_settings([decoder], caller.dtype)
         return self._by_graph(self.suffixes, [decoder], key, run, suffix, suffix.device, kept=cache)
 
     def batch(self, caller: Caller, call: Call, checks: list[Check] | None = None) -> Batch:
@@ -336,9 +339,14 @@ def _settings(processor: TensorProcessor, dtype: torch.dtype) -> tuple[Hashable,
     return dtype, processor, processor.image, *tokens
 
 
-def _decoder_settings(decoder: Decoder, dtype: torch.dtype) -> tuple[Hashable, ...]:
-    """Likewise. Ids below the number of embeddings reach no graph of fewer, which is looked at behind its replay."""
-    return dtype, decoder.config.vocab_size
+def _decoder_settings(modules: Sequence[nn.Module], dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """Likewise, of a decoder and perhaps a head.
+
+    Ids and labels below the number of their rows reach no graph of fewer, which is looked at behind its replay.
+    """
+    decoder, *head = modules
+    weights = [module._parameters.get("weight") for module in (decoder.embed_tokens, *head)]
+    return dtype, *(None if weight is None else weight.shape[0] for weight in weights)
 
 
 def _batch_of(call: Call, processor: TensorProcessor, dtype: torch.dtype) -> Batch:

@@ -184,4 +184,5 @@ class Generative:
             with self._calls.decoding(caller, prefilled, sampling, rules, checks) as (decoding, run):
                 return generate_texts(decoding, run, self.processor.prompts, rules, stream=stream, progress=progress)
 
-        return deferring_checks(generate)
+        # A bar that is shown cannot be taken back.
+        return generate(None) if progress else deferring_checks(generate)

@@ -253,6 +253,31 @@ def test_tokens_added_since_go_to_no_graph_that_has_no_rows_for_them(own, fake, 
     assert fake.replayed == replayed and torch.equal(ours, run(new, cuda_graph=False))
 
 
+@pytest.mark.parametrize("last", ["forward", "generate", "extend", "targets"])
+def test_rows_added_by_hand_keep_calls_from_graphs_of_fewer(own, fake, last):
+    def run(**more):
+        if last == "generate":
+            own.generate(None, ["a"], max_new_tokens=2, **more)
+        elif last == "extend":
+            own.extend(own.prefill(None, ["a"], cuda_graph=False), torch.tensor([[rows - 1]]), **more)
+        else:
+            call(own, None, ["a"], targets=["b"] if last == "targets" else None, **more)
+
+    rows, width = own.model.embed_tokens.weight.shape
+    for _ in range(3):
+        run()
+    for config in (own.config, own.processor.config):  # by which ids are checked, and not the decoder's own
+        config.text = dataclasses.replace(config.text, vocab_size=rows + 8)
+    if last == "targets":
+        own.lm_head = nn.Linear(width, rows + 8, bias=False)
+    else:
+        own.model.embed_tokens = nn.Embedding(rows + 8, width)
+    own.requires_grad_(False)
+    rows, replayed = rows + 8, fake.replayed
+    run()
+    assert fake.replayed == replayed
+
+
 def test_trap26_prompts_of_one_length_share_a_graph_and_others_do_not(own, fake):
     tokenizer = own.processor.prompts.tokenizer
     texts = ["1234", "5678"]
@@ -453,6 +478,40 @@ def test_a_generation_of_modules_that_have_changed_begins_anew(own, fake, change
     assert ours[1] == theirs[1] == ours[2] == theirs[2] and ours[3] == theirs[3]
     graphs = own._calls.tower if part == "visual" else own._calls.decoder
     assert (len(graphs) == 0) == (change != "nothing")
+
+
+@pytest.mark.parametrize("kind", ["forward", "prepared", "prefill", "generate"])
+def test_a_hook_of_the_tower_sees_a_call_once_though_the_decoder_has_changed(own, fake, kind):
+    def run(seed, **more):
+        if kind == "generate":
+            return torch.stack(own.generate(frames(seed), TEXTS, max_new_tokens=3, **more).token_ids)
+        if kind == "prefill":
+            return own.prefill(frames(seed), TEXTS, **more).output.last_hidden_state
+        if kind == "prepared":
+            return call(own, **own.processor(frames(seed), TEXTS), **more).last_hidden_state
+        return call(own, frames(seed), TEXTS, **more).last_hidden_state
+
+    def drawn(**more):
+        draws.clear()
+        torch.manual_seed(0)
+        return run(3, **more), draws[:], torch.rand(1)
+
+    draws = []
+    own.visual.register_forward_hook(lambda module, given, out: draws.append(torch.rand(1).item()))
+    for seed in range(3):
+        run(seed)
+    assert len(own._calls.decoder) == 1
+    replace_memory(own.model)
+    (ours, seen, after), (theirs, once, expected) = drawn(), drawn(cuda_graph=False)
+    assert torch.equal(ours, theirs) and seen == once and len(once) == 1 and torch.equal(after, expected)
+
+
+def test_a_progress_bar_is_shown_once_though_the_decoder_has_changed(own, fake, capsys):
+    for seed in range(3):
+        own.generate(frames(seed), TEXTS, max_new_tokens=3)
+    replace_memory(own.model)
+    own.generate(frames(3), TEXTS, max_new_tokens=3, progress=True)
+    assert capsys.readouterr().err.count("0/3") == 1
 
 
 def test_a_tower_that_changes_at_every_call_ends_every_call(own, fake):
