@@ -41,6 +41,8 @@ class DecodingKind:
     capacity: int  # tokens that the cache holds for each
     room: int  # new tokens that there is room for
     vocabulary: int
+    depth: int  # decoder blocks
+    heads: tuple[int, int]  # of keys and values: how many, and their size
     dtype: torch.dtype  # of keys and values
     device: torch.device
     sampling: Sampling  # without its seed
@@ -59,6 +61,8 @@ class DecodingKind:
             round_up(keys.shape[2] + room, CAPACITY_STEPS, LEAST_CAPACITY),
             room,
             vocabulary,
+            len(keys),
+            (keys.shape[3], keys.shape[4]),
             keys.dtype,
             keys.device,
             replace(sampling, seed=None),
@@ -76,10 +80,9 @@ class Decoding:
         """Makes the state; `begin` fills it."""
         self._decoder, self._head, self.kind = decoder, head, kind
         self.token = object()  # stands for this state among the keys of graphs
-        results, device, text, rules = kind.results, kind.device, decoder.config, kind.rules
-        heads = text.num_key_value_heads, text.head_dim
+        results, device, rules = kind.results, kind.device, kind.rules
         like = torch.empty(0, dtype=kind.dtype, device=device)
-        self._cache = KVCache(text.num_hidden_layers, results, kind.capacity, *heads, like)
+        self._cache = KVCache(kind.depth, results, kind.capacity, *kind.heads, like)
         # What grows by one at each step: the column of the next token, and each result's position.
         self._counts = torch.zeros(1 + results, dtype=torch.int64, device=device)
         self._column, self._positions_R = self._counts[:1], self._counts[1:]

@@ -637,6 +637,21 @@ def test_steps_after_the_first_replay(own, fake, name, penalty):
     assert len(own._calls.idle._idle) == 1
 
 
+def test_a_decoder_of_more_blocks_gets_no_state_of_fewer(own, fake):
+    layers, whole = own.model.layers, own.config.text
+
+    def cut(count):
+        own.model.layers = layers[:count]
+        text = dataclasses.replace(whole, num_hidden_layers=count)
+        own.model.config = own.config.text = own.processor.config.text = text
+
+    for count in (1, len(layers), 1):  # and back: a state is of its kind, whatever outdated prompts it was made for
+        cut(count)
+        for seed in range(3):
+            ours, theirs = (own.generate(frames(seed), TEXTS, max_new_tokens=4, cuda_graph=x) for x in (True, False))
+            assert all(map(torch.equal, ours.token_ids, theirs.token_ids))
+
+
 def test_an_error_in_the_stream_leaves_a_state_that_serves_again(own, fake):
     with pytest.raises(ZeroDivisionError):
         own.generate(frames(), TEXTS, max_new_tokens=8, stream=lambda pieces: 1 / 0)
