@@ -229,6 +229,12 @@ def test_a_hook_on_a_block_or_on_the_embedding_sees_sequences_as_long_as_they_ar
     assert Calls()._rounds_up(decoder, gpu)
 
 
+def add_one_token_more_than_there_are_rows(model):
+    spare = model.config.text.vocab_size - model.processor.prompts.vocabulary.largest_id - 1
+    model.add_tokens([f"<new {i}>" for i in range(spare + 1)])
+    return f"<new {spare}>"
+
+
 @pytest.mark.parametrize("last", ["forward", "generate", "extend"])
 def test_tokens_added_since_go_to_no_graph_that_has_no_rows_for_them(own, fake, last):
     """An index past the end of the old embedding would end the process, before anyone looked at the modules."""
@@ -244,9 +250,7 @@ def test_tokens_added_since_go_to_no_graph_that_has_no_rows_for_them(own, fake, 
     assert len(own.processor.prompts.encode("a", "plain", 0)) == 1
     for _ in range(3):
         run("a")
-    spare = own.config.text.vocab_size - own.processor.prompts.vocabulary.largest_id - 1
-    own.add_tokens([f"<new {i}>" for i in range(spare + 1)])
-    new = f"<new {spare}>"
+    new = add_one_token_more_than_there_are_rows(own)
     assert own.processor.prompts.encode(new, "plain", 0) == [own.config.text.vocab_size - 1]
     replayed = fake.replayed
     ours = run(new)
@@ -374,9 +378,9 @@ CHANGES = {
 }
 
 
-def test_the_tower_is_looked_at_when_the_decoder_is_on_its_way(own, fake, monkeypatch):
-    for seed in range(2):
-        call(own, frames(seed), TEXTS)
+@pytest.fixture
+def looks(fake, monkeypatch):
+    """How many replays there had been when modules were looked at, and the first of these modules."""
     looks, matches = [], ModuleSnapshot.matches
 
     def logged(self, *modules):
@@ -384,6 +388,13 @@ def test_the_tower_is_looked_at_when_the_decoder_is_on_its_way(own, fake, monkey
         return matches(self, *modules)
 
     monkeypatch.setattr(ModuleSnapshot, "matches", logged)
+    return looks
+
+
+def test_the_tower_is_looked_at_when_the_decoder_is_on_its_way(own, fake, looks):
+    for seed in range(2):
+        call(own, frames(seed), TEXTS)
+    looks.clear()
     before = fake.replayed
     call(own, frames(2), TEXTS)
     assert looks == [(before + 2, own.visual), (before + 2, own.model)]
@@ -431,19 +442,13 @@ GENERATION_CHANGES = {
 }
 
 
-def test_modules_are_looked_at_once_the_first_steps_are_launched(own, fake, monkeypatch):
+def test_modules_are_looked_at_once_the_first_steps_are_launched(own, fake, looks, monkeypatch):
     for seed in range(3):
         own.generate(frames(seed), TEXTS, max_new_tokens=4)
-    looks, matches = [], ModuleSnapshot.matches
-
-    def logged(self, *modules):
-        looks.append((fake.replayed - before, modules[0]))
-        return matches(self, *modules)
-
-    monkeypatch.setattr(ModuleSnapshot, "matches", logged)
+    looks.clear()
     before = fake.replayed
     own.generate(frames(3), TEXTS, max_new_tokens=1)
-    assert looks == [(2, own.visual), (2, own.model)]
+    assert looks == [(before + 2, own.visual), (before + 2, own.model)]
 
     def at_once(tokens_BN, run):
         run(tokens_BN.shape[1] - 1)
@@ -454,7 +459,7 @@ def test_modules_are_looked_at_once_the_first_steps_are_launched(own, fake, monk
     before = fake.replayed
     own.generate(frames(3), TEXTS, max_new_tokens=4)
     # A step changes its state, so that the decoder is looked at for the steps before the first of them.
-    assert looks == [(2, own.model), (5, own.visual), (5, own.model)]
+    assert looks == [(before + 2, own.model), (before + 5, own.visual), (before + 5, own.model)]
 
 
 @pytest.mark.parametrize("change", GENERATION_CHANGES)
@@ -893,9 +898,7 @@ def test_tokens_added_since_are_read_on_a_gpu(on_gpu):
 
     for _ in range(3):
         run("a")
-    spare = on_gpu.config.text.vocab_size - on_gpu.processor.prompts.vocabulary.largest_id - 1
-    on_gpu.add_tokens([f"<new {i}>" for i in range(spare + 1)])
-    new = f"<new {spare}>"
+    new = add_one_token_more_than_there_are_rows(on_gpu)
     for x, y in zip(run(new), run(new, cuda_graph=False), strict=True):
         assert torch.equal(x, y)
 
