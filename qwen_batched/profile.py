@@ -31,6 +31,7 @@ from qwen_batched.checkpoint.device import resolve_device
 from qwen_batched.inputs.checks import Resize
 from qwen_batched.inputs.prompt import PromptEncoder
 from qwen_batched.qwen_batched_VL_model import QwenBatchedVL
+from qwen_batched.runtime.arena import synchronize
 from qwen_batched.testing import PRESETS, default_checkpoint, write_checkpoint
 
 STAGES = ("resize, patches", "vision tower", "prompt layout, placing features", "decoder")
@@ -256,10 +257,10 @@ def _text_of(prompts: PromptEncoder, tokens: int) -> str:
 
 
 def _wall_ms(call: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - started) * 1e3
 
 
@@ -269,17 +270,12 @@ def _device_ms(call: Callable[[], object], device: torch.device) -> float:
         return _wall_ms(call, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream(device)
-    _synchronize(device)
+    synchronize(device)
     start.record(stream)
     call()
     end.record(stream)
-    _synchronize(device)
+    synchronize(device)
     return start.elapsed_time(end)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _paced(call: Callable[[], object], device: torch.device, calls: int, hz: float) -> tuple[Latency, int]:
@@ -324,10 +320,10 @@ def _device_work(call: Callable[[], object], device: torch.device) -> DeviceWork
     if device.type != "cuda":
         return None
     for _ in range(2):  # the profiler's first time is slow
-        _synchronize(device)
+        synchronize(device)
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call()
-            _synchronize(device)
+            synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))

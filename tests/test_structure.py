@@ -101,6 +101,17 @@ def test_every_package_in_the_order_exists():
     assert {name for names in ORDER for name in names} == packages
 
 
+def test_only_one_place_waits_for_a_whole_device():
+    """`runtime.arena.synchronize` does so in turn with captures, which would be lost otherwise."""
+    waiting = [
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda.synchronize"
+    ]
+    assert waiting == ["runtime.arena"]
+
+
 def test_ops_have_one_door():
     for name in SOURCES:
         if name.split(".")[0] == "ops":

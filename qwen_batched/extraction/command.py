@@ -20,6 +20,7 @@ from qwen_batched.extraction.request import Request
 from qwen_batched.extraction.streams import dtype_in, streams_in
 from qwen_batched.extraction.verification import check_rows
 from qwen_batched.extraction.work import work_list
+from qwen_batched.runtime.arena import synchronize
 
 REFUSALS = (OSError, TypeError, ValueError, ImportError, pa.ArrowException, torch.OutOfMemoryError)
 FAILURES = (DamagedData, OSError, WorkersFailed, torch.OutOfMemoryError)
@@ -121,16 +122,11 @@ def _measure(request: Request, manifest: dict[str, object]) -> float:
     texts = [request.text or ""] * count
     for timed in range(-2, TIMED):  # the first ones make kernels and graphs
         if timed == 0:
-            _wait(encoder)
+            synchronize(encoder.model.device)
             started = time.perf_counter()
         encoder(images, texts)
-    _wait(encoder)
+    synchronize(encoder.model.device)
     return TIMED * count * len(images) / (time.perf_counter() - started)
-
-
-def _wait(encoder: Encoder) -> None:
-    if encoder.model.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def verify(request: Request, rows: int) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwen_batched import ops
 from qwen_batched.linear.lora import Updates
+from qwen_batched.runtime.arena import synchronize
 
 Layout = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # address, shape, strides, dtype
 
@@ -67,8 +68,7 @@ class PackedParameters:
                 # By way of DLPack the part gets a storage of its own. Parameters that share one look tied to what
                 # saves a state_dict (safetensors, accelerate), and all but one would be left out.
                 parameter.data = self._turn(torch.from_dlpack(packed[place]))
-            if packed.is_cuda:  # other streams may still read the released memory, and must see the copies
-                torch.cuda.synchronize(packed.device)
+            synchronize(packed.device)  # other streams may still read the released memory, and must see the copies
             layouts = [(each.data_ptr(), each.shape, each.stride(), each.dtype) for each in parameters]
             # Not a bound method: the tensor would wait for the garbage collector.
             release = functools.partial(_release, weakref.ref(self))

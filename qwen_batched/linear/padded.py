@@ -13,6 +13,7 @@ from qwen_batched import ops
 from qwen_batched.linear.lora import unwrap_lora
 from qwen_batched.linear.packed import PackedParameters
 from qwen_batched.runtime import fast_path
+from qwen_batched.runtime.arena import synchronize
 
 
 class PaddedLinear(nn.Linear):
@@ -50,8 +51,7 @@ class PaddedLinear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():
             value = weight.data
             weight.data = value.contiguous()
-        if value.is_cuda:  # as in `PackedParameters.pack`
-            torch.cuda.synchronize(value.device)
+        synchronize(value.device)  # as in `PackedParameters.pack`
         self._columns.release()
 
     def keep_contiguous(self) -> None:

@@ -27,7 +27,7 @@ class Arena:
     _used_streams: ClassVar[set[tuple[torch.device, int]]] = set()
     _immortal: ClassVar[list[Arena]] = []
     _lock = threading.Lock()
-    _one_capture = threading.Lock()  # PyTorch allows one at a time in a process
+    _one_capture = threading.RLock()  # PyTorch allows one at a time in a process
 
     @classmethod
     def of(cls, device: torch.device) -> Arena:
@@ -109,6 +109,17 @@ class Arena:
                 yield self._last_use
             finally:
                 self._last_use.record(stream)
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns when all that was launched on a device is done; on a CPU at once.
+
+    CUDA allows no wait for a whole device while any thread captures there: that would fail, and so would the capture.
+    So it comes after a capture of another thread.
+    """
+    if device.type == "cuda":
+        with Arena._one_capture:
+            torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

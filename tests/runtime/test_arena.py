@@ -1,9 +1,11 @@
 """What an invalidated capture leaves behind, with a graph that only pretends: `test_cuda_graphs.py` has real ones."""
 
+import threading
+
 import pytest
 import torch
 
-from qwen_batched.runtime.arena import Arena
+from qwen_batched.runtime.arena import Arena, synchronize
 
 DEVICE, POOL = torch.device("cuda", 0), (0, 7)
 
@@ -50,3 +52,17 @@ def test_an_arena_whose_first_capture_fails_does_not_try_for_ever(log):
     with pytest.raises(RuntimeError):
         end(Graph(RuntimeError("invalidated")), None)
     assert log == []
+
+
+def test_a_wait_for_a_device_comes_behind_a_capture_of_another_thread(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "synchronize", log.append)
+    thread = threading.Thread(target=synchronize, args=(DEVICE,))
+    with Arena._one_capture:
+        thread.start()
+        thread.join(0.2)
+        log.append("captured")
+    thread.join()
+    assert log == ["captured", DEVICE]
+    synchronize(torch.device("cpu"))
+    assert len(log) == 2

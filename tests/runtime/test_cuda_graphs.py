@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qwen_batched import ops
+from qwen_batched.linear.fused import pack
 from qwen_batched.runtime import backend
 from qwen_batched.runtime.admission import USES_THAT_REPAY
 from qwen_batched.runtime.arena import Arena
@@ -413,6 +414,30 @@ def test_two_threads_on_two_streams_give_right_results(own, warmed):
     for thread in threads:
         thread.join()
     assert not errors, repr(errors)
+
+
+def test_weights_are_packed_behind_the_capture_of_another_thread(own):
+    """Packing waits for the whole device, which CUDA allows no thread during a capture: it would end both."""
+    errors, images = [], frames(56, 84)
+    expected = eager(own, images)
+
+    def work():
+        try:
+            pack(own.visual, own.model)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    with Arena.of(images.device).capture() as graph:
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        out = images + 1
+    thread.join()
+    assert not errors, repr(errors)
+    graph.replay()
+    assert torch.equal(out, images + 1)
+    assert torch.equal(warm(own, images), expected)
 
 
 def test_a_capture_that_runs_out_of_memory_falls_back_with_one_warning(own, monkeypatch):
