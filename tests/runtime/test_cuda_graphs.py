@@ -6,8 +6,8 @@ import dataclasses
 import gc
 import io
 import random
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -395,48 +395,33 @@ def test_two_threads_on_two_streams_give_right_results(own, warmed):
         for size in sizes:
             warm(own, frames(*size))
     torch.cuda.synchronize()
-    errors = []
 
     def work(seed):
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(30):
-                    for size in sizes:
-                        out = encode(own, frames(*size, seed=seed))
-                        torch.cuda.current_stream().synchronize()
-                        assert torch.equal(out, expected[size, seed])
-        except BaseException as error:
-            errors.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(30):
+                for size in sizes:
+                    out = encode(own, frames(*size, seed=seed))
+                    torch.cuda.current_stream().synchronize()
+                    assert torch.equal(out, expected[size, seed])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, repr(errors)
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(work, seed) for seed in range(2)]
+    for job in jobs:
+        job.result()
 
 
 def test_weights_are_packed_behind_the_capture_of_another_thread(own):
     """Packing waits for the whole device, which CUDA allows no thread during a capture: it would end both."""
-    errors, images = [], frames(56, 84)
+    images = frames(56, 84)
     expected = eager(own, images)
     for parameter in own.parameters():  # packed at loading
         parameter.data = parameter.data.clone()
-
-    def work():
-        try:
-            pack(own.visual, own.model)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    with Arena.of(images.device).capture() as graph:
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
+    with ThreadPoolExecutor(1) as thread, Arena.of(images.device).capture() as graph:
+        packing = thread.submit(pack, own.visual, own.model)
+        wait([packing], timeout=0.2)
+        assert not packing.done()
         out = images + 1
-    thread.join()
-    assert not errors, repr(errors)
+    packing.result()
     graph.replay()
     assert torch.equal(out, images + 1)
     assert torch.equal(warm(own, images), expected)
