@@ -204,9 +204,9 @@ class PartWriter:
             raise
 
     def take_over(self, batches: Collection[int], skips: bool) -> set[int]:
-        """Copies what killed processes have encoded of this part, and removes what they left; the caller has its claim.
+        """Copies what killed processes have encoded of this part; the caller has its claim.
 
-        Copied, as one that only stood still may write on. Where the disk has no room for both, what is left goes.
+        Copied, as one that only stood still may write on. Where the disk has no room for both, the rest is left out.
 
         Args:
             batches: The first row of each batch.
@@ -219,12 +219,15 @@ class PartWriter:
         with suppress(OSError):
             for path in drafts_of(journal_path(self.out, self.part)):
                 self._take_from(path, batches, skips, taken)
+        return taken
+
+    def remove_left(self) -> None:
+        """Removes what others have left of this part; the caller has its claim, and keeps it meanwhile."""
         paths = [*(file.path for file in self.files), index_path(self.out, self.part)]
         for path in (*paths, journal_path(self.out, self.part)):
             for draft in drafts_of(path):
                 if token_of(draft) != self.token:
                     draft.unlink(missing_ok=True)
-        return taken
 
     def _take_from(self, path: Path, batches: Collection[int], skips: bool, taken: set[int]) -> None:
         entries, token = read_journal(path), token_of(path)

@@ -145,6 +145,9 @@ class Worker:
         batch_size = self.manifest["batch_size"]
         batches = range(0, part.frames, batch_size)
         taken = writer.take_over(batches, self.manifest["on_error"] == "skip")
+        with self.claims.locked():
+            if self.claims.is_mine(part.name):  # if not, this process stood still, and the drafts are its successor's
+                writer.remove_left()
         if taken:
             self.unfinished.append(self.writing.submit(self.report, sum(writer.present)))
         writer.batches_left = len(batches) - len(taken)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +22,10 @@ from safetensors.torch import load_file
 
 from qwen_batched import Features
 from qwen_batched.extract import main
+from qwen_batched.extraction.shards import PartWriter
 from qwen_batched.extraction.sources.opening import open_source
 from qwen_batched.extraction.sources.source import Run
-from qwen_batched.extraction.worker import UNWRITTEN
+from qwen_batched.extraction.worker import UNWRITTEN, Worker
 from qwen_batched.testing import write_checkpoint
 from tests.extraction import logged, written
 from tests.extraction.written import TASKS, arguments, contents, write_images
@@ -133,8 +135,8 @@ def test_verify_compares_rows_and_finds_one_that_was_changed(videos, checkpoint,
     assert "differs" in capsys.readouterr().err
 
 
-def has_claim(out, pid):
-    for claim in (out / "claims").glob("part-*"):
+def has_claim(out, pid, part="part-*"):
+    for claim in (out / "claims").glob(part):
         with contextlib.suppress(FileNotFoundError):  # given back meanwhile
             if f'"pid": {pid},' in claim.read_text():
                 return True
@@ -292,6 +294,72 @@ def test_a_process_that_stood_still_and_goes_on_beside_who_took_its_parts_change
             process.join()
             assert process.exitcode == 0
         assert contents(out) == whole
+
+
+@pytest.mark.slow
+def test_a_process_that_stood_still_before_it_took_a_part_over_leaves_it_to_who_did_meanwhile(
+    videos, checkpoint, whole, tmp_path
+):
+    """What another process is writing by then is not what a killed one has left."""
+    out, begun = tmp_path / "out", tmp_path / "begun"
+    command = arguments(videos, out, checkpoint, "--shard-frames", FRAMES, "--claim-expiry", 1)
+    with contextlib.ExitStack() as stack:
+        first = fork(tmp_path / "log", command, functools.partial(stand_still_before_taking_over, begun))
+        stack.callback(first.kill)  # or this one would wait for it, whatever fails
+        wait_for(lambda: has_claim(out, first.pid) and state_of(first) == "T")
+        (claim,) = (out / "claims").glob("part-*")
+        (draft,) = drafts_of_part(out, claim.name)
+        second = fork(tmp_path / "log", command, functools.partial(finish_behind, begun))
+        stack.callback(second.kill)
+        wait_for(lambda: has_claim(out, second.pid, claim.name) and {draft}.isdisjoint(drafts_of_part(out, claim.name)))
+        os.kill(first.pid, signal.SIGCONT)
+        for process in (first, second):
+            process.join()
+            assert process.exitcode == 0
+    assert contents(out) == whole
+
+
+def wait_for(condition, patience=60):
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def state_of(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+def drafts_of_part(out, name):
+    """Of its first stream: one of each process that has begun it."""
+    return [*(out / "features/image_features/front").glob(f".{name}.*")]
+
+
+def stand_still_before_taking_over(begun):
+    """Stops the process once, with a claim, before it looks at what others have left; `begun` is made thereafter."""
+    take_over, begin = PartWriter.take_over, Worker._begin
+
+    def stopped(writer, *given):
+        if not begun.exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return take_over(writer, *given)
+
+    def told(worker, part):
+        begin(worker, part)
+        begun.touch()
+
+    PartWriter.take_over, Worker._begin = stopped, told
+
+
+def finish_behind(begun):
+    """Parts are finished once `begun` is there."""
+    finish = PartWriter.finish
+
+    def later(writer):
+        wait_for(begun.exists)
+        finish(writer)
+
+    PartWriter.finish = later
 
 
 def die_at(steps):
